@@ -1,0 +1,1 @@
+"""Plain records and how they come about: prompts, completions, preference pairs, trace banks."""

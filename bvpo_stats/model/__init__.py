@@ -1,0 +1,1 @@
+"""What is asked of a language model: templates, log-probabilities, per-sequence scores."""

@@ -1,0 +1,1 @@
+"""An enumerable reasoning model: exact marginals, biases, covariances and alpha*."""

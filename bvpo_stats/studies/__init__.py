@@ -1,0 +1,1 @@
+"""Studies: configuration in, report out."""

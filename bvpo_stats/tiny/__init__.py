@@ -1,0 +1,1 @@
+"""The embedded reasoning model: task, tokenizer, training recipe and weights."""
