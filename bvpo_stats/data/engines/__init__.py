@@ -1,0 +1,1 @@
+"""Sampling engines: whoever turns prompts into token ids, behind one small interface."""

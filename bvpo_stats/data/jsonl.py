@@ -1,0 +1,122 @@
+"""Append-only JSON lines that survive a kill at any moment, and atomic writes for everything else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+
+
+def encode_row(row: dict[str, Any]) -> str:
+    """One JSON line without its newline; NaN and infinities are refused (they are not JSON)."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object) for every non-empty line, in constant memory.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, or a line is not a JSON object; the line is named.
+    """
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
+    with handle:
+        for number, raw in enumerate(handle, start=1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not valid UTF-8 (byte {error.start}). Save the file as UTF-8."
+                ) from error
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not JSON ({error.msg}). Each line must be one JSON object (JSONL)."
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line.")
+            yield number, row
+
+
+def repair_tail(path: Path) -> bool:
+    """Cuts a half-written last line, the trace of a kill during a write.
+
+    Returns:
+        Whether something was cut. Complete lines are never touched.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb+") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        position = size
+        while position > 0:
+            step = min(1 << 16, position)
+            position -= step
+            handle.seek(position)
+            block = handle.read(step)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                keep = position + newline + 1
+                break
+        else:
+            keep = 0
+        if keep == size:
+            return False
+        handle.truncate(keep)
+    return True
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends rows and forces them to disk; if the disk fills up, the file is left as it was before the call.
+
+    Raises:
+        UserError: The disk is full or the file cannot be written.
+    """
+    data = "".join(encode_row(row) + "\n" for row in rows).encode("utf-8")
+    if not data:
+        return
+    before = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("ab", buffering=0) as handle:
+            view = memoryview(data)
+            while view:
+                view = view[handle.write(view) :]
+            os.fsync(handle.fileno())
+    except OSError as error:
+        if path.is_file() and path.stat().st_size > before:
+            os.truncate(path, before)
+        raise _write_error(path, error) from error
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes a whole file through a temporary one and a rename, so that readers see the old or the new, never half.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data.encode("utf-8") if isinstance(data, str) else data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"Disk full while writing {path}. Free some space and run the same command again: it goes on where it stopped."
+        )
+    return UserError(f"Cannot write {path}: {error.strerror}. Check the folder's permissions.")

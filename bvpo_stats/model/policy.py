@@ -1,0 +1,234 @@
+"""Loading a policy: causal LM, tokenizer, template protocol and, on top, an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.templates import Template, find_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What to load and how.
+
+    Attributes:
+        model: ``embedded``, a folder, or a hub id.
+        adapter: Folder or hub id of a PEFT adapter.
+        device: ``auto`` (CUDA where present), ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: ``auto`` (float32 on CPU, the checkpoint's on an accelerator) or one of :data:`DTYPES`.
+        template: Overrides the template protocol.
+        empty_trace: Overrides the spelling of the empty trace.
+        trust_remote_code: Runs code shipped with the model. Off unless the user says so.
+        attention: Attention implementation of transformers, None for its default.
+    """
+
+    model: str = EMBEDDED
+    adapter: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    template: str | None = None
+    empty_trace: str | None = None
+    trust_remote_code: bool = False
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy ready for use: evaluation mode, dropout off.
+
+    Attributes:
+        model: The causal LM, possibly wrapped by PEFT.
+        tokenizer: Its fast tokenizer.
+        template: The protocol bound to the tokenizer.
+        identity: Name and content fingerprint; what records carry to tell models apart.
+        eos_ids: Tokens that end a completion.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    identity: str
+    eos_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        """Token for padding positions; they are always masked out."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_ids[0])
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model has positions for, None where it has no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The reference policy: the same weights with the adapter disabled (the model itself where there is none)."""
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+
+def load_policy(options: PolicyOptions) -> Policy:
+    """Loads a policy from safetensors weights.
+
+    Raises:
+        UserError: Missing or unreadable model, weights that are not safetensors, unknown dtype or device, a tokenizer
+            without a usable template, or an adapter that does not fit.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source = model_source(options.model)
+    device, dtype = _device(options.device), _dtype(options.dtype, options.device)
+    common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, attn_implementation=options.attention, **common
+            )
+    except Exception as error:
+        raise _load_error(options.model, error) from error
+    template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
+    eos_ids = _eos_ids(model, tokenizer)
+    identity = _identity(options.model, source, model)
+    if options.adapter is not None:
+        model = _add_adapter(model, options.adapter)
+        identity += f"+{_identity(options.adapter, options.adapter, None)}"
+    # Sampling parameters shipped with a model (top_k, repetition_penalty, ...) would silently change the distribution
+    # that is sampled from; every setting of a run is explicit instead.
+    model.generation_config = GenerationConfig()
+    model.requires_grad_(False)
+    return Policy(model.to(device).eval(), tokenizer, template, identity, eos_ids)
+
+
+def model_source(model: str) -> str:
+    """The folder or hub id behind a ``--model`` value.
+
+    Raises:
+        UserError: It looks like a folder and is none.
+    """
+    if model == EMBEDDED:
+        from bvpo_stats.tiny.embedded import embedded_model_path
+
+        return str(embedded_model_path())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"--model {model}: the folder has no config.json, so it holds no transformers model.")
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"--model {model}: no such folder. Give a model folder, a hub id, or leave it out.")
+    return model
+
+
+def _load_error(model: str, error: Exception) -> UserError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UserError(f"--model {model} ships its own code. Allow it with --trust-remote-code if you trust it.")
+    if "safetensors" in str(error):
+        return UserError(
+            f"--model {model}: no safetensors weights ({reason}). Convert them with save_pretrained(safe_serialization=True)."
+        )
+    return UserError(f"Cannot load --model {model}: {reason} Check the name, the folder's files, and hub access.")
+
+
+def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"Cannot load --adapter {adapter} on this model: {reason} Is it an adapter of another base?"
+        ) from error
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if configured is None else ([configured] if isinstance(configured, int) else list(configured))
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise UserError("Neither the model nor the tokenizer names an end-of-sequence token; completions cannot end.")
+    return tuple(int(i) for i in ids)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError or RuntimeError, depending on the build
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def _dtype(name: str, device: str) -> torch.dtype | str:
+    if name == "auto":
+        return "auto" if _device(device).type != "cpu" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown. Choose auto or one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _identity(name: str, source: str, model: PreTrainedModel | None) -> str:
+    """Name plus a fingerprint of the content: weights' heads and tails for folders, the commit for hub models."""
+    folder = Path(source).expanduser()
+    short = name if name == EMBEDDED or not folder.is_dir() else folder.resolve().name
+    if not folder.is_dir():
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return f"{short}@{commit[:12]}" if commit else short
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "adapter_config.json"]):
+        if not file.exists():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return f"{short}@{digest.hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides the loading bars of transformers; our own bars show the long work."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

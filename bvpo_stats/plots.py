@@ -1,0 +1,147 @@
+"""Every figure, drawn from plain report dictionaries in one visual language.
+
+Colours are from the colour-blind-safe palette of Okabe and Ito as shipped with seaborn; intervals are always drawn; axes
+carry units. Text and axes are mid-grey on a transparent ground, so that figures read on light and dark pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_PALETTE = sns.color_palette("colorblind")
+COLOURS = {"thinking": _PALETTE[0], "nothinking": _PALETTE[1], "trace": _PALETTE[0], "answer": _PALETTE[2],
+           "no-trace answer": _PALETTE[1]}  # fmt: skip
+NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Thinking)", "answer": "answer (Thinking)",
+         "no-trace answer": "answer (NoThinking)"}  # fmt: skip
+_INK = "#6f6f6f"
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.titlecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "font.size": 10,
+    "legend.frameon": False,
+    "svg.hashsalt": "bvpo-stats",
+}
+
+
+@contextmanager
+def figure(path: Path, *, width: float = 6.4, height: float = 3.6) -> Iterator[tuple[Figure, Axes]]:
+    """A figure in the house style, saved as PNG at the end."""
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        try:
+            yield fig, axes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(path, dpi=144, metadata={"Software": None})
+        finally:
+            plt.close(fig)
+
+
+def variance_figures(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws the figures of a variance report.
+
+    Args:
+        report: ``report.json`` of ``bvpo-stats variance``.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files written.
+    """
+    paths = [folder / name for name in ("ratios.png", "lengths.png", "logps.png", "nll_by_position.png")]
+    _ratios(report, paths[0])
+    _distribution(report["lengths"], "Length of a response (tokens)", paths[1])
+    _distribution(report["logps"], "Joint log-probability of a response (nats)", paths[2])
+    _positions(report, paths[3])
+    return paths
+
+
+def _ratios(report: dict[str, Any], path: Path) -> None:
+    entries = [
+        ("Variance of log p", report["table3"]["logp_variance_ratio"], "table3", "logp_variance_ratio"),
+        ("Variance of length", report["table3"]["length_variance_ratio"], "table3", "length_variance_ratio"),
+        ("Mean length", report["table4"]["mean_length_ratio"], "table4", "mean_length_ratio"),
+        ("NLL, trace / answer", report["table5"]["nll_ratio"], "table5", "nll_ratio"),
+    ]
+    entries = [entry for entry in entries if entry[1]["value"] is not None]
+    with figure(path, height=2.9) as (_, axes):
+        for row, (label, entry, table, name) in enumerate(entries):
+            value, low, high = entry["value"], entry["low"], entry["high"]
+            axes.barh(row, value, color=COLOURS["thinking"], alpha=0.75, height=0.6)
+            end = value
+            if low is not None:
+                axes.errorbar(value, row, xerr=[[value - low], [high - value]], color=_INK, capsize=4, lw=1.5)
+                end = high
+            axes.annotate(f"{value:.2f}", (end, row), xytext=(6, 0), textcoords="offset points", va="center")
+            if report.get("published"):
+                axes.plot(report["published"][table][name], row, "D", color=_PALETTE[3], ms=6,
+                          label="paper" if row == 0 else None)  # fmt: skip
+            del label
+        axes.axvline(1, color=_INK, lw=1, ls=":")
+        axes.set_yticks(range(len(entries)), [label for label, *_ in entries])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("Ratio, Thinking / NoThinking (last row: trace / answer); dotted: 1")
+        axes.set_title(f"What a trace does to a response ({_level(report)} intervals)")
+        if report.get("published"):
+            axes.legend(loc="best")
+
+
+def _distribution(histogram: dict[str, Any], label: str, path: Path) -> None:
+    edges = np.asarray(histogram["edges"])
+    with figure(path, height=3.2) as (_, axes):
+        for mode, counts in histogram["counts"].items():
+            total = max(1, sum(counts))
+            axes.stairs(np.asarray(counts) / total, edges, fill=True, color=COLOURS[mode], alpha=0.35)
+            axes.stairs(np.asarray(counts) / total, edges, color=COLOURS[mode], lw=1.5, label=f"{NAMES[mode]} (n = {total})")
+        axes.set_xlabel(label)
+        axes.set_ylabel("Share of responses")
+        axes.set_title("Responses with and without a trace")
+        axes.legend(loc="best")
+
+
+def _positions(report: dict[str, Any], path: Path) -> None:
+    with figure(path) as (_, axes):
+        for segment, bins in report["positions"].items():
+            if not bins:
+                continue
+            centre = np.array([(b["start"] + b["stop"] - 1) / 2 + 1 for b in bins])
+            value, low, high = (
+                np.array([np.nan if b["nll"][k] is None else b["nll"][k] for b in bins], dtype=float)
+                for k in ("value", "low", "high")
+            )
+            axes.fill_between(centre, low, high, color=COLOURS[segment], alpha=0.2, lw=0)
+            axes.plot(centre, value, "o-", color=COLOURS[segment], ms=4, lw=1.5, label=NAMES[segment])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.set_xlabel("Position within the segment (tokens from its start)")
+        axes.set_ylabel("NLL (nats per token)")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"How predictable are tokens? ({_level(report)} bands)")
+        axes.legend(loc="best")
+
+
+def _level(report: dict[str, Any]) -> str:
+    return f"{report['definitions']['level']:.0%}"

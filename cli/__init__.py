@@ -1,0 +1,1 @@
+"""The ``bvpo-stats`` command: thin wrappers over studies; nothing heavy is imported before it is needed."""

@@ -1,0 +1,82 @@
+"""Entry point of ``bvpo-stats``: the list of commands, and how errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from bvpo_stats import __version__
+from bvpo_stats.cli import tiny, variance
+from bvpo_stats.errors import UserError
+
+app = typer.Typer(
+    name="bvpo-stats",
+    help="Gradient statistics for aligning large reasoning models (BVPO): how noisy are traces, and which alpha is best?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"bvpo-stats {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Any command takes --debug: on an error the full traceback is shown.")
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Gradient statistics for aligning large reasoning models (BVPO): how noisy are traces, and which alpha is best?"""
+
+
+app.command("variance", epilog=variance.EXAMPLES)(variance.variance)
+app.add_typer(tiny.app, name="tiny")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done, 2 something in the input is wrong (one line on stderr), 130 interrupted, 1 a fault of ours.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        code = app(words, prog_name="bvpo-stats", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(error)
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, UserError):
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    if hasattr(error, "format_message"):  # the command line itself is wrong (an unknown option, a bad number)
+        message = str(error.format_message())
+        if message:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "bvpo-stats"
+            print(f"Error: {message} See {command} --help.", file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    if type(error).__name__ == "Abort":
+        return 130
+    print(
+        f"Internal error: {type(error).__name__}: {error}. Please report it; --debug shows the traceback.", file=sys.stderr
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    main()
