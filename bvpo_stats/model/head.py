@@ -1,0 +1,242 @@
+"""Token log-probabilities without full logits: a chunked language-model head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.batching import Batch
+
+# A chunk's logits in the precision of the softmax. 4,096 tokens x 151,936 words would be 2.5 GB at once.
+CHUNK_BYTES = 128 * 2**20
+
+# Settings that change logits after the head; each would silently score another distribution than the model's.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weights of the output layer: logits = hidden @ weight.T + bias.
+
+    Attributes:
+        weight: Often tied to the input embedding.
+        bias: None in most models.
+    """
+
+    weight: Float[Tensor, "words hidden"]
+    bias: Float[Tensor, " words"] | None
+
+
+def token_logprobs(
+    model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None
+) -> Float[Tensor, "sequences targets"]:
+    """Token log-probabilities log pi(token | before) of the completions, differentiable; 0 at all other targets.
+
+    Only completion positions go through the head, ``chunk_tokens`` at a time, with the log-softmax in float32 (float64
+    for a float64 model).
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+        batch: The sequences, on the model's device.
+        chunk_tokens: Positions per chunk; None sizes a chunk's logits to 128 MB.
+
+    Raises:
+        UserError: The model's output layer is one that the chunked head cannot reproduce.
+    """
+    head = output_head(model)
+    hidden = last_hidden_states(model, batch)
+    mask = batch.completion_mask
+    allowed = None if batch.allowed is None else batch.allowed[mask]
+    scored = head_logprobs(hidden[mask], head, batch.input_ids[:, 1:][mask], allowed=allowed, chunk_tokens=chunk_tokens)
+    return scored.new_zeros(mask.shape).masked_scatter(mask, scored)
+
+
+def sequence_logprobs(token_logps: Float[Tensor, "sequences targets"]) -> Float[Tensor, " sequences"]:
+    """Sequence log-probabilities: log pi(completion | prompt) = sum over completion tokens, added up in float64.
+
+    Args:
+        token_logps: What :func:`token_logprobs` returns.
+    """
+    return token_logps.sum(dim=1, dtype=torch.float64)
+
+
+def head_logprobs(
+    hidden: Float[Tensor, "positions hidden"],
+    head: Head,
+    targets: Int[Tensor, " positions"],
+    *,
+    allowed: Bool[Tensor, "positions words"] | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, " positions"]:
+    """The chunked head: log softmax(hidden @ weight.T + bias)[target] per position, forward and backward.
+
+    Each log-probability depends on its own position only, so its gradient with respect to the hidden state,
+    (onehot(target) - softmax) @ weight, is formed while the chunk's softmax is at hand and kept at the size of
+    ``hidden``; backward only scales it. The logits are computed once and never stored. (A trainable head needs them
+    again in backward, chunk by chunk.)
+
+    Args:
+        hidden: Last hidden states at the positions that predict ``targets``.
+        head: The output layer.
+        targets: The predicted tokens.
+        allowed: Words each target may be; None for all.
+        chunk_tokens: Positions per chunk; None sizes a chunk's logits to 128 MB.
+    """
+    if chunk_tokens is None:
+        itemsize = _softmax_dtype(hidden.dtype).itemsize
+        chunk_tokens = max(1, CHUNK_BYTES // (head.weight.shape[0] * itemsize))
+    return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, allowed, chunk_tokens)
+
+
+def last_hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "sequences targets hidden"]:
+    """Final hidden states (after the last norm) of all tokens but the last, which predicts nothing.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+        batch: The sequences, on the model's device.
+    """
+    # No attention mask: with right padding under causal attention no real token sees padding (see Batch).
+    output = decoder_of(model)(input_ids=batch.input_ids[:, :-1], use_cache=False)
+    return output.last_hidden_state
+
+
+def causal_lm_of(model: nn.Module) -> Any:
+    """The transformers causal LM inside a PEFT wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part below the head: ``model`` in Qwen2, Qwen3 and Llama, ``transformer`` in GPT-2.
+
+    Raises:
+        UserError: The model is not a transformers causal LM with a decoder of its own.
+    """
+    causal_lm = causal_lm_of(model)
+    prefix = getattr(causal_lm, "base_model_prefix", "")
+    decoder = getattr(causal_lm, prefix, None) if prefix else None
+    if not isinstance(decoder, nn.Module):
+        raise UserError(
+            f"{type(causal_lm).__name__} has no decoder under its base_model_prefix {prefix!r}; "
+            "use a transformers causal language model."
+        )
+    return decoder
+
+
+def output_head(model: nn.Module) -> Head:
+    """The output layer's weights.
+
+    Raises:
+        UserError: The output layer is not a plain Linear (an adapter sits on it), or the model transforms logits after
+            it (softcapping, scaling).
+    """
+    causal_lm = causal_lm_of(model)
+    layer = causal_lm.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise UserError(
+            f"The output layer of {type(causal_lm).__name__} is {type(layer).__module__}.{type(layer).__name__}, not a "
+            "plain Linear; the chunked head does not support adapters or quantisation there. Leave the head out of "
+            "the adapter's targets and modules_to_save."
+        )
+    for setting in _LOGIT_TRANSFORMS:
+        value = getattr(causal_lm.config, setting, None)
+        if value is not None and value != 1.0:
+            raise UserError(f"{type(causal_lm).__name__} uses {setting}={value}; the chunked head does not support it.")
+    return Head(layer.weight, layer.bias)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunk_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of one chunk and the softmax, which overwrites the logits: one buffer, not three."""
+    logits = nn.functional.linear(hidden, weight, bias).to(_softmax_dtype(hidden.dtype))
+    if allowed is not None:
+        logits.masked_fill_(~allowed, -torch.inf)
+    picked = logits.gather(1, targets[:, None])
+    peak = logits.amax(dim=1, keepdim=True)
+    exponentials = logits.sub_(peak).exp_()
+    total = exponentials.sum(dim=1, keepdim=True)
+    logprobs = (picked - peak - total.log()).squeeze(1)
+    return logprobs, exponentials.div_(total)
+
+
+def _logit_gradient(softmax: Tensor, targets: Tensor) -> Tensor:
+    """The derivative of log p(target) by the logits, onehot(target) - softmax, in place."""
+    softmax.neg_()
+    return softmax.scatter_add_(1, targets[:, None], softmax.new_ones(len(targets), 1))
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """The autograd node behind :func:`head_logprobs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        allowed: Tensor | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=_softmax_dtype(hidden.dtype))
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            grammar = None if allowed is None else allowed[part]
+            logprobs[part], softmax = _chunk_softmax(hidden[part], weight, bias, targets[part], grammar)
+            if jacobian is not None:
+                torch.mm(_logit_gradient(softmax, targets[part]).to(weight.dtype), weight, out=jacobian[part])
+            del softmax  # before the next chunk's logits are made
+        head_is_trainable = any(ctx.needs_input_grad[1:3])
+        ctx.chunk_tokens = chunk_tokens
+        ctx.save_for_backward(jacobian, *((hidden, weight, bias, targets, allowed) if head_is_trainable else ()))
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        jacobian, *head_inputs = ctx.saved_tensors
+        grad_hidden = None if jacobian is None else jacobian * grad[:, None].to(jacobian.dtype)
+        grad_weight, grad_bias = _head_gradients(ctx, grad, *head_inputs) if head_inputs else (None, None)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _head_gradients(
+    ctx: Any,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    allowed: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a trainable head; recomputes each chunk's softmax."""
+    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+    grad_weight = torch.zeros_like(weight, dtype=_softmax_dtype(weight.dtype)) if needs_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=_softmax_dtype(weight.dtype)) if needs_bias and bias is not None else None
+    for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+        part = slice(start, start + ctx.chunk_tokens)
+        grammar = None if allowed is None else allowed[part]
+        _, softmax = _chunk_softmax(hidden[part], weight, bias, targets[part], grammar)
+        grad_logits = _logit_gradient(softmax, targets[part]).mul_(grad[part, None])
+        if grad_weight is not None:
+            grad_weight += grad_logits.to(weight.dtype).T @ hidden[part]
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(0)
+        del softmax, grad_logits
+    return (
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None else grad_bias.to(weight.dtype),
+    )

@@ -1,0 +1,142 @@
+"""Token-exact prompts of the four protocols, and the split of completions."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.templates import Template, find_template
+from tests.tokenizers import (
+    ASSISTANT,
+    BOS,
+    CLOSE,
+    EMBEDDED,
+    EOS,
+    R1_0528,
+    R1_DISTILL,
+    THINK,
+    USER,
+    byte_tokenizer,
+    plain,
+    qwen3,
+    r1,
+)
+
+QUESTION = "1+1?"
+
+
+def spell(tokenizer: PreTrainedTokenizerFast, *pieces: str) -> tuple[int, ...]:
+    """Ids spelled token by token: special tokens whole, everything else a token per byte."""
+    ids: list[int] = []
+    for piece in pieces:
+        whole = tokenizer.convert_tokens_to_ids(piece)
+        if whole is not None:
+            ids.append(whole)
+        else:
+            ids += [tokenizer.convert_tokens_to_ids({"\n": "Ċ", " ": "Ġ"}.get(c, c)) for c in piece]
+    assert None not in ids
+    return tuple(ids)
+
+
+R1_HEADER = (BOS, USER, QUESTION, ASSISTANT)
+QWEN_HEADER = ("<|im_start|>", "user\n", QUESTION, "<|im_end|>", "\n", "<|im_start|>", "assistant\n")
+CASES = {
+    "r1-distill": (r1(R1_DISTILL), (*R1_HEADER, THINK), (*R1_HEADER, THINK, CLOSE)),
+    "r1-0528": (r1(R1_0528), (*R1_HEADER, THINK), (*R1_HEADER, THINK, CLOSE)),
+    "embedded": (r1(EMBEDDED), (*R1_HEADER, THINK), (*R1_HEADER, THINK, CLOSE)),
+    "qwen3": (qwen3(), QWEN_HEADER, (*QWEN_HEADER, THINK, "\n\n", CLOSE, "\n\n")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_are_exact(name: str) -> None:
+    tokenizer, thinking, nothinking = CASES[name]
+    template = find_template(tokenizer)
+    assert template.name == name
+    assert template.prompt_ids(QUESTION, "thinking") == spell(tokenizer, *thinking)
+    assert template.prompt_ids(QUESTION, "nothinking") == spell(tokenizer, *nothinking)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_double_begin_of_sentence(name: str) -> None:
+    tokenizer = CASES[name][0]
+    ids = find_template(tokenizer).prompt_ids(QUESTION, "thinking")
+    if tokenizer.bos_token_id is not None:
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_empty_trace_continues_the_thinking_prompt(name: str) -> None:
+    """The training form of D_e: the prompt of D_t, then the tokens that close the empty trace, then the answer."""
+    tokenizer, thinking, nothinking = CASES[name]
+    prompt, closing = find_template(tokenizer).empty_trace_ids(QUESTION)
+    assert prompt == spell(tokenizer, *thinking)
+    assert prompt + closing == spell(tokenizer, *nothinking)
+    assert closing
+
+
+def test_the_trap_of_rendering_a_finished_response() -> None:
+    """Why no finished response goes through a chat template: with and without a trace it gives the same text."""
+    tokenizer = r1(R1_DISTILL)
+    turns = [
+        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}]
+        for text in ("<think>R</think>A", "<think></think>A")
+    ]
+    rendered = {tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns}
+    assert len(rendered) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_of_a_completion(name: str) -> None:
+    tokenizer = CASES[name][0]
+    template = find_template(tokenizer)
+    opening = (THINK,) if name == "qwen3" else ()  # Qwen3 writes its own opening tag
+    end = "<|im_end|>" if name == "qwen3" else EOS
+    ids = spell(tokenizer, *opening, "1+1", CLOSE, "2", end)
+    start, trace, answer = template.split(ids, "thinking")
+    assert (start, trace, answer) == (len(opening) + 4, "1+1", "2")
+    assert template.split(spell(tokenizer, "2", end), "nothinking") == (0, None, "2")
+    assert template.split(spell(tokenizer, *opening, "1+1"), "thinking") == (None, "1+1", None)
+
+
+def test_split_where_the_closing_tag_spans_several_tokens() -> None:
+    tokenizer = plain()
+    template = find_template(tokenizer, empty_trace="<think></think>")
+    ids = tuple(tokenizer.encode("abc</think>42"))
+    assert template.split((*ids, tokenizer.eos_token_id), "thinking") == (11, "abc", "42")
+
+
+def test_overrides() -> None:
+    tokenizer = r1(R1_DISTILL)
+    spaced = find_template(tokenizer, empty_trace="<think>\n\n</think>")
+    assert spaced.prompt_text(QUESTION, "nothinking").endswith("<think>\n\n</think>")
+    assert spaced.name != find_template(tokenizer).name  # records of the two must not be mixed
+    assert find_template(tokenizer, name="r1-0528").name == "r1-0528"
+
+
+def test_custom_template_needs_the_empty_trace() -> None:
+    with pytest.raises(UserError, match="--empty-trace"):
+        find_template(plain())
+    template = find_template(plain(), empty_trace="<think></think>")
+    assert template.prompt_text(QUESTION, "thinking") == "[user] 1+1?\n[assistant] "
+    assert template.prompt_text(QUESTION, "nothinking") == "[user] 1+1?\n[assistant] <think></think>"
+
+
+def test_named_template_without_think_tokens_needs_the_empty_trace() -> None:
+    with pytest.raises(UserError, match="--empty-trace"):
+        find_template(plain(), name="r1-distill")
+
+
+def test_unknown_and_missing_templates() -> None:
+    with pytest.raises(UserError, match=r"--template nonsense.*r1-distill"):
+        find_template(r1(R1_DISTILL), name="nonsense")
+    with pytest.raises(UserError, match="no chat template"):
+        find_template(byte_tokenizer(None, ["</s>"], eos="</s>"))
+
+
+def test_text_of_answers_drops_special_tokens() -> None:
+    tokenizer = r1(R1_DISTILL)
+    template: Template = find_template(tokenizer)
+    assert template.answer_text(spell(tokenizer, " 2", EOS)) == "2"
+    assert template.completion_text(spell(tokenizer, "t", CLOSE, "2", EOS)) == "t</think>2"
