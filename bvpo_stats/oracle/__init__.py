@@ -1,6 +1,29 @@
 """An enumerable reasoning model: exact marginals, biases, covariances and alpha*."""
 
+from bvpo_stats.oracle.atoms import Atoms, population_atoms
 from bvpo_stats.oracle.build import ModelShape, Oracle, OracleConfig, at, build_oracle
+from bvpo_stats.oracle.cells import CellMoments, cell_moments
+from bvpo_stats.oracle.draws import Draws, draw_examples, example_gradients
 from bvpo_stats.oracle.exact import ExactMoments, exact_moments
+from bvpo_stats.oracle.sampled_records import completion_records, draw_pairs, draw_traces, pair_records
 
-__all__ = ["ExactMoments", "ModelShape", "Oracle", "OracleConfig", "at", "build_oracle", "exact_moments"]
+__all__ = [
+    "Atoms",
+    "CellMoments",
+    "Draws",
+    "ExactMoments",
+    "ModelShape",
+    "Oracle",
+    "OracleConfig",
+    "at",
+    "build_oracle",
+    "cell_moments",
+    "completion_records",
+    "draw_examples",
+    "draw_pairs",
+    "draw_traces",
+    "exact_moments",
+    "example_gradients",
+    "pair_records",
+    "population_atoms",
+]

@@ -196,7 +196,6 @@ def _build_model(shape: ModelShape, grammar: Grammar, generator: torch.Generator
     )
     with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw initial weights, which are replaced below
         base = GrammarLM(config, grammar)
-        base.set_attn_implementation("eager")  # torch.func cannot differentiate fused attention sequence by sequence
         lora = LoraConfig(
             r=shape.lora_rank,
             lora_alpha=2 * shape.lora_rank,

@@ -63,13 +63,13 @@ def cell_moments(oracle: Oracle, beta: float = 0.1) -> CellMoments:
         )
         mean_t[x, a, b], square_t[x, a, b], loss_t[x, a, b] = trace_pair_moments(sides[0], sides[1], beta)
         margin = beta * (marginal_delta[x, a] - marginal_delta[x, b])
-        marginal[x, a, b] = -beta * expit(-margin) * (marginal_scores[x, a] - marginal_scores[x, b])
-        loss_m[x, a, b] = np.logaddexp(0.0, -margin)
+        marginal[x, a, b] = dpo_weight(margin, beta) * (marginal_scores[x, a] - marginal_scores[x, b])
+        loss_m[x, a, b] = dpo_loss(margin)
     for cell in np.argwhere(oracle.empty_pair_law > 0):
         x, a, b = cell.tolist()
         margin = beta * (delta[x, 0, a] - delta[x, 0, b])
-        empty[x, a, b] = -beta * expit(-margin) * (table.scores[x, 0, a] - table.scores[x, 0, b])
-        loss_e[x, a, b] = np.logaddexp(0.0, -margin)
+        empty[x, a, b] = dpo_weight(margin, beta) * (table.scores[x, 0, a] - table.scores[x, 0, b])
+        loss_e[x, a, b] = dpo_loss(margin)
     return CellMoments(
         pair_law=oracle.pair_law,
         mean_t=mean_t,
@@ -118,7 +118,7 @@ def trace_pair_moments(
     plus, minus = chosen.scores - centre, rejected.scores - centre
     law = np.outer(chosen.law, rejected.law)
     margin = beta * (chosen.delta[:, None] - rejected.delta[None, :])
-    weight = -beta * expit(-margin)
+    weight = dpo_weight(margin, beta)
     first, second = law * weight, law * weight**2
     mean = first.sum(axis=1) @ plus - first.sum(axis=0) @ minus
     square = (
@@ -126,4 +126,14 @@ def trace_pair_moments(
         + second.sum(axis=0) @ np.sum(minus**2, axis=1)
         - 2 * np.sum((second @ minus) * plus)
     )
-    return mean, float(square), float(np.sum(law * np.logaddexp(0.0, -margin)))
+    return mean, float(square), float(np.sum(law * dpo_loss(margin)))
+
+
+def dpo_weight(margin: Float[np.ndarray, "*pairs"], beta: float) -> Float[np.ndarray, "*pairs"]:
+    """The weight w = -beta sigmoid(-m) of g = w (s+ - s-), at margin m = beta (Delta+ - Delta-)."""
+    return -beta * expit(-margin)
+
+
+def dpo_loss(margin: Float[np.ndarray, "*pairs"]) -> Float[np.ndarray, "*pairs"]:
+    """The DPO loss -log sigmoid(m)."""
+    return np.logaddexp(0.0, -margin)

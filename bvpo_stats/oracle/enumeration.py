@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,22 +34,22 @@ class LogProbs:
     trace: Float[np.ndarray, "prompts traces"]
     answer: Float[np.ndarray, "prompts traces answers"]
 
-    @property
+    @functools.cached_property
     def joint(self) -> Float[np.ndarray, "prompts traces answers"]:
         """Log pi(r, y | x)."""
         return self.trace[..., None] + self.answer
 
-    @property
+    @functools.cached_property
     def marginal(self) -> Float[np.ndarray, "prompts answers"]:
         """Log pi(y | x) = log sum_r pi(r, y | x)."""
         return np.asarray(logsumexp(self.joint, axis=1))
 
-    @property
+    @functools.cached_property
     def answer_law(self) -> Float[np.ndarray, "prompts answers"]:
         """Pi(y | x)."""
         return np.exp(self.marginal)
 
-    @property
+    @functools.cached_property
     def posterior(self) -> Float[np.ndarray, "prompts traces answers"]:
         """Pi(r | x, y), which sums to 1 over traces."""
         return np.exp(self.joint - self.marginal[:, None])
@@ -70,17 +71,17 @@ class SequenceTable:
     sampling: LogProbs
     scores: Float[np.ndarray, "prompts traces answers parameters"]
 
-    @property
+    @functools.cached_property
     def log_ratio(self) -> Float[np.ndarray, "prompts traces answers"]:
         """Delta(r, y) = log pi_theta(r, y | x) - log pi_ref(r, y | x)."""
         return self.policy.joint - self.reference.joint
 
-    @property
+    @functools.cached_property
     def marginal_log_ratio(self) -> Float[np.ndarray, "prompts answers"]:
         """Log pi_theta(y | x) - log pi_ref(y | x)."""
         return self.policy.marginal - self.reference.marginal
 
-    @property
+    @functools.cached_property
     def marginal_scores(self) -> Float[np.ndarray, "prompts answers parameters"]:
         """S(y) = grad log pi_theta(y | x) = E_{r ~ pi_theta(r | x, y)} s(r, y), Fisher's identity."""
         return np.einsum("xra,xrad->xad", self.policy.posterior, self.scores)

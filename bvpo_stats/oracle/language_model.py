@@ -5,6 +5,9 @@ So it is not a mask applied somewhere after the logits. The decoder appends a on
 last hidden state, and the head has, for each state, a fixed column that puts :data:`FORBIDDEN` on the tokens the state
 rules out. In floating point exp(FORBIDDEN) is exactly 0, so forbidden tokens have probability exactly 0,
 a certain token has log-probability exactly 0, and every gradient stays finite.
+
+An oracle in float64 needs float64 throughout, while the library's Qwen2 computes its norms and its eager softmax in
+float32 whatever the model's dtype. Both are swapped for ones that keep the dtype they are given.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.cache_utils import Cache
+from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bvpo_stats.oracle.grammar import PROMPT_LENGTH, Grammar
@@ -28,6 +32,31 @@ FREE, TRACE, FULL, ANSWER, END = range(5)
 
 N_STATES = 5
 
+ATTENTION = "bvpo_stats_full_precision"
+"""Name under which :func:`full_precision_attention` is registered with transformers."""
+
+
+def full_precision_attention(
+    module: nn.Module,
+    query: Float[Tensor, "sequences heads queries width"],
+    key: Float[Tensor, "sequences kv_heads keys width"],
+    value: Float[Tensor, "sequences kv_heads keys width"],
+    attention_mask: Float[Tensor, "sequences 1 queries keys"] | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Float[Tensor, "sequences queries heads width"], None]:
+    """Plain softmax attention in the dtype of its inputs, which torch.func can also differentiate per sequence."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, full_precision_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
+
 
 class GrammarDecoder(Qwen2Model):
     """Qwen2's decoder; its last hidden state carries the grammar's state in :data:`N_STATES` extra coordinates."""
@@ -35,6 +64,9 @@ class GrammarDecoder(Qwen2Model):
     def __init__(self, config: Qwen2Config, grammar: Grammar):
         super().__init__(config)
         self.grammar = grammar
+        self.norm = _norm(config)
+        for layer in self.layers:
+            layer.input_layernorm, layer.post_attention_layernorm = _norm(config), _norm(config)
 
     def forward(
         self,
@@ -71,6 +103,7 @@ class GrammarLM(Qwen2ForCausalLM):
         super().__init__(config)
         self.model = GrammarDecoder(config, grammar)
         self.lm_head = nn.Linear(config.hidden_size + N_STATES, config.vocab_size, bias=False)
+        self.set_attn_implementation(ATTENTION)
         self.write_grammar()
 
     @torch.no_grad()
@@ -112,3 +145,7 @@ def forbidden_offsets(grammar: Grammar) -> Float[Tensor, "vocabulary states"]:
     offsets[list(grammar.answer_ids), ANSWER] = 0.0
     offsets[grammar.eos_id, END] = 0.0
     return offsets
+
+
+def _norm(config: Qwen2Config) -> nn.Module:
+    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
