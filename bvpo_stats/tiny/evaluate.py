@@ -79,7 +79,7 @@ def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], temperature: float
 ) -> Int[Tensor, "sequences tokens"]:
     encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    written = model.generate(
+    written = model.generate(  # type: ignore[operator]  # the mixin's stub hides the method
         **{name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")},
         do_sample=True,
         temperature=temperature,
@@ -117,7 +117,7 @@ def draw_responses(
                     ids = ids[: ids.index(tokenizer.eos_token_id)] if finished else ids
                     closed = ids.index(close) if close in ids else None
                     begin = 0 if mode == "nothinking" else len(ids) if closed is None else closed + 1
-                    value = parse_answer(tokenizer.decode(ids[begin:])) if finished else None
+                    value = parse_answer(str(tokenizer.decode(ids[begin:]))) if finished else None
                     trace = 0 if mode == "nothinking" else len(ids) if closed is None else closed
                     yield Draw(i, mode, value, trace, finished)
 

@@ -65,15 +65,15 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 6000
+    batch_size: int = 32
     bucket: int = 16
-    learning_rate: float = 3e-3
-    warmup: int = 100
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
     weight_decay: float = 0.01
-    empty_share: float = 0.5
-    curriculum: float = 0.3
-    checkpoint_every: int = 200
+    empty_share: float = 0.4
+    curriculum: float = 0.4
+    checkpoint_every: int = 500
     difficulty: Difficulty = field(default_factory=Difficulty)
     shape: Shape = field(default_factory=Shape)
 

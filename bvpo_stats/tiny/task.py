@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from bvpo_stats.data.records import Prompt
@@ -42,12 +43,14 @@ class Difficulty:
         product_share: Probability that the next operator is a product, where one is allowed (never two in a row).
         large_share: Probability that an operand outside a product is drawn from 10 .. ``large_limit``, not from 1 .. 9.
         large_limit: Greatest operand.
+        sum_limit: No partial sum, from the left or from the right, is greater in size.
     """
 
     operand_weights: tuple[tuple[int, float], ...] = ((2, 0.2), (3, 0.3), (4, 0.3), (5, 0.2))
     product_share: float = 0.35
     large_share: float = 0.2
-    large_limit: int = 29
+    large_limit: int = 19
+    sum_limit: int = 99
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,16 @@ class Example:
 def draw_terms(rng: random.Random, difficulty: Difficulty) -> tuple[Term, ...]:
     """Draws a question as signed terms; ``4+3*5-2`` is ``((1, (4,)), (1, (3, 5)), (-1, (2,)))``."""
     counts, weights = zip(*difficulty.operand_weights, strict=True)
-    left = rng.choices(counts, weights)[0]
+    operands = rng.choices(counts, weights)[0]
+    while True:
+        terms = _draw_terms(rng, difficulty, operands)
+        values = [value_of([term]) for term in terms]
+        partial = (*accumulate(values), *accumulate(reversed(values)))
+        if max(map(abs, partial)) <= difficulty.sum_limit:
+            return terms
+
+
+def _draw_terms(rng: random.Random, difficulty: Difficulty, left: int) -> tuple[Term, ...]:
     terms: list[Term] = []
     while left:
         sign = rng.choice((1, -1)) if terms else 1
@@ -143,9 +155,9 @@ def work_through(terms: tuple[Term, ...], rng: random.Random) -> Iterator[tuple[
 
 def write_trace(terms: tuple[Term, ...], rng: random.Random) -> str:
     """Writes one trace: the steps in a drawn order, with or without what remains after them, some checked again."""
-    style = rng.choices(("bare", "short", "wordy"), (0.25, 0.4, 0.35))[0]
+    style = rng.choices(("bare", "short", "wordy"), (0.2, 0.4, 0.4))[0]
     recheck = rng.choice((0.0, 0.0, 0.3))
-    lines = []
+    lines: list[str] = []
     for step, state in work_through(terms, rng):
         line, left = step, render_terms(state)
         if style == "short" and len(state) > 1:

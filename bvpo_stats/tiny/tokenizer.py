@@ -61,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys((*entries, *(a + b for a, b in merges))))}
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # pairs are what the BPE model takes; the annotation is behind
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
