@@ -147,5 +147,5 @@ def forbidden_offsets(grammar: Grammar) -> Float[Tensor, "vocabulary states"]:
     return offsets
 
 
-def _norm(config: Qwen2Config) -> nn.Module:
+def _norm(config: Qwen2Config) -> Any:
     return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
