@@ -40,7 +40,7 @@ def train(
     """
     from dataclasses import replace
 
-    from bvpo_stats.tiny.recipe import Recipe
+    from bvpo_stats.tiny.options import Recipe
     from bvpo_stats.tiny.recipe import train as run_recipe
 
     recipe = replace(Recipe(), seed=seed)

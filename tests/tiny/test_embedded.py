@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from bvpo_stats.data.records import Prompt
 from bvpo_stats.errors import UserError
 from bvpo_stats.tiny.embedded import embedded_model_path, embedded_prompts
 from bvpo_stats.tiny.evaluate import Draw, draw_responses, evaluate_folder, render, summarise
-from bvpo_stats.tiny.recipe import RECORD, Recipe
+from bvpo_stats.tiny.options import Recipe
+from bvpo_stats.tiny.recipe import RECORD
 from bvpo_stats.tiny.task import split_of
 
 # Four standard errors: a bound the model meets exactly fails by chance once in 30,000 runs.
@@ -43,8 +45,6 @@ def test_weights_are_a_small_qwen2_in_safetensors(no_network):
 def test_weights_are_of_the_recipe_in_the_code():
     written = json.loads((embedded_model_path() / RECORD).read_text())["recipe"]
     # Through JSON, where tuples are lists.
-    from dataclasses import asdict
-
     assert written == json.loads(json.dumps(asdict(Recipe())))
 
 

@@ -9,20 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.tiny import recipe as recipe_module
-from bvpo_stats.tiny.recipe import (
-    CHECKPOINT,
-    IGNORED,
-    Recipe,
-    Shape,
-    build_model,
-    collate,
-    completion_loss,
-    difficulty_at,
-    draw_bucket,
-    encode_example,
-    learning_rate_at,
-    train,
-)
+from bvpo_stats.tiny.batches import IGNORED, collate, draw_bucket, encode_example
+from bvpo_stats.tiny.options import Recipe, Shape, difficulty_at, learning_rate_at
+from bvpo_stats.tiny.recipe import CHECKPOINT, build_model, completion_loss, train
 from bvpo_stats.tiny.task import Example
 from bvpo_stats.tiny.tokenizer import ASSISTANT, BOS, EOS, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
 
