@@ -1,0 +1,205 @@
+"""Bias, variance and mean squared error of the trace, empty-trace and mixed gradients (Theorems 1, 2 and 4).
+
+Every attribute is an exactly unbiased linear combination of U and M (see `bvpo_stats.statistics.summary`), given over
+the whole sample and with each jackknife group left out, so that any function of them gets its interval from one array.
+
+**Step and batch.** With mini-batches of ``B`` examples the covariances shrink by B while the biases stay; Theorem 4
+weighs the variance by ``eta L``. The error of one step is therefore ``norm(bias)^2 + tau Var`` with
+
+    tau = eta L / B,
+
+the mean squared error of the paper's Theorem 2 at ``tau = 1`` (one example, eta L = 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.summary import Array, MomentSummary
+
+
+def noise_scale(batch_size: float = 1.0, eta_l: float = 1.0) -> float:
+    """``tau = eta L / B``: how much a step of mini-batches of B examples weighs the variance of one example.
+
+    Raises:
+        UserError: The batch size or ``eta L`` is not positive.
+    """
+    if not batch_size > 0:
+        raise UserError(f"the batch size must be positive, got {batch_size}.")
+    if not eta_l > 0:
+        raise UserError(f"eta * L (learning rate times smoothness) must be positive, got {eta_l}; 1 is the paper's.")
+    return eta_l / batch_size
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Unbiased estimates; each array is ``[..., 1 + G]`` (row 0: whole sample), or ``[..., 1 + G, L]`` per block.
+
+    With ``mu = E m``, ``b_t = E t - mu``, ``b_e = E e - mu`` and ``Sigma`` the covariances of single examples:
+
+    Attributes:
+        bias_trace_sq: ``norm(b_t)^2 = U_tt - 2 U_tm + U_mm``.
+        bias_empty_sq: ``norm(b_e)^2 = U_ee - 2 U_em + U_mm``.
+        bias_cross: ``b_t . b_e = U_te - U_tm - U_em + U_mm``.
+        var_trace: ``tr Sigma_t = C_tt``.
+        var_empty: ``tr Sigma_e = C_ee``.
+        var_cross: ``tr Sigma_te = C_te``.
+        marginal_sq: ``norm(mu)^2 = U_mm``, the error of the zero vector.
+        trace_dot_marginal: ``E t . mu = U_tm``.
+        empty_dot_marginal: ``E e . mu = U_em``.
+        trace_sq: ``norm(E t)^2 = U_tt``.
+        empty_sq: ``norm(E e)^2 = U_ee``.
+        trace_dot_empty: ``E t . E e = U_te``.
+        var_trace_sampling: Part of ``tr Sigma_t`` that sampling the traces causes with answers held fixed (Theorem 1),
+            ``E norm(t1 - t2)^2 / 2``; None where no second trace draws were given.
+        within_trace: ``Var(t | x)``, pairs and traces resampled for the same prompt; None unless some prompts have
+            two pairs.
+        within_empty: ``Var(e | x)``, likewise.
+    """
+
+    bias_trace_sq: Array
+    bias_empty_sq: Array
+    bias_cross: Array
+    var_trace: Array
+    var_empty: Array
+    var_cross: Array
+    marginal_sq: Array
+    trace_dot_marginal: Array
+    empty_dot_marginal: Array
+    trace_sq: Array
+    empty_sq: Array
+    trace_dot_empty: Array
+    var_trace_sampling: Array | None = None
+    within_trace: Array | None = None
+    within_empty: Array | None = None
+
+    @property
+    def P0(self) -> Array:  # noqa: N802
+        """``norm(b_e)^2 - b_t . b_e``, the bias part of the numerator of alpha."""
+        return self.bias_empty_sq - self.bias_cross
+
+    @property
+    def P1(self) -> Array:  # noqa: N802
+        """``tr(Sigma_e - Sigma_te)``, the variance part of the numerator."""
+        return self.var_empty - self.var_cross
+
+    @property
+    def Q0(self) -> Array:  # noqa: N802
+        """``norm(b_t - b_e)^2``, the bias part of the denominator."""
+        return self.bias_trace_sq + self.bias_empty_sq - 2 * self.bias_cross
+
+    @property
+    def Q1(self) -> Array:  # noqa: N802
+        """``tr(Sigma_t + Sigma_e - 2 Sigma_te)``, the variance part of the denominator."""
+        return self.var_trace + self.var_empty - 2 * self.var_cross
+
+    def numerator(self, tau: float = 1.0) -> Array:
+        """``P0 + tau P1``; at ``tau = 1`` the B of Theorem 2, ``M_ee - M_te - (U_em - U_tm)``."""
+        return self.P0 + tau * self.P1
+
+    def denominator(self, tau: float = 1.0) -> Array:
+        """``Q0 + tau Q1``; at ``tau = 1`` the A of Theorem 2, ``E norm(t - e)^2 = M_tt - 2 M_te + M_ee``."""
+        return self.Q0 + tau * self.Q1
+
+    def bias_sq(self, alpha: float | Array) -> Array:
+        """Squared norm of the mix's bias, ``norm(alpha b_t + (1 - alpha) b_e)^2``."""
+        rest = 1 - np.asarray(alpha)
+        return alpha**2 * self.bias_trace_sq + 2 * alpha * rest * self.bias_cross + rest**2 * self.bias_empty_sq
+
+    def variance(self, alpha: float | Array) -> Array:
+        """Variance of the mix over single examples, ``tr Cov(alpha t + (1 - alpha) e)`` (equation 7 of the paper)."""
+        rest = 1 - np.asarray(alpha)
+        return alpha**2 * self.var_trace + 2 * alpha * rest * self.var_cross + rest**2 * self.var_empty
+
+    def error(self, alpha: float | Array, tau: float = 1.0) -> Array:
+        """Error of one step with a fixed alpha, ``norm(bias)^2 + tau Var``.
+
+        Exactly unbiased for an alpha that was not estimated from the same data, too low for one that was.
+        """
+        return self.bias_sq(alpha) + tau * self.variance(alpha)
+
+    def shrink_factor(self, tau: float = 1.0) -> Array:
+        """``alpha_0 = E t . mu / (norm(E t)^2 + tau tr Sigma_t)``, the scalar c with the least error of ``c g_t``.
+
+        At ``tau = 1`` the denominator is ``E norm(t)^2``.
+        """
+        return self.trace_dot_marginal / (self.trace_sq + tau * self.var_trace)
+
+    def shrunk_error(self, factor: float | Array, tau: float = 1.0) -> Array:
+        """Error of ``factor g_t``: ``c^2 (norm(E t)^2 + tau tr Sigma_t) - 2 c E t . mu + norm(mu)^2``."""
+        second_moment = self.trace_sq + tau * self.var_trace
+        return factor**2 * second_moment - 2 * factor * self.trace_dot_marginal + self.marginal_sq
+
+    def alpha_j_parts(self, rho: float, batch_size: float = 1.0) -> tuple[Array, Array]:
+        """Numerator and denominator of alpha_J, which keeps the term that the proof of Theorem 3 drops.
+
+        The descent lemma with ``rho = eta L < 1`` bounds one step by ``norm(b - mu)^2 - (1 - rho) norm(b)^2 +
+        rho Var / B`` with ``b = E g_c``; appendix A.3 drops ``-(1 - rho) norm(b)^2``, which depends on alpha. Keeping
+        it, with ``h = E t - E e``,
+
+            alpha_J = [mu.h / rho - E e . h + P1 / B] / [norm(h)^2 + Q1 / B],
+
+        the ordinary alpha at ``rho = 1``.
+        """
+        if not 0 < rho <= 1:
+            raise UserError(
+                f"alpha_J needs eta * L in (0, 1], got {rho}: Theorem 3 allows steps of at most 1 / L; lower the "
+                "learning rate or leave alpha_J out."
+            )
+        marginal_dot_h = self.trace_dot_marginal - self.empty_dot_marginal
+        empty_dot_h = self.trace_dot_empty - self.empty_sq
+        return marginal_dot_h / rho - empty_dot_h + self.P1 / batch_size, self.Q0 + self.Q1 / batch_size
+
+    def select(self, row: int) -> Estimates:
+        """One entry of the last axis of every array, such as row 0, the whole sample."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[..., row] for name, value in values.items() if value is not None})
+
+
+def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str = "m") -> Estimates:
+    """Unbiased estimates from a summary of moments.
+
+    Args:
+        summary: Moments of the members ``t``, ``e`` and ``m``; without ``m``, mu is ``E t`` (reference-point mode: then
+            ``norm(b_t)^2`` and ``b_t . b_e`` are exactly zero by construction).
+        per_block: Keep the block axis (per-layer estimates) instead of summing over it.
+        marginal: Name of the member whose mean is mu, where there are several estimates of it.
+
+    Example:
+        Two examples each, in one dimension, where the truth is easy to see.
+
+        >>> from bvpo_stats.statistics.arrays import summary_of_arrays
+        >>> t, e, m = ([[1.0], [3.0], [2.0]], [[1.0], [1.0], [1.0]], [[2.0], [2.0], [2.0]])
+        >>> out = estimates(summary_of_arrays({"t": t, "e": e, "m": m})).select(0)
+        >>> round(float(out.bias_empty_sq), 12), round(float(out.var_trace), 12)
+        (1.0, 1.0)
+    """
+    t, e, m = (summary.index(name) for name in ("t", "e", marginal))
+
+    def pick(array: Array, a: int, b: int) -> Array:
+        chosen = array[..., a, b]
+        return chosen if per_block else chosen.sum(axis=-1)
+
+    U, C, absolute = summary.U, summary.covariance, summary.U + summary.shift
+    tt, ee, mm, te, tm, em = (pick(U, a, b) for a, b in ((t, t), (e, e), (m, m), (t, e), (t, m), (e, m)))
+    sampling, within = summary.trace_sampling, summary.within_prompt
+    return Estimates(
+        bias_trace_sq=tt - 2 * tm + mm,
+        bias_empty_sq=ee - 2 * em + mm,
+        bias_cross=te - tm - em + mm,
+        var_trace=pick(C, t, t),
+        var_empty=pick(C, e, e),
+        var_cross=pick(C, t, e),
+        marginal_sq=pick(absolute, m, m),
+        trace_dot_marginal=pick(absolute, t, m),
+        empty_dot_marginal=pick(absolute, e, m),
+        trace_sq=pick(absolute, t, t),
+        empty_sq=pick(absolute, e, e),
+        trace_dot_empty=pick(absolute, t, e),
+        var_trace_sampling=None if sampling is None else (sampling if per_block else sampling.sum(axis=-1)),
+        within_trace=None if within is None else pick(within, t, t),
+        within_empty=None if within is None else pick(within, e, e),
+    )
