@@ -188,8 +188,9 @@ RecordT = TypeVar("RecordT", Prompt, Completion, PreferencePair, TraceRecord)
 
 
 def to_dict(record: Prompt | Completion | PreferencePair | TraceRecord) -> dict[str, Any]:
-    """The record as a JSON-ready dictionary; None fields are left out."""
-    return {k: v for k, v in asdict(record).items() if v is not None}
+    """The record as a JSON-ready dictionary; fields that default to None are left out where they are None."""
+    optional = {field.name for field in fields(record) if field.default is None}
+    return {k: v for k, v in asdict(record).items() if v is not None or k not in optional}
 
 
 def from_dict(kind: type[RecordT], row: dict[str, Any], where: str = "record") -> RecordT:

@@ -116,6 +116,12 @@ def load_policy(options: PolicyOptions) -> Policy:
         raise _load_error(options.model, error) from error
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
     eos_ids = _eos_ids(model, tokenizer)
+    words = model.get_input_embeddings().weight.shape[0]
+    if max(*template.prompt_ids("probe", "nothinking"), *eos_ids) >= words:
+        raise UserError(
+            f"--model {options.model}: its tokenizer uses ids beyond the model's {words} embeddings; they do not belong "
+            "together."
+        )
     identity = _identity(options.model, source, model)
     if options.adapter is not None:
         model = _add_adapter(model, options.adapter)

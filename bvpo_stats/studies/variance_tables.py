@@ -33,6 +33,8 @@ class Definitions:
     level: float = 0.95
 
     def __post_init__(self) -> None:
+        if self.nll not in ("tokens", "questions"):
+            raise UserError(f"--nll {self.nll}: must be tokens or questions.")
         if self.ddof not in (0, 1):
             raise UserError(f"--ddof {self.ddof}: must be 0 or 1.")
         if not 0 < self.level < 1:

@@ -1,0 +1,61 @@
+# One command each: set-up, demo, tests, lint, benchmarks, acceptance. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test lint format bench acceptance figures clean
+
+help:
+	@echo "make demo        install, then measure the paper's Appendix B tables on the embedded model"
+	@echo "make test        install, then run the tests"
+	@echo "make lint        install, then ruff and the type checker"
+	@echo "make bench       speed and memory, as ratios against peers (quiet machine, minutes)"
+	@echo "make acceptance  long statistical studies"
+	@echo "make clean       remove the virtual environment and build files"
+
+# torch first and pinned: on a machine with a CPU wheel at hand nothing pulls in another build afterwards.
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(STAMP): $(VENV)/.base pyproject.toml
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(STAMP)-test: $(STAMP)
+	$(PIP) install -q -c constraints.txt -e ".[test,lint]"
+	touch $@
+
+setup: $(STAMP)
+setup-test: $(STAMP)-test
+
+demo: setup
+	$(BIN)/bvpo-stats variance --limit 100 --output $(DEMO)/variance
+	@echo "Report and figures: $(DEMO)/variance/report.md"
+
+test: setup-test
+	$(BIN)/python -m pytest
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP)-bench: $(STAMP)-test
+	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	touch $@
+
+bench: $(STAMP)-bench
+	$(BIN)/python benchmarks/scores.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
