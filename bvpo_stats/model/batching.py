@@ -40,15 +40,12 @@ class Batch:
         attention_mask: 1 on real tokens, 0 on padding.
         position_ids: 0, 1, 2, ... in every row.
         completion_mask: True where target j, i.e. token j + 1, is a completion token.
-        allowed: Optional grammar: the words each target may be; the others get probability zero before normalising.
-            Meant for small vocabularies. None allows every word.
     """
 
     input_ids: Int[Tensor, "sequences tokens"]
     attention_mask: Int[Tensor, "sequences tokens"]
     position_ids: Int[Tensor, "sequences tokens"]
     completion_mask: Bool[Tensor, "sequences targets"]
-    allowed: Bool[Tensor, "sequences targets words"] | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -60,7 +57,6 @@ class Batch:
             self.attention_mask.to(device),
             self.position_ids.to(device),
             self.completion_mask.to(device),
-            None if self.allowed is None else self.allowed.to(device),
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -52,8 +52,7 @@ def token_logprobs(
     head = output_head(model)
     hidden = last_hidden_states(model, batch)
     mask = batch.completion_mask
-    allowed = None if batch.allowed is None else batch.allowed[mask]
-    scored = head_logprobs(hidden[mask], head, batch.input_ids[:, 1:][mask], allowed=allowed, chunk_tokens=chunk_tokens)
+    scored = head_logprobs(hidden[mask], head, batch.input_ids[:, 1:][mask], chunk_tokens=chunk_tokens)
     return scored.new_zeros(mask.shape).masked_scatter(mask, scored)
 
 
@@ -71,7 +70,6 @@ def head_logprobs(
     head: Head,
     targets: Int[Tensor, " positions"],
     *,
-    allowed: Bool[Tensor, "positions words"] | None = None,
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, " positions"]:
     """The chunked head: log softmax(hidden @ weight.T + bias)[target] per position, forward and backward.
@@ -85,13 +83,12 @@ def head_logprobs(
         hidden: Last hidden states at the positions that predict ``targets``.
         head: The output layer.
         targets: The predicted tokens.
-        allowed: Words each target may be; None for all.
         chunk_tokens: Positions per chunk; None sizes a chunk's logits to 128 MB.
     """
     if chunk_tokens is None:
         itemsize = _softmax_dtype(hidden.dtype).itemsize
         chunk_tokens = max(1, CHUNK_BYTES // (head.weight.shape[0] * itemsize))
-    return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, allowed, chunk_tokens)
+    return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, chunk_tokens)
 
 
 def last_hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "sequences targets hidden"]:
@@ -155,13 +152,9 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunk_softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, allowed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _chunk_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of one chunk and the softmax, which overwrites the logits: one buffer, not three."""
     logits = nn.functional.linear(hidden, weight, bias).to(_softmax_dtype(hidden.dtype))
-    if allowed is not None:
-        logits.masked_fill_(~allowed, -torch.inf)
     picked = logits.gather(1, targets[:, None])
     peak = logits.amax(dim=1, keepdim=True)
     exponentials = logits.sub_(peak).exp_()
@@ -186,21 +179,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        allowed: Tensor | None,
         chunk_tokens: int,
     ) -> Tensor:
         logprobs = hidden.new_empty(hidden.shape[0], dtype=_softmax_dtype(hidden.dtype))
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            grammar = None if allowed is None else allowed[part]
-            logprobs[part], softmax = _chunk_softmax(hidden[part], weight, bias, targets[part], grammar)
+            logprobs[part], softmax = _chunk_softmax(hidden[part], weight, bias, targets[part])
             if jacobian is not None:
                 torch.mm(_logit_gradient(softmax, targets[part]).to(weight.dtype), weight, out=jacobian[part])
             del softmax  # before the next chunk's logits are made
         head_is_trainable = any(ctx.needs_input_grad[1:3])
         ctx.chunk_tokens = chunk_tokens
-        ctx.save_for_backward(jacobian, *((hidden, weight, bias, targets, allowed) if head_is_trainable else ()))
+        ctx.save_for_backward(jacobian, *((hidden, weight, bias, targets) if head_is_trainable else ()))
         return logprobs
 
     @staticmethod
@@ -210,7 +201,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         jacobian, *head_inputs = ctx.saved_tensors
         grad_hidden = None if jacobian is None else jacobian * grad[:, None].to(jacobian.dtype)
         grad_weight, grad_bias = _head_gradients(ctx, grad, *head_inputs) if head_inputs else (None, None)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _head_gradients(
@@ -220,7 +211,6 @@ def _head_gradients(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    allowed: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a trainable head; recomputes each chunk's softmax."""
     needs_weight, needs_bias = ctx.needs_input_grad[1:3]
@@ -228,8 +218,7 @@ def _head_gradients(
     grad_bias = torch.zeros_like(bias, dtype=_softmax_dtype(weight.dtype)) if needs_bias and bias is not None else None
     for start in range(0, hidden.shape[0], ctx.chunk_tokens):
         part = slice(start, start + ctx.chunk_tokens)
-        grammar = None if allowed is None else allowed[part]
-        _, softmax = _chunk_softmax(hidden[part], weight, bias, targets[part], grammar)
+        _, softmax = _chunk_softmax(hidden[part], weight, bias, targets[part])
         grad_logits = _logit_gradient(softmax, targets[part]).mul_(grad[part, None])
         if grad_weight is not None:
             grad_weight += grad_logits.to(weight.dtype).T @ hidden[part]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import Batch, collate
 from bvpo_stats.model.head import Head, head_logprobs, sequence_logprobs, token_logprobs
-from tests.model.shapes import SHAPES, WORDS, sequences_of, tiny_model
+from tests.model.shapes import SHAPES, sequences_of, tiny_model
 
 LENGTHS = [(3, 5), (1, 9), (6, 2)]
 
@@ -59,17 +59,6 @@ def test_head_bias() -> None:
     got = torch.autograd.grad((ours * rates).sum(), (hidden, bias))
     expected = torch.autograd.grad((truth * rates).sum(), (hidden, bias))
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
-
-
-def test_a_grammar_renormalises_over_the_allowed_words() -> None:
-    plain = collate(sequences_of(LENGTHS))
-    allowed = torch.rand(*plain.completion_mask.shape, WORDS, generator=torch.Generator().manual_seed(3)) < 0.5
-    allowed.scatter_(2, plain.input_ids[:, 1:, None], True)
-    batch = Batch(plain.input_ids, plain.attention_mask, plain.position_ids, plain.completion_mask, allowed)
-    model = tiny_model()
-    logits = model(input_ids=plain.input_ids).logits[:, :-1].masked_fill(~allowed, -torch.inf)
-    truth = torch.log_softmax(logits, -1).gather(2, plain.input_ids[:, 1:, None]).squeeze(2) * plain.completion_mask
-    torch.testing.assert_close(token_logprobs(model, batch), truth, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

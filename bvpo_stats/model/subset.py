@@ -1,0 +1,308 @@
+"""Which weights the scores are taken of: LoRA adapters or named Linear weights, everything else refused by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.head import causal_lm_of
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One LoRA layer, y = W x + scaling * B A x (+ bias), whose A, B or both are in the subset.
+
+    Attributes:
+        name: Path of the layer in the model.
+        layer: PEFT's layer.
+        adapter: The active adapter.
+        name_a: Parameter name of A; None where only B is selected.
+        name_b: Parameter name of B; None where only A is selected.
+    """
+
+    name: str
+    layer: Any
+    adapter: str
+    name_a: str | None
+    name_b: str | None
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One Linear (or GPT-2 Conv1D) layer whose weight is in the subset.
+
+    Attributes:
+        name: Path of the layer in the model.
+        layer: The layer.
+        name_weight: Parameter name of the weight; layers that share a weight share the name.
+    """
+
+    name: str
+    layer: Any
+    name_weight: str
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The parameters theta of a study, in the order of ``model.named_parameters()``.
+
+    Attributes:
+        parameters: Name to weight.
+        sites: The layers that use them.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    sites: tuple[LoraSite | LinearSite, ...]
+
+    @property
+    def size(self) -> int:
+        """Dimension of theta."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """A new adapter.
+
+    Attributes:
+        r: Rank.
+        alpha: Numerator of the scaling alpha / r; None for 2 r.
+        targets: Names of layers as PEFT takes them, or ``all-linear``.
+        seed: Decides A's random start; B starts at zero.
+    """
+
+    r: int = 16
+    alpha: int | None = None
+    targets: str | tuple[str, ...] = "all-linear"
+    seed: int = 0
+
+
+def create_lora(model: nn.Module, options: LoraOptions) -> Any:
+    """Puts a new LoRA adapter on a model: no dropout, no biases, A random by the seed, B zero.
+
+    Args:
+        model: A transformers causal LM without adapter.
+        options: The adapter.
+
+    Returns:
+        The PEFT model in evaluation mode.
+
+    Raises:
+        UserError: The model has an adapter already, the rank is not positive, or the targets match nothing.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise UserError("The model has an adapter already; use it, or start from the base model.")
+    if options.r < 1:
+        raise UserError(f"LoRA rank {options.r}: must be at least 1.")
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=2 * options.r if options.alpha is None else options.alpha,
+        target_modules=options.targets if isinstance(options.targets, str) else list(options.targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        try:
+            return get_peft_model(model, config).eval()
+        except ValueError as error:
+            names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+            wanted = [options.targets] if isinstance(options.targets, str) else options.targets
+            raise UserError(f"LoRA targets {', '.join(wanted)}: {error} {_near(wanted, names)}") from error
+
+
+def lora_subset(model: nn.Module, patterns: Sequence[str] | None = None) -> Subset:
+    """The weights of the active LoRA adapter.
+
+    Args:
+        model: A PEFT model with one active LoRA adapter.
+        patterns: Shell-style patterns (``*``, ``?``, ``[...]``) for the layer or parameter names to select, matched
+            against whole names or their trailing parts, e.g. ``q_proj``, ``layers.3.*``, ``*lora_B*``. None for all.
+
+    Raises:
+        UserError: No adapter; a pattern that matches nothing; an adapter that is merged, disabled, one of several
+            active ones; DoRA and other variants; adapters on embeddings, convolutions, experts or quantised layers;
+            trainable biases, saved modules or tokens beside the adapter.
+    """
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise UserError(
+            "No trainable parameters are selected: the model has no adapter. Create one (create_lora), load one, or "
+            "name Linear weights of the base model (linear_subset)."
+        )
+    names = _first_names(model)
+    for config in _active_configs(model):
+        _check_lora_config(config)
+    candidates: dict[str, tuple[str, Any, str, bool]] = {}
+    for name, layer in layers:
+        if type(layer) is not LoraLinear:
+            raise UserError(f"{name}: {_kind(layer)} is not supported; only LoRA on Linear layers is.")
+        adapter = _check_lora_layer(name, layer)
+        if adapter is not None:
+            candidates[names[id(layer.lora_A[adapter].weight)]] = (name, layer, adapter, True)
+            candidates[names[id(layer.lora_B[adapter].weight)]] = (name, layer, adapter, False)
+    selected = _select({parameter: entry[0] for parameter, entry in candidates.items()}, patterns)
+    chosen: dict[str, dict[bool, str]] = {}
+    for parameter in selected:
+        chosen.setdefault(candidates[parameter][0], {})[candidates[parameter][3]] = parameter
+    sites = tuple(
+        LoraSite(name, layer, layer.active_adapters[0], chosen[name].get(True), chosen[name].get(False))
+        for name, layer in layers
+        if name in chosen
+    )
+    return Subset(_in_model_order(model, selected), sites)
+
+
+def linear_subset(model: nn.Module, patterns: Sequence[str]) -> Subset:
+    """Weights of named Linear layers of the base model (Conv1D in GPT-2); biases are not part of it.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+        patterns: Shell-style patterns for layer names, as in :func:`lora_subset`; at least one.
+
+    Raises:
+        UserError: No pattern; one that matches nothing, or only things that are not Linear layers; the output head; a
+            weight tied to an embedding; a quantised layer.
+    """
+    if not patterns:
+        raise UserError("No trainable parameters are selected: give at least one pattern of Linear layers.")
+    head = causal_lm_of(model).get_output_embeddings()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    first_names = _first_names(model)
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and not _inside_adapter(name):
+            layers[name] = module
+    plain = {name: name for name, module in layers.items() if type(module) in (nn.Linear, Conv1D)}
+    for pattern in patterns:
+        matched = [name for name in layers if _matches(pattern, name)]
+        odd = [name for name in matched if name not in plain and "Linear" in type(layers[name]).__name__]
+        if odd or (matched and not any(name in plain for name in matched)):
+            name = (odd or matched)[0]
+            raise UserError(f"{name}: {_kind(layers[name])} is not supported; only weights of Linear layers are.")
+    sites = []
+    for name in _select(plain, patterns):
+        weight: Any = layers[name].weight
+        if id(weight) in embeddings:
+            raise UserError(f"{name}: its weight is tied to an embedding, which is not supported; leave it out.")
+        if layers[name] is head:
+            raise UserError(f"{name}: the output head is not supported in a subset; leave it out.")
+        _check_weight(name, layers[name])
+        sites.append(LinearSite(name, layers[name], first_names[id(weight)]))
+    return Subset(_in_model_order(model, {site.name_weight for site in sites}), tuple(sites))
+
+
+def _select(names: dict[str, str], patterns: Sequence[str] | None) -> list[str]:
+    """Keys of ``names`` whose key or value matches a pattern; every pattern must match something."""
+    if patterns is None:
+        return list(names)
+    selected: set[str] = set()
+    for pattern in patterns:
+        hits = {key for key, layer in names.items() if _matches(pattern, key) or _matches(pattern, layer)}
+        if not hits:
+            raise UserError(f"Pattern {pattern!r} matches no layer. {_near([pattern], names.values())}")
+        selected |= hits
+    if not selected:
+        raise UserError("No trainable parameters are selected: the list of patterns is empty.")
+    return [key for key in names if key in selected]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _near(patterns: Iterable[str], names: Iterable[str]) -> str:
+    """Names a user may have meant, for the end of an error."""
+    known = list(dict.fromkeys(names))
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in known))
+    close: list[str] = []
+    for pattern in patterns:
+        bare = pattern.strip("*?.")
+        close += difflib.get_close_matches(bare, endings, n=3, cutoff=0.5)
+        close += difflib.get_close_matches(bare, known, n=2, cutoff=0.6)
+    if close:
+        return f"Near matches: {', '.join(dict.fromkeys(close))}."
+    return f"Layers are called, for example, {', '.join(endings[:8])}."
+
+
+def _in_model_order(model: nn.Module, selected: Iterable[str]) -> dict[str, nn.Parameter]:
+    wanted = set(selected)
+    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+
+
+def _first_names(model: nn.Module) -> dict[int, str]:
+    """Parameter id to the name under which ``named_parameters`` lists it, however many layers share it."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _active_configs(model: nn.Module) -> list[Any]:
+    configs = getattr(model, "peft_config", {})
+    return [configs[name] for name in getattr(model, "active_adapters", []) if name in configs]
+
+
+def _check_lora_config(config: Any) -> None:
+    """Refuses what an adapter trains besides A and B."""
+    if getattr(config, "bias", "none") != "none":
+        raise UserError(f"The adapter trains biases (bias={config.bias!r}), which is not supported; use bias='none'.")
+    for setting in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, setting, None):
+            raise UserError(f"The adapter uses {setting}={getattr(config, setting)!r}, which is not supported.")
+
+
+def _check_lora_layer(name: str, layer: Any) -> str | None:
+    """The layer's active adapter; None where the active adapter does not touch this layer."""
+    if layer.merged:
+        raise UserError(f"{name}: the adapter is merged into the base weight; call unmerge_adapter() first.")
+    if layer.disable_adapters:
+        raise UserError(f"{name}: the adapter is disabled; enable it first.")
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(layer.active_adapters) > 1:
+        raise UserError(f"{name}: adapters {', '.join(layer.active_adapters)} are active at once; activate one.")
+    if not active:
+        return None
+    (adapter,) = active
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
+        raise UserError(f"{name}: the LoRA variant {variant} is not supported; use plain LoRA.")
+    if layer.lora_B[adapter].bias is not None:
+        raise UserError(f"{name}: lora_bias=True is not supported; the bias would be missing from the scores.")
+    _check_weight(name, layer.get_base_layer())
+    _check_weight(name, layer.lora_A[adapter])
+    return adapter
+
+
+def _check_weight(name: str, layer: Any) -> None:
+    weight = layer.weight
+    if type(layer) not in (nn.Linear, Conv1D) or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise UserError(f"{name}: {_kind(layer)} ({weight.dtype}) is not supported; load the model unquantised.")
+    if weight.is_meta:
+        raise UserError(f"{name}: the weight is offloaded; load the whole model on one device.")
+
+
+def _kind(layer: Any) -> str:
+    """How to call an unsupported layer: by what users know it as."""
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if kind == "peft.tuners.lora.layer.Embedding":
+        return "LoRA on an embedding"
+    if any(word in kind for word in ("bnb", "4bit", "8bit", "gptq", "awq", "aqlm", "hqq", "eetq", "torchao")):
+        return f"the quantised layer {kind}"
+    return kind
+
+
+def _inside_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
