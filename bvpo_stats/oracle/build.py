@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Qwen2Config
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.subset import LoraOptions, create_lora, lora_subset
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.oracle.enumeration import SequenceTable, enumerate_sequences
 from bvpo_stats.oracle.grammar import PROMPT_LENGTH, Grammar, build_tokenizer
@@ -127,7 +128,7 @@ def build_oracle(config: OracleConfig | None = None) -> Oracle:
     model = _build_model(config.shape, grammar, generator)
     tokenizer = build_tokenizer(grammar)
     policy = Policy(model, tokenizer, find_template(tokenizer), f"oracle-{config.seed}", (grammar.eos_id,))
-    parameters = _trainable(model)
+    parameters = lora_subset(model).parameters
     theta = _flatten(list(parameters.values()))
     if config.drift > 0:
         theta = theta + config.drift * torch.randn(theta.shape, generator=generator, dtype=torch.float64).numpy()
@@ -156,14 +157,10 @@ def _enumerated(
     theta: Float[np.ndarray, " parameters"],
     rewards: Float[np.ndarray, "prompts answers"],
 ) -> Oracle:
-    parameters = _trainable(policy.model)
+    parameters = lora_subset(policy.model).parameters
     _write(list(parameters.values()), theta)
     table = enumerate_sequences(policy, grammar, config.temperature)
     return Oracle(config, grammar, policy, tuple(parameters), np.array(theta, dtype=np.float64), rewards, table)
-
-
-def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _flatten(parameters: list[Tensor]) -> Float[np.ndarray, " parameters"]:
@@ -180,8 +177,6 @@ def _write(parameters: list[Tensor], theta: Float[np.ndarray, " parameters"]) ->
 
 
 def _build_model(shape: ModelShape, grammar: Grammar, generator: torch.Generator) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
-
     config = Qwen2Config(
         vocab_size=grammar.vocabulary,
         hidden_size=shape.hidden_size,
@@ -194,16 +189,9 @@ def _build_model(shape: ModelShape, grammar: Grammar, generator: torch.Generator
         pad_token_id=grammar.pad_id,
         eos_token_id=grammar.eos_id,
     )
-    with torch.random.fork_rng(devices=[]):  # transformers and PEFT draw initial weights, which are replaced below
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights, which are replaced below
         base = GrammarLM(config, grammar)
-        lora = LoraConfig(
-            r=shape.lora_rank,
-            lora_alpha=2 * shape.lora_rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(base, lora).double().eval()
+    model = create_lora(base, LoraOptions(r=shape.lora_rank)).double()
     _draw_weights(model, shape, generator)
     base.write_grammar()
     return model

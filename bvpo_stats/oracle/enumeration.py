@@ -9,14 +9,15 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.special import logsumexp
-from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.head import Head, head_logprobs, last_hidden_states, output_head
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import score_pass
+from bvpo_stats.model.sinks import Keep
+from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.oracle.grammar import PROMPT_LENGTH, Grammar
 
 _CHUNK = 1024  # sequences at a time: bounds the memory of their scores
@@ -118,20 +119,13 @@ def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> 
 
 
 def _scores(model: torch.nn.Module, grammar: Grammar) -> Float[np.ndarray, "prompts traces answers parameters"]:
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-    def log_prob(values: dict[str, Tensor], ids: Int[Tensor, " tokens"]) -> Tensor:
-        inputs = {"input_ids": ids[None], "use_cache": False}
-        logits = functional_call(model, values, (), inputs).logits[0, PROMPT_LENGTH - 1 : -1]
-        return torch.log_softmax(logits, dim=-1).gather(-1, ids[PROMPT_LENGTH:, None]).sum()
-
-    one_by_one = vmap(grad(log_prob), in_dims=(None, 0))
+    subset = lora_subset(model)
     rows = []
     for _, batch in _batches(grammar):
-        blocks = one_by_one(parameters, batch.input_ids)
-        rows.append(torch.cat([blocks[name].flatten(1) for name in parameters], dim=1).numpy())
-    shape = (grammar.n_prompts, grammar.n_traces, grammar.n_answers, -1)
-    return np.concatenate(rows).reshape(shape)
+        kept = Keep()
+        score_pass(model, subset, batch, [kept])
+        rows.append(kept.flat(subset, len(batch)).numpy())
+    return np.concatenate(rows).reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
 
 
 def _batches(grammar: Grammar) -> Iterator[tuple[int, Batch]]:
