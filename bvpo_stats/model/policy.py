@@ -122,15 +122,34 @@ def load_policy(options: PolicyOptions) -> Policy:
             f"--model {options.model}: its tokenizer uses ids beyond the model's {words} embeddings; they do not belong "
             "together."
         )
-    identity = _identity(options.model, source, model)
+    identity = content_identity(options.model, source, model)
     if options.adapter is not None:
         model = _add_adapter(model, options.adapter)
-        identity += f"+{_identity(options.adapter, options.adapter, None)}"
+        identity += f"+{content_identity(options.adapter, options.adapter, None)}"
     # Sampling parameters shipped with a model (top_k, repetition_penalty, ...) would silently change the distribution
     # that is sampled from; every setting of a run is explicit instead.
     model.generation_config = GenerationConfig()
     model.requires_grad_(False)
     return Policy(model.to(device).eval(), tokenizer, template, identity, eos_ids)
+
+
+def load_template(options: PolicyOptions) -> Template:
+    """The template alone: reads the tokenizer and leaves the weights where they are.
+
+    Raises:
+        UserError: Missing or unreadable tokenizer, or one without a usable template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_source(options.model), trust_remote_code=options.trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise _load_error(options.model, error) from error
+    return find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
 
 
 def model_source(model: str) -> str:
@@ -206,7 +225,7 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def _identity(name: str, source: str, model: PreTrainedModel | None) -> str:
+def content_identity(name: str, source: str, model: PreTrainedModel | None) -> str:
     """Name plus a fingerprint of the content: weights' heads and tails for folders, the commit for hub models."""
     folder = Path(source).expanduser()
     short = name if name == EMBEDDED or not folder.is_dir() else folder.resolve().name
