@@ -3,6 +3,7 @@
 from bvpo_stats.oracle.atoms import Atoms, population_atoms
 from bvpo_stats.oracle.build import ModelShape, Oracle, OracleConfig, at, build_oracle
 from bvpo_stats.oracle.cells import CellMoments, cell_moments
+from bvpo_stats.oracle.coordinates import in_coordinates, shortened
 from bvpo_stats.oracle.draws import Draws, draw_examples, example_gradients
 from bvpo_stats.oracle.exact import ExactMoments, exact_moments
 from bvpo_stats.oracle.sampled_records import completion_records, draw_pairs, draw_traces, pair_records
@@ -24,6 +25,8 @@ __all__ = [
     "draw_traces",
     "exact_moments",
     "example_gradients",
+    "in_coordinates",
     "pair_records",
     "population_atoms",
+    "shortened",
 ]

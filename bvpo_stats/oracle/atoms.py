@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from bvpo_stats.errors import UserError
 from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.cells import cell_moments, dpo_weight
+from bvpo_stats.oracle.coordinates import shortened
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,21 @@ def population_atoms(oracle: Oracle, beta: float = 0.1, max_atoms: int = 200_000
     Raises:
         UserError: More than ``max_atoms`` D_t atoms; draw from the oracle instead (``draw_examples``).
     """
-    cells = cell_moments(oracle, beta)
-    n_atoms = int(np.sum(cells.pair_law > 0)) * oracle.grammar.n_traces**2
+    n_atoms = int(np.sum(oracle.pair_law > 0)) * oracle.grammar.n_traces**2
     if n_atoms > max_atoms:
         raise UserError(
             f"The population has {n_atoms} D_t atoms, more than {max_atoms}. Build the oracle with fewer symbols or "
             "shorter traces, or draw examples instead of writing them all out."
         )
-    n_parameters = len(oracle.theta)
-    basis = _orthonormal_basis(oracle.table.scores.reshape(-1, n_parameters))
-    scores = oracle.table.scores @ basis
+    oracle = shortened(oracle)
+    cells = cell_moments(oracle, beta)
     t, m, t_prompt, t_probability = [], [], [], []
     for cell in np.argwhere(cells.pair_law > 0):
         x, a, b = cell.tolist()
-        vectors = _trace_pair_gradients(oracle, scores, (x, a, b), beta)
+        vectors = _trace_pair_gradients(oracle, (x, a, b), beta)
         posterior = oracle.table.sampling.posterior[x]
         t.append(vectors)
-        m.append(np.broadcast_to(cells.marginal[x, a, b] @ basis, vectors.shape))
+        m.append(np.broadcast_to(cells.marginal[x, a, b], vectors.shape))
         t_prompt.append(np.full(len(vectors), x))
         t_probability.append(cells.pair_law[x, a, b] * np.outer(posterior[:, a], posterior[:, b]).ravel())
     where = np.nonzero(cells.empty_pair_law > 0)
@@ -106,33 +105,22 @@ def population_atoms(oracle: Oracle, beta: float = 0.1, max_atoms: int = 200_000
         m=np.concatenate(m),
         t_prompt=np.concatenate(t_prompt),
         t_probability=np.concatenate(t_probability),
-        e=cells.empty[where] @ basis,
+        e=cells.empty[where],
         e_prompt=where[0],
         e_probability=cells.empty_pair_law[where],
     )
 
 
 def _trace_pair_gradients(
-    oracle: Oracle,
-    scores: Float[np.ndarray, "prompts traces answers dimensions"],
-    cell: tuple[int, int, int],
-    beta: float,
+    oracle: Oracle, cell: tuple[int, int, int], beta: float
 ) -> Float[np.ndarray, "atoms dimensions"]:
     """g_t of every (r+, r-) of a cell (x, y+, y-), r+ slowest."""
     x, a, b = cell
-    delta = oracle.table.log_ratio[x]
+    delta, scores = oracle.table.log_ratio[x], oracle.table.scores[x]
     margin = beta * (delta[:, None, a] - delta[None, :, b])
     weight = dpo_weight(margin, beta)
-    difference = scores[x, :, None, a] - scores[x, None, :, b]
+    difference = scores[:, None, a] - scores[None, :, b]
     return (weight[..., None] * difference).reshape(-1, scores.shape[-1])
-
-
-def _orthonormal_basis(
-    vectors: Float[np.ndarray, "vectors parameters"],
-) -> Float[np.ndarray, "parameters dimensions"]:
-    """Orthonormal basis of the span, up to directions that carry less than rounding error."""
-    _, sizes, directions = np.linalg.svd(vectors, full_matrices=False)
-    return directions[sizes > sizes[0] * np.finfo(np.float64).eps].T
 
 
 def _within(

@@ -108,6 +108,14 @@ class Oracle:
         """P(y'+ = a, y'- = b | x) in D_e: the same with answers drawn given the empty trace."""
         return self._pair_law(np.exp(self.table.sampling.answer[:, 0]))
 
+    @functools.cached_property
+    def blocks(self) -> dict[str, slice]:
+        """Where each parameter lies in :attr:`theta`, and so in every gradient."""
+        sizes = [weight.numel() for weight in lora_subset(self.policy.model).parameters.values()]
+        ends = np.cumsum(sizes).tolist()
+        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+        return {name: slice(a, b) for name, a, b in zip(self.parameter_names, starts, ends, strict=True)}
+
     def _pair_law(self, answers: Float[np.ndarray, "prompts answers"]) -> Float[np.ndarray, "prompts answers answers"]:
         rows = zip(answers, self.rewards, strict=True)
         return np.stack([distinct_pair_law(law, rewards, self.config.n_samples) for law, rewards in rows])

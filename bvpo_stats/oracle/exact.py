@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.cells import CellMoments, cell_moments
+from bvpo_stats.statistics.estimates import Estimates
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,29 @@ class ExactMoments:
     def alpha_star(self) -> float:
         """Alpha_unc clipped to [0, 1]."""
         return min(1.0, max(0.0, self.alpha_unc))
+
+    @property
+    def estimates(self) -> Estimates:
+        """The truth in the form of an estimate, 0-dimensional arrays: what acceptance tests compare with."""
+        b_t, b_e, mu = self.b_t, self.b_e, self.mu
+        values = {
+            "bias_trace_sq": b_t @ b_t,
+            "bias_empty_sq": b_e @ b_e,
+            "bias_cross": b_t @ b_e,
+            "var_trace": self.tr_sigma_t,
+            "var_empty": self.tr_sigma_e,
+            "var_cross": self.tr_sigma_te,
+            "marginal_sq": mu @ mu,
+            "trace_dot_marginal": self.mean_t @ mu,
+            "empty_dot_marginal": self.mean_e @ mu,
+            "trace_sq": self.mean_t @ self.mean_t,
+            "empty_sq": self.mean_e @ self.mean_e,
+            "trace_dot_empty": self.mean_t @ self.mean_e,
+            "var_trace_sampling": self.trace_part,
+            "within_trace": self.within_prompt_t,
+            "within_empty": self.within_prompt_e,
+        }
+        return Estimates(**{name: np.asarray(value, dtype=np.float64) for name, value in values.items()})
 
     @property
     def curve(self) -> tuple[float, float, float, float]:

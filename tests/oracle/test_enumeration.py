@@ -91,6 +91,14 @@ def test_at_moves_theta_and_nothing_else(drifted):
         at(drifted, before[1:])
 
 
+def test_blocks_say_where_parameters_lie(drifted):
+    named = dict(drifted.policy.model.named_parameters())
+    assert list(drifted.blocks) == list(drifted.parameter_names)
+    for name, block in drifted.blocks.items():
+        np.testing.assert_array_equal(drifted.theta[block], named[name].detach().numpy().ravel())
+    assert sum(block.stop - block.start for block in drifted.blocks.values()) == len(drifted.theta)
+
+
 def test_the_seed_decides_everything():
     config = OracleConfig(n_symbols=2, max_trace=1, n_prompts=1, drift=0.1, seed=5)
     torch.manual_seed(1)

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from bvpo_stats.oracle import OracleConfig, at, build_oracle, cell_moments, exact_moments, population_atoms
+from bvpo_stats.oracle import (
+    OracleConfig,
+    at,
+    build_oracle,
+    cell_moments,
+    exact_moments,
+    in_coordinates,
+    population_atoms,
+    shortened,
+)
 from tests.oracle.test_enumeration import flat_gradient, joint_log_probs
 
 BETA = 0.7  # large, so that the weights sigmoid(-m) are far from constant
@@ -252,6 +261,26 @@ def test_alpha_of_tau_is_a_weighted_average(moments):
     for tau in (0.01, 1.0, 5.0):
         alpha, step = moments.alpha(tau), 1e-3
         assert moments.error(alpha, tau) < min(moments.error(alpha - step, tau), moments.error(alpha + step, tau))
+
+
+def test_error_separates_over_parameter_blocks(drifted, moments):
+    """alpha_l = B_l / A_l, and the gain of per-block weights is sum_l A_l (alpha_l - alpha)^2."""
+    columns = np.eye(len(drifted.theta))
+    parts = [exact_moments(in_coordinates(drifted, columns[:, block]), BETA) for block in drifted.blocks.values()]
+    assert abs(sum(part.A for part in parts) - moments.A) < TOL
+    assert abs(sum(part.B for part in parts) - moments.B) < TOL
+    parts = [part for part in parts if part.A > 1e-12]
+    best = sum(part.error(part.alpha_unc) for part in parts)
+    gain = sum(part.A * (part.alpha_unc - moments.alpha_unc) ** 2 for part in parts)
+    assert abs(moments.error(moments.alpha_unc) - best - gain) < TOL
+    assert gain > 1e-6
+
+
+def test_short_coordinates_keep_every_inner_product(drifted, moments):
+    short = exact_moments(shortened(drifted), BETA)
+    assert len(short.mu) < len(moments.mu) / 10
+    for name in ("square_tt", "product_te", "product_tm", "trace_part", "A", "B", "alpha_unc"):
+        assert abs(getattr(short, name) - getattr(moments, name)) < TOL, name
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from bvpo_stats.oracle import exact_moments, population_atoms
+from bvpo_stats.statistics.estimates import estimates as estimates_of
 from bvpo_stats.statistics.moments import Moments
+from bvpo_stats.statistics.replicates import Population
 
 BETA = 0.7
 N = 3
+PROMPTS = ["question-0", "question-1", "question-2"]  # in three different jackknife groups
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,10 @@ def estimates(U, M):
     }
 
 
+FIELDS = (
+    *("bias_trace_sq", "bias_empty_sq", "bias_cross", "var_trace", "var_empty", "var_cross"),
+    *("marginal_sq", "trace_dot_marginal", "empty_dot_marginal", "trace_sq", "empty_sq", "trace_dot_empty"),
+)
 PAIRS = ("tt", "ee", "mm", "te", "tm", "em")
 
 
@@ -67,14 +74,6 @@ def plain_u_and_m(vectors):
     sums = {name: rows.sum(axis=0) for name, rows in vectors.items()}
     D = {a + b: np.sum(vectors[a] * vectors[b]) for a, b in PAIRS}
     return {p: (sums[p[0]] @ sums[p[1]] - D[p]) / (N * (N - 1)) for p in PAIRS}, {p: D[p] / N for p in PAIRS}
-
-
-def streamed_u_and_m(vectors):
-    summary = Moments.init().update(vectors, ["prompt 0", "prompt 1", "prompt 2"]).finalize()
-    index = {name: summary.index(name) for name in "tem"}
-    shift = summary.shift[0, 0]
-    U, M = summary.U[0, 0] + shift, summary.M[0, 0] + shift
-    return {p: U[index[p[0]], index[p[1]]] for p in PAIRS}, {p: M[index[p[0]], index[p[1]]] for p in PAIRS}
 
 
 def plug_in_u_and_m(vectors):
@@ -97,11 +96,46 @@ def test_the_enumeration_is_complete(samples):
     assert abs(sum(probability for probability, _ in samples) - 1) < 1e-12
 
 
-@pytest.mark.parametrize("statistic", [plain_u_and_m, streamed_u_and_m])
-def test_u_statistics_are_exactly_unbiased(exact, samples, statistic):
-    means = expected(samples, statistic)
+def test_u_statistics_are_exactly_unbiased(exact, samples):
+    means = expected(samples, plain_u_and_m)
     for name, value in truth(exact).items():
         assert abs(means[name] - value) < 1e-10, name
+
+
+def test_streamed_estimates_are_exactly_unbiased(exact, samples):
+    """The package's accumulator and every quantity it reports, over the same enumeration."""
+    totals: dict[str, float] = {}
+    for probability, vectors in samples:
+        summary = Moments.init().update(vectors, PROMPTS).finalize()
+        estimated = estimates_of(summary).select(0)
+        for name in FIELDS:
+            totals[name] = totals.get(name, 0.0) + probability * float(getattr(estimated, name))
+    for name in FIELDS:
+        assert abs(totals[name] - float(getattr(exact.estimates, name))) < 1e-10, name
+
+
+def test_a_population_of_atoms_knows_the_truth(minute, exact):
+    """Gram matrices of the atoms, with a second independent trace draw for the same answers (Theorem 1)."""
+    atoms = population_atoms(minute, BETA)
+    t, e, probability = atoms.product()
+    first, again = np.nonzero(atoms.t_prompt[t][:, None] == atoms.t_prompt[None])  # one cell of answers per prompt
+    weights = probability[first] * atoms.t_probability[again]
+    vectors = {"t": atoms.t[t][first], "e": atoms.e[e][first], "m": atoms.m[t][first]}
+    population = Population.from_vectors(vectors, weights, trace2=atoms.t[again])
+    found = estimates_of(population.exact()).select(0)
+    for name in (*FIELDS, "var_trace_sampling"):
+        assert abs(float(getattr(found, name)) - float(getattr(exact.estimates, name))) < 1e-10, name
+
+
+def test_the_two_spellings_of_the_truth_agree(exact):
+    """ExactMoments' own alpha, error and curve against those of Estimates."""
+    stated = exact.estimates
+    assert exact.curve == pytest.approx([stated.P0, stated.P1, stated.Q0, stated.Q1], abs=1e-14)
+    for tau in (0.01, 1.0):
+        assert abs(exact.alpha(tau) - stated.numerator(tau) / stated.denominator(tau)) < 1e-12
+        assert abs(exact.error(0.3, tau) - stated.error(0.3, tau)) < 1e-14
+    assert abs(exact.A - stated.denominator()) < 1e-14
+    assert abs(exact.B - stated.numerator()) < 1e-14
 
 
 def test_plug_in_norms_are_not(exact, samples):
