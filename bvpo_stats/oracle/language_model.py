@@ -6,8 +6,9 @@ last hidden state, and the head has, for each state, a fixed column that puts :d
 rules out. In floating point exp(FORBIDDEN) is exactly 0, so forbidden tokens have probability exactly 0,
 a certain token has log-probability exactly 0, and every gradient stays finite.
 
-An oracle in float64 needs float64 throughout, while the library's Qwen2 computes its norms and its eager softmax in
-float32 whatever the model's dtype. Both are swapped for ones that keep the dtype they are given.
+An oracle in float64 needs float64 throughout, while the library's Qwen2 computes its norms in float32 whatever the
+model's dtype. They are swapped for norms that keep the dtype they are given. (The library's eager attention takes its
+softmax in float32 too; its SDPA attention does not.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.cache_utils import Cache
-from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bvpo_stats.oracle.grammar import PROMPT_LENGTH, Grammar
@@ -31,31 +31,6 @@ FREE, TRACE, FULL, ANSWER, END = range(5)
 """States: inside the prompt, trace may go on, trace has T symbols, answer is due, sequence is over."""
 
 N_STATES = 5
-
-ATTENTION = "bvpo_stats_full_precision"
-"""Name under which :func:`full_precision_attention` is registered with transformers."""
-
-
-def full_precision_attention(
-    module: nn.Module,
-    query: Float[Tensor, "sequences heads queries width"],
-    key: Float[Tensor, "sequences kv_heads keys width"],
-    value: Float[Tensor, "sequences kv_heads keys width"],
-    attention_mask: Float[Tensor, "sequences 1 queries keys"] | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Float[Tensor, "sequences queries heads width"], None]:
-    """Plain softmax attention in the dtype of its inputs, which torch.func can also differentiate per sequence."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, full_precision_attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 class GrammarDecoder(Qwen2Model):
@@ -103,7 +78,7 @@ class GrammarLM(Qwen2ForCausalLM):
         super().__init__(config)
         self.model = GrammarDecoder(config, grammar)
         self.lm_head = nn.Linear(config.hidden_size + N_STATES, config.vocab_size, bias=False)
-        self.set_attn_implementation(ATTENTION)
+        self.set_attn_implementation("sdpa")
         self.write_grammar()
 
     @torch.no_grad()

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.batching import TokenSequence, collate
+from bvpo_stats.model.reference_engine import reference_scores
 from bvpo_stats.oracle import OracleConfig, at, build_oracle
 
 
@@ -45,6 +47,18 @@ def test_log_probs_and_scores_equal_single_sequence_autograd(drifted):
         for trace, answer in [(0, 0), (2, 1), (6, 2)]:
             gradient = flat_gradient(joint_log_probs(drifted, prompt)[trace, answer], drifted)
             np.testing.assert_allclose(drifted.table.scores[prompt, trace, answer], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_all_scores_equal_the_reference_engine(drifted):
+    grammar, model = drifted.grammar, drifted.policy.model
+    answers = range(grammar.n_answers)
+    completions = [grammar.completion_ids(trace, answer) for trace in grammar.traces() for answer in answers]
+    for prompt in range(grammar.n_prompts):
+        batch = collate([TokenSequence(grammar.prompt_ids(prompt), completion) for completion in completions])
+        blocks = reference_scores(model, drifted.parameter_names, batch)
+        flat = torch.cat([blocks[name].flatten(1) for name in drifted.parameter_names], dim=1).numpy()
+        table = drifted.table.scores[prompt].reshape(flat.shape)
+        np.testing.assert_allclose(table, flat, rtol=0, atol=1e-10 * np.abs(flat).max())
 
 
 def test_scores_average_to_zero(default):
