@@ -14,7 +14,8 @@ prompt share traces. Everything the package prints is a linear combination of th
 **Cancellation.** All sums are kept about an ``origin`` common to all members. A common shift of every vector changes no
 bias, no covariance, neither A nor B of Theorem 2, so those are formed from ``U`` and ``M`` *about the origin*, and a
 large common mean cannot eat their digits. ``shift`` turns both into their absolute values (``U + shift``,
-``M + shift``) for the few quantities that need them, such as ``norm(mu)^2``.
+``M + shift``) for the few quantities that need them, such as ``norm(mu)^2``. (Where prompts hold unequal numbers of
+pairs, U and M imply slightly different means; M carries that difference, so that both stay what the formulas say.)
 """
 
 from __future__ import annotations
