@@ -17,8 +17,12 @@ def encode_row(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) for every non-empty line, in constant memory.
+
+    Args:
+        path: The file.
+        growing: Another process may be appending to it: a last line without its newline is not there yet, and left out.
 
     Raises:
         UserError: The file is missing, not UTF-8, or a line is not a JSON object; the line is named.
@@ -29,21 +33,28 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
     with handle:
         for number, raw in enumerate(handle, start=1):
-            if not raw.strip():
+            if not raw.strip() or (growing and not raw.endswith(b"\n")):
                 continue
             try:
                 row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not valid UTF-8 (byte {error.start}). Save the file as UTF-8."
-                ) from error
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not JSON ({error.msg}). Each line must be one JSON object (JSONL)."
-                ) from error
+            except ValueError as error:
+                raise _line_error(f"{path}:{number}", raw, error) from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line.")
+                raise UserError(
+                    f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line."
+                )
             yield number, row
+
+
+def _line_error(where: str, raw: bytes, error: ValueError) -> UserError:
+    if raw.startswith(b"{") and not raw.endswith(b"\n"):
+        return UserError(
+            f"{where}: the last line is cut off; whoever wrote it was interrupted. Finish that run, or delete the line."
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{where}: not valid UTF-8 (byte {error.start}). Save the file as UTF-8.")
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return UserError(f"{where}: not JSON ({reason}). Each line must be one JSON object (JSONL).")
 
 
 def repair_tail(path: Path) -> bool:
@@ -117,6 +128,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def _write_error(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
-            f"Disk full while writing {path}. Free some space and run the same command again: it goes on where it stopped."
+            f"Disk full while writing {path}. Free some space and run the same command again: it goes on where it "
+            "stopped."
         )
     return UserError(f"Cannot write {path}: {error.strerror}. Check the folder's permissions.")

@@ -89,9 +89,9 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
 
 
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
-    """Recognises the usual layouts: a text under ``prompt`` (or ``question``, ``problem``, ``instruction``), or messages.
+    """Recognises the usual layouts of a prompt.
 
-    Messages (under ``prompt`` or ``messages``) give their last user turn before any assistant turn; UltraFeedback's
+    A text stands under ``prompt`` (or ``question``, ``problem``, ``instruction``). Messages (under ``prompt`` or ``messages``) give their last user turn before any assistant turn; UltraFeedback's
     ``prompt`` string with ``chosen``/``rejected`` message lists is the first case.
 
     Raises:

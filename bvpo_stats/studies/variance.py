@@ -148,7 +148,7 @@ def _sample(config: VarianceConfig, policy: Policy, prompts: list[Prompt], path:
     run = SamplingRun(
         TransformersEngine(policy), policy.template, config.sampling, policy.identity, batch_size=rows, modes=MODES
     )
-    sample_into(path, prompts, run, n_prompts=len(prompts))
+    sample_into(path.parent, prompts, run, n_prompts=len(prompts))
 
 
 def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,8 +33,8 @@ class SamplingOptions:
             raise UserError(f"--samples {self.samples}: at least 1 response per prompt is needed.")
         if not 0 < self.temperature < float("inf"):
             raise UserError(
-                f"--temperature {self.temperature}: must be positive. At 0 every sample is the same, so there is nothing "
-                "to measure; the paper uses 0.8."
+                f"--temperature {self.temperature}: must be positive. At 0 every sample is the same, so there is "
+                "nothing to measure; the paper uses 0.8."
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must lie in (0, 1]; 1 switches nucleus sampling off.")
@@ -81,11 +81,45 @@ class Draw:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A request without a usable draw: counted, put on record with its reason, and not asked for again.
+
+    Attributes:
+        reason: Short name of the cause, for counting, e.g. ``ids-differ`` or ``refused``.
+        detail: What happened, for people.
+    """
+
+    reason: str
+    detail: str
+
+
+Outcome = Draw | SetAside
+"""What becomes of a request."""
+
+
 class Engine(Protocol):
-    """Whoever draws completions. ``None`` in place of a draw marks a request that failed for good and was set aside."""
+    """Whoever draws completions.
+
+    Attributes:
+        name: Name for the records.
+        whole_batches: Whether a draw's rounding depends on its batch, so that a batch with anything missing is drawn
+            whole again after an interruption.
+    """
 
     name: str
+    whole_batches: bool
 
-    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw | None]:
-        """Draws one completion for each request, in order."""
+    def draw(
+        self, batches: Iterable[Sequence[Request]], options: SamplingOptions
+    ) -> Iterator[list[tuple[Request, Outcome]]]:
+        """Draws one completion for each request, and yields groups of them as they are finished.
+
+        Args:
+            batches: Requests that may be drawn together; streamed.
+            options: How to draw.
+
+        Raises:
+            UserError: The engine cannot go on. What was finished has been yielded before.
+        """
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from bvpo_stats.data.engines.base import Draw, Request, SamplingOptions
+from bvpo_stats.data.engines.base import Draw, Outcome, Request, SamplingOptions
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
 
@@ -68,9 +68,7 @@ class InverseCdfSampler(LogitsProcessor):
         return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
 
 
-def _nucleus(
-    probabilities: Float[Tensor, "rows vocabulary"], top_p: float
-) -> Float[Tensor, "rows vocabulary"]:
+def _nucleus(probabilities: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered = torch.where(before < top_p, ordered, 0.0)
@@ -78,15 +76,29 @@ def _nucleus(
 
 
 class TransformersEngine:
-    """Draws completions with a loaded policy."""
+    """Draws completions with a loaded policy.
+
+    Args:
+        policy: Who draws.
+        stop_ids: Tokens that end a draw besides the policy's end-of-sequence tokens, e.g. the closing tag of a trace.
+    """
 
     name = "transformers"
+    whole_batches = True
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, stop_ids: Sequence[int] = ()) -> None:
         self._policy = policy
+        self._stop_ids = [*policy.eos_ids, *stop_ids]
+
+    def draw(
+        self, batches: Iterable[Sequence[Request]], options: SamplingOptions
+    ) -> Iterator[list[tuple[Request, Outcome]]]:
+        """Draws batch by batch."""
+        for batch in batches:
+            yield list(zip(batch, self.generate(batch, options), strict=True))
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw | None]:
+    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
         """Draws one batch; halves it and tries again where memory runs out."""
         try:
             return self._generate(requests, options)
@@ -100,7 +112,7 @@ class TransformersEngine:
         half = len(requests) // 2
         return [*self.generate(requests[:half], options), *self.generate(requests[half:], options)]
 
-    def _generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw | None]:
+    def _generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
         policy = self._policy
         width = max(len(request.prompt_ids) for request in requests)
         if policy.max_positions is not None and width >= policy.max_positions:
@@ -117,21 +129,21 @@ class TransformersEngine:
             mask[row, width - len(request.prompt_ids) :] = 1
         numbers = np.stack([uniforms(request.key, options.seed, steps) for request in requests])
         sampler = InverseCdfSampler(torch.from_numpy(numbers).to(policy.device), width, options)
-        output = policy.model.generate(
+        output = policy.model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(policy.device),
             attention_mask=mask.to(policy.device),
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=steps,
-                eos_token_id=list(policy.eos_ids),
+                eos_token_id=self._stop_ids,
                 pad_token_id=policy.pad_id,
             ),
         )
         return [self._draw(row) for row in output[:, width:].tolist()]
 
     def _draw(self, ids: list[int]) -> Draw:
-        ends = [ids.index(eos) for eos in self._policy.eos_ids if eos in ids]
+        ends = [ids.index(stop) for stop in self._stop_ids if stop in ids]
         if not ends:
             return Draw(tuple(ids), "length")
         return Draw(tuple(ids[: min(ends) + 1]), "stop")
