@@ -1,7 +1,7 @@
 """Every figure, drawn from plain report dictionaries in one visual language.
 
-Colours are from the colour-blind-safe palette of Okabe and Ito as shipped with seaborn; intervals are always drawn; axes
-carry units. Text and axes are mid-grey on a transparent ground, so that figures read on light and dark pages.
+Colours are from the colour-blind-safe palette of Okabe and Ito as shipped with seaborn; intervals are always drawn;
+axes carry units. Text and axes are mid-grey on a transparent ground, so that figures read on light and dark pages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLOURS = {"thinking": _PALETTE[0], "nothinking": _PALETTE[1], "trace": _PALETTE
 NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Thinking)", "answer": "answer (Thinking)",
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
 _INK = "#7d7d7d"  # contrast of about 4:1 on white and on near-black
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -117,7 +117,9 @@ def _distribution(histogram: dict[str, Any], label: str, path: Path) -> None:
         for mode, counts in histogram["counts"].items():
             total = max(1, sum(counts))
             axes.stairs(np.asarray(counts) / total, edges, fill=True, color=COLOURS[mode], alpha=0.35)
-            axes.stairs(np.asarray(counts) / total, edges, color=COLOURS[mode], lw=1.5, label=f"{NAMES[mode]} (n = {total})")
+            axes.stairs(
+                np.asarray(counts) / total, edges, color=COLOURS[mode], lw=1.5, label=f"{NAMES[mode]} (n = {total})"
+            )
         axes.set_xlabel(label)
         axes.set_ylabel("Share of responses")
         axes.set_title("Responses with and without a trace")

@@ -6,14 +6,13 @@ import sys
 from typing import Annotated
 
 import typer
+from bvpo_stats.cli import tiny, variance
 
 from bvpo_stats import __version__
-from bvpo_stats.cli import tiny, variance
 from bvpo_stats.errors import UserError
 
 app = typer.Typer(
     name="bvpo-stats",
-    help="Gradient statistics for aligning large reasoning models (BVPO): how noisy are traces, and which alpha is best?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -73,7 +72,8 @@ def _report(error: Exception) -> int:
     if type(error).__name__ == "Abort":
         return 130
     print(
-        f"Internal error: {type(error).__name__}: {error}. Please report it; --debug shows the traceback.", file=sys.stderr
+        f"Internal error: {type(error).__name__}: {error}. Please report it; --debug shows the traceback.",
+        file=sys.stderr,
     )
     return 1
 

@@ -31,7 +31,9 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
-Model = Annotated[str, typer.Option(help="Model folder or hub id; `embedded` is the small model shipped with the package.")]
+Model = Annotated[
+    str, typer.Option(help="Model folder or hub id; `embedded` is the small model shipped with the package.")
+]
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter, folder or hub id, put on top of the model.")]
 Prompts = Annotated[
     str, typer.Option(help="JSONL file with a field `prompt`, a dataset's folder or hub id, or `embedded`.")
@@ -39,16 +41,22 @@ Prompts = Annotated[
 PromptSplit = Annotated[str, typer.Option(help="Split of a dataset given as --prompts.")]
 Samples = Annotated[int, typer.Option(help="Responses per prompt and mode.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature.")]
-TopP = Annotated[float, typer.Option(help="Nucleus mass; 1 is off (anything less makes g_t biased even at the reference).")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Cut responses at this many tokens. [default: 256 embedded, else 4096]", show_default=False)
+TopP = Annotated[
+    float, typer.Option(help="Nucleus mass; 1 is off (anything less makes g_t biased even at the reference).")
 ]
-BatchSize = Annotated[str, typer.Option(help="Responses drawn at once: a number or `auto`. Does not change the results.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Cut responses at this many tokens. [default: 256 embedded, else 4096]", show_default=False),
+]
+BatchSize = Annotated[
+    str, typer.Option(help="Responses drawn at once: a number or `auto`. Does not change the results.")
+]
 Seed = Annotated[int, typer.Option(help="Decides every random draw.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Template = Annotated[
-    str | None, typer.Option(help="Prompt protocol: r1-distill, r1-0528, qwen3 or embedded. [default: by the chat template]")
+    str | None,
+    typer.Option(help="Prompt protocol: r1-distill, r1-0528, qwen3 or embedded. [default: by the chat template]"),
 ]
 EmptyTrace = Annotated[
     str | None, typer.Option(help="Spelling of an empty trace, e.g. '<think></think>'. [default: by the protocol]")
@@ -58,7 +66,9 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first so many prom
 Output = Annotated[Path, typer.Option(help="Folder for the results; the same folder again resumes the run.")]
 Config = Annotated[
     Path | None,
-    typer.Option(help="YAML file with any of these options; the command line wins.", callback=_read_config, is_eager=True),
+    typer.Option(
+        help="YAML file with any of these options; the command line wins.", callback=_read_config, is_eager=True
+    ),
 ]
 
 

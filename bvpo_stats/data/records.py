@@ -94,7 +94,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A chosen and a rejected response to one prompt, with exact ids (TRL's column names where the meaning is the same).
+    """A chosen and a rejected response to one prompt, with exact ids (TRL's column names where it has them).
 
     In ``nothinking`` mode ``prompt_ids`` is the D_e prompt of the training form: the same prompt as in D_t, while the
     tokens that close the empty trace open both completions and count as trace (``*_answer_start`` is their number).
@@ -155,9 +155,9 @@ class TraceRecord:
     Attributes:
         prompt_id: The prompt.
         side: Which answer of the pair y is.
-        source: ``anchor`` (the pair's own trace), ``same-answer`` (another sample that ended in the same answer; an exact
-            posterior draw), ``mh`` (Metropolis-Hastings from the anchor, stationary from the start) or ``prior`` (a trace
-            of the prompt regardless of its answer, i.e. a draw of pi(r | x)).
+        source: ``anchor`` (the pair's own trace), ``same-answer`` (another sample that ended in the same answer; an
+            exact posterior draw), ``mh`` (Metropolis-Hastings from the anchor, stationary from the start) or ``prior``
+            (a trace of the prompt regardless of its answer, i.e. a draw of pi(r | x)).
         index: Running number within (prompt_id, side, source).
         prompt_ids: Token ids of the prompt.
         completion_ids: Token ids of (r, y): the trace, its closing tag, then the pair's answer y with end-of-sequence.

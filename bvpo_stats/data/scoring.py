@@ -64,8 +64,8 @@ def _batch_logprobs(sequences: list[TokenSequence], names: list[str], policy: Po
     for name, row in zip(names, rows, strict=True):
         if not all(map(_finite, row)):
             raise UserError(
-                f"The model gives a NaN or infinite log-probability to response {name}. Check its weights, or load it in "
-                "a wider type (--dtype float32)."
+                f"The model gives a NaN or infinite log-probability to response {name}. Check its weights, or load it "
+                "in a wider type (--dtype float32)."
             )
     return [[round(value, _DECIMALS) for value in row] for row in rows]
 

@@ -72,7 +72,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return next(self.model.parameters()).device
+        return torch.device(self.model.device)
 
     @property
     def pad_id(self) -> int:
@@ -87,8 +87,9 @@ class Policy:
     @contextlib.contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference policy: the same weights with the adapter disabled (the model itself where there is none)."""
-        if hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():
+        model: Any = self.model
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
                 yield self.model
         else:
             yield self.model
@@ -109,7 +110,7 @@ def load_policy(options: PolicyOptions) -> Policy:
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, attn_implementation=options.attention, **common
             )
     except Exception as error:
@@ -119,8 +120,8 @@ def load_policy(options: PolicyOptions) -> Policy:
     words = model.get_input_embeddings().weight.shape[0]
     if max(*template.prompt_ids("probe", "nothinking"), *eos_ids) >= words:
         raise UserError(
-            f"--model {options.model}: its tokenizer uses ids beyond the model's {words} embeddings; they do not belong "
-            "together."
+            f"--model {options.model}: its tokenizer uses ids beyond the model's {words} embeddings; they do not "
+            "belong together."
         )
     identity = content_identity(options.model, source, model)
     if options.adapter is not None:
@@ -178,9 +179,7 @@ def _load_error(model: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(f"--model {model} ships its own code. Allow it with --trust-remote-code if you trust it.")
     if "safetensors" in str(error):
-        return UserError(
-            f"--model {model}: no safetensors weights ({reason}). Convert them with save_pretrained(safe_serialization=True)."
-        )
+        return UserError(f"--model {model}: no safetensors weights ({reason}). Convert them with save_pretrained.")
     return UserError(f"Cannot load --model {model}: {reason} Check the name, the folder's files, and hub access.")
 
 

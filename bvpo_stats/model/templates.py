@@ -1,8 +1,8 @@
 """Prompt protocols of reasoning models: token-exact D_t and D_e prompts, and where a completion's trace ends.
 
 Only generation prompts are ever rendered through a chat template. A finished response never is: the templates of
-reasoning models strip the trace from past assistant turns, so ``<think>R</think>A`` and ``<think></think>A`` would become
-the same text.
+reasoning models strip the trace from past assistant turns, so ``<think>R</think>A`` and ``<think></think>A`` would
+become the same text.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Protocol:
     close_tag: str = "</think>"
 
 
-# Appendix C.3 of the paper fixes `<think>` and `<think></think>` for the R1 family; the official R1-Distill template adds
-# a newline after `<think>`, which the model writes itself when it is left out, and which would keep the D_e prompt from
-# being a continuation of the D_t prompt. Qwen3's own template fixes its empty trace; its D_t prompt ends at the marker.
+# Appendix C.3 of the paper fixes `<think>` and `<think></think>` for the R1 family; the official R1-Distill template
+# adds a newline after `<think>`, which the model writes itself when it is left out, and which would keep the D_e prompt
+# from being a continuation of the D_t prompt. Qwen3's own template fixes its empty trace; its D_t prompt ends at the
+# marker.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -85,12 +86,12 @@ class Template:
     def empty_trace_ids(self, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Splits the D_e prompt into the D_t prompt and the tokens that close the empty trace.
 
-        In training form both D_t and D_e share the prompt, and a D_e response is ``closing + answer`` (the paper prepends
-        ``</think>`` to it), a point of the same distribution pi(r, y | x) with r empty.
+        In training form both D_t and D_e share the prompt, and a D_e response is ``closing + answer`` (the paper
+        prepends ``</think>`` to it), a point of the same distribution pi(r, y | x) with r empty.
 
         Returns:
-            (prompt ids, closing ids). Where the D_e prompt does not continue the D_t prompt token by token, the split is
-            (D_e prompt, ()).
+            (prompt ids, closing ids). Where the D_e prompt does not continue the D_t prompt token by token, the split
+            is (D_e prompt, ()).
         """
         thinking, empty = self.prompt_ids(question, "thinking"), self.prompt_ids(question, "nothinking")
         if empty[: len(thinking)] == thinking:
@@ -118,8 +119,8 @@ class Template:
         """Splits a completion into trace and final answer.
 
         Returns:
-            (answer_start, trace text, answer text) as in :class:`~bvpo_stats.data.records.Completion`. A trace that never
-            closes has no answer: (None, its text, None).
+            (answer_start, trace text, answer text) as in :class:`~bvpo_stats.data.records.Completion`. A trace that
+            never closes has no answer: (None, its text, None).
         """
         if mode == "nothinking":
             return 0, None, self.answer_text(completion_ids)
@@ -147,16 +148,16 @@ class Template:
 def find_template(
     tokenizer: PreTrainedTokenizerBase, *, name: str | None = None, empty_trace: str | None = None
 ) -> Template:
-    """Chooses the protocol by what the tokenizer's own template renders.
+    r"""Chooses the protocol by what the tokenizer's own template renders.
 
     Args:
         tokenizer: The model's tokenizer.
         name: Overrides the choice: one of :data:`PROTOCOLS`.
-        empty_trace: Overrides how an empty trace is spelled, e.g. ``<think>\\n\\n</think>``.
+        empty_trace: Overrides how an empty trace is spelled, e.g. ``<think>\n\n</think>``.
 
     Raises:
-        UserError: No chat template, an unknown name, an unrecognised rendering, or a tokenizer without think tags and no
-            ``empty_trace`` to go by.
+        UserError: No chat template, an unknown name, an unrecognised rendering, or a tokenizer without think tags and
+            no ``empty_trace`` to go by.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("The tokenizer has no chat template. Use the model's own chat (not base) tokenizer.")

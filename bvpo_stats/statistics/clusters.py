@@ -36,9 +36,9 @@ def jackknife_interval(
 ) -> Interval:
     r"""Delete-one-cluster jackknife interval for theta = f(mean over clusters of the feature vectors).
 
-    With theta_(i) the value without cluster i, the variance estimate is v = (N-1)/N * sum_i (theta_(i) - mean theta_(.))^2
-    and the interval theta +- t_{N-1} sqrt(v). Every figure made from the same clusters moves together, so ratios of
-    two modes of the same questions are paired by construction.
+    With theta_(i) the value without cluster i, the variance estimate is
+    v = (N-1)/N * sum_i (theta_(i) - mean theta_(.))^2 and the interval theta +- t_{N-1} sqrt(v). Every figure made from
+    the same clusters moves together, so ratios of two modes of the same questions are paired by construction.
 
     Args:
         clusters: One row of features per cluster.

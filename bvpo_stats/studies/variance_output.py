@@ -61,16 +61,18 @@ def definitions_lines(report: VarianceReport) -> list[str]:
     """What the numbers mean: every choice that Appendix B leaves open, as made in this run."""
     definitions, tables = report.definitions, report.tables
     pooling = (
-        "pooled over all tokens" if definitions.nll == "tokens" else "computed per question, then averaged over questions"
+        "pooled over all tokens"
+        if definitions.nll == "tokens"
+        else "computed per question, then averaged over questions"
     )
     lines = [
         f"Model {report.model}, template {report.template}.",
-        f"{tables.n_samples} complete responses to {tables.n_prompts} questions; {tables.truncated} truncated or unclosed "
-        f"responses set aside, {tables.dropped_prompts} questions dropped for lack of complete responses.",
+        f"{tables.n_samples} complete responses to {tables.n_prompts} questions; {tables.truncated} truncated or "
+        f"unclosed responses set aside, {tables.dropped_prompts} questions dropped for lack of complete responses.",
         f"Variances over the responses of a question divide by n{' - 1' if definitions.ddof else ''} (--ddof) and are "
         f"averaged over questions; NLL is {pooling} (--nll).",
-        "Log-probabilities are the policy's own at temperature 1, whatever the sampling temperature; a trace includes its "
-        "closing tag, an answer its end-of-sequence token.",
+        "Log-probabilities are the policy's own at temperature 1, whatever the sampling temperature; a trace includes "
+        "its closing tag, an answer its end-of-sequence token.",
         f"Intervals: {definitions.level:.0%}, delete-one-question jackknife, paired over questions.",
     ]
     if report.sampling is not None:

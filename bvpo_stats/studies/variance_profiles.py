@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.data.records import MODES
+from bvpo_stats.data.records import MODES, Mode
 from bvpo_stats.statistics.clusters import Interval, jackknife_interval
 from bvpo_stats.studies.variance_tables import ScoredSample
 
@@ -28,7 +28,7 @@ class Histogram:
     """
 
     edges: tuple[float, ...]
-    counts: dict[str, tuple[int, ...]]
+    counts: dict[Mode, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ class PositionProfile:
     """Collects NLL by position, per question, so that the intervals are by clusters."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Float[np.ndarray, "two bins"]]] = {"trace": {}, "answer": {}, "no-trace answer": {}}
+        self._sums: dict[str, dict[str, Float[np.ndarray, "two bins"]]] = {
+            "trace": {},
+            "answer": {},
+            "no-trace answer": {},
+        }
 
     def add(self, prompt_id: str, segment: str, logprobs: Float[np.ndarray, " tokens"]) -> None:
         """Adds the tokens of one segment (``trace``, ``answer`` or ``no-trace answer``) of one response."""
@@ -67,7 +71,7 @@ class PositionProfile:
         sums[1] += np.bincount(bins, minlength=size)[:size]
 
     def bins(self, level: float) -> dict[str, list[PositionBin]]:
-        """Token-pooled mean NLL of each bin with its interval; bins that fewer than two questions reach are left out."""
+        """Token-pooled mean NLL of each bin with its interval; bins that one question alone reaches are left out."""
         result: dict[str, list[PositionBin]] = {}
         for segment, by_prompt in self._sums.items():
             result[segment] = []

@@ -117,12 +117,14 @@ def reduce_sample(completion: Completion, logprobs: Float[np.ndarray, " tokens"]
     )
 
 
-# Feature columns of a question; the first eight per mode, the last six only where noted.
+# Feature columns of a question: of each mode, of the two segments of Thinking, and the trace's share of the tokens.
+_BY_MODE = ("var_logp", "var_len", "mean_logp", "mean_len", "nll_sum", "tokens", "nll_mean")
+_BY_SEGMENT = ("nll_sum", "tokens", "nll_mean")
 _COLUMNS = (
-    *(f"{what}_{mode}" for mode in MODES for what in ("var_logp", "var_len", "mean_logp", "mean_len", "nll_sum", "tokens", "nll_mean")),
-    *(f"{what}_{part}" for part in ("trace", "answer") for what in ("nll_sum", "tokens", "nll_mean")),
+    *(f"{what}_{mode}" for mode in MODES for what in _BY_MODE),
+    *(f"{what}_{part}" for part in ("trace", "answer") for what in _BY_SEGMENT),
     "share_mean",
-)  # fmt: skip
+)
 _AT = {name: column for column, name in enumerate(_COLUMNS)}
 
 
@@ -173,8 +175,8 @@ def variance_tables(samples: Iterable[ScoredSample], definitions: Definitions | 
     """Tables 3, 4 and 5 of Appendix B.
 
     For each question the mean and variance (n - ddof) of joint log-probability and length are taken over its complete
-    responses in each mode, then averaged over questions; ratios are Thinking / NoThinking of these averages. Intervals are
-    by delete-one-question jackknife, paired over questions (log scale for positive quantities).
+    responses in each mode, then averaged over questions; ratios are Thinking / NoThinking of these averages. Intervals
+    are by delete-one-question jackknife, paired over questions (log scale for positive quantities).
 
     Raises:
         UserError: No question has two complete responses in both modes.
@@ -184,8 +186,8 @@ def variance_tables(samples: Iterable[ScoredSample], definitions: Definitions | 
     usable = {key: group for key, group in groups.items() if all(len(group[mode]) >= 2 for mode in MODES)}
     if not usable:
         raise UserError(
-            f"No question has at least 2 complete responses in both modes ({truncated} truncated or unclosed responses were "
-            "set aside). Raise --max-new-tokens or --samples."
+            f"No question has at least 2 complete responses in both modes ({truncated} truncated or unclosed responses "
+            "were set aside). Raise --max-new-tokens or --samples."
         )
     rows = np.stack([question_features(g["thinking"], g["nothinking"], definitions.ddof) for g in usable.values()])
     tables = _entries(rows, definitions)

@@ -47,7 +47,9 @@ def test_pickled_weights_are_refused(tmp_path: Path, random_model: Path, prompts
         if file.suffix != ".safetensors":
             (pickled / file.name).write_bytes(file.read_bytes())
     torch.save({}, pickled / "pytorch_model.bin")
-    failed_politely(run("variance", "--model", pickled, "--prompts", prompts, "--output", tmp_path / "o"), "safetensors")
+    failed_politely(
+        run("variance", "--model", pickled, "--prompts", prompts, "--output", tmp_path / "o"), "safetensors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ def test_missing_prompts_file(tmp_path: Path) -> None:
         ("--template", "nonsense", "--template"),
     ],
 )
-def test_options_out_of_range(tmp_path: Path, random_model: Path, prompts: Path, option: str, value: str, word: str) -> None:
+def test_options_out_of_range(
+    tmp_path: Path, random_model: Path, prompts: Path, option: str, value: str, word: str
+) -> None:
     result = run("variance", "--model", random_model, "--prompts", prompts, "--output", tmp_path / "o", option, value)
     failed_politely(result, word)
 
@@ -155,7 +159,9 @@ def test_disk_full(tmp_path: Path, random_model: Path, prompts: Path) -> None:
 
 
 def test_all_truncated(tmp_path: Path, random_model: Path, prompts: Path) -> None:
-    result = run("variance", "--model", random_model, "--prompts", prompts, "--max-new-tokens", 3, "--output", tmp_path / "o")
+    result = run(
+        "variance", "--model", random_model, "--prompts", prompts, "--max-new-tokens", 3, "--output", tmp_path / "o"
+    )
     failed_politely(result, "truncated", "--max-new-tokens")
 
 

@@ -39,7 +39,7 @@ def test_undefined_where_there_is_nothing_to_vary() -> None:
 
 
 def _coverage(n: int, replicates: int, half_width_factor: float = 1.0) -> float:
-    """Share of intervals that hold the true variance ratio: 5 normal log-probs per question with gamma-spread scales."""
+    """Share of intervals that hold the true variance ratio: 5 normal log-probs a question, gamma-spread scales."""
     rng = np.random.default_rng(7)
     truth = 4.0
     covered = 0

@@ -147,7 +147,9 @@ def test_all_truncated_is_an_error(tmp_path: Path, samples: Path) -> None:
         tables(path)
 
 
-@pytest.mark.parametrize(("values", "message"), [([-1.0], "log-probs for 3 tokens"), ([-1.0, float("nan"), -1.0], "NaN")])
+@pytest.mark.parametrize(
+    ("values", "message"), [([-1.0], "log-probs for 3 tokens"), ([-1.0, float("nan"), -1.0], "NaN")]
+)
 def test_bad_logprobs_are_named(samples: Path, values: list[float], message: str) -> None:
     completion = next(adopt_completions(samples, None))
     with pytest.raises(UserError, match=message) as error:
