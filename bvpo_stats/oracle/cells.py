@@ -113,20 +113,21 @@ def trace_pair_moments(
         rejected: The side of y-.
         beta: DPO's beta.
     """
-    # Norms of differences are shift-invariant: scores are centred first, so that the last sum cancels less.
+    # Differences are shift-invariant: scores are centred first, so that the last sum cancels less.
     centre = chosen.law @ chosen.scores
     plus, minus = chosen.scores - centre, rejected.scores - centre
-    law = np.outer(chosen.law, rejected.law)
     margin = beta * (chosen.delta[:, None] - rejected.delta[None, :])
     weight = dpo_weight(margin, beta)
-    first, second = law * weight, law * weight**2
-    mean = first.sum(axis=1) @ plus - first.sum(axis=0) @ minus
-    square = (
-        second.sum(axis=1) @ np.sum(plus**2, axis=1)
-        + second.sum(axis=0) @ np.sum(minus**2, axis=1)
-        - 2 * np.sum((second @ minus) * plus)
+    square = weight**2
+    # What remains for each trace of one side once the other side is averaged out.
+    first = chosen.law * (weight @ rejected.law), rejected.law * (chosen.law @ weight)
+    second = chosen.law * (square @ rejected.law), rejected.law * (chosen.law @ square)
+    mixed = chosen.law @ np.sum(plus * (square @ (rejected.law[:, None] * minus)), axis=1)
+    return (
+        first[0] @ plus - first[1] @ minus,
+        float(second[0] @ np.sum(plus**2, axis=1) + second[1] @ np.sum(minus**2, axis=1) - 2 * mixed),
+        float(chosen.law @ dpo_loss(margin) @ rejected.law),
     )
-    return mean, float(square), float(np.sum(law * dpo_loss(margin)))
 
 
 def dpo_weight(margin: Float[np.ndarray, "*pairs"], beta: float) -> Float[np.ndarray, "*pairs"]:
