@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bvpo_stats.data.records import MODES, Completion, Mode, from_dict
+from bvpo_stats.data.shards import run_files
 from bvpo_stats.errors import UserError
 
 _CACHE_KIB = 64 * 1024
@@ -48,6 +49,21 @@ class SampleSource:
     n_prompts: int
     n_responses: int
     half_written: int
+
+    def check_sampling_model(self, identity: str) -> None:
+        """Refuses a policy that did not draw these samples; a server's name for its model cannot be checked.
+
+        Args:
+            identity: Identity of the policy (:attr:`bvpo_stats.model.policy.Policy.identity`).
+
+        Raises:
+            UserError: It is another model.
+        """
+        if self.engine == "transformers" and identity != self.model:
+            raise UserError(
+                f"The samples were drawn by {self.model}, but --model is {identity}. Reference log-probabilities and "
+                "traces need the sampling model: give the same --model and --adapter as in sampling."
+            )
 
 
 class SampleIndex:
@@ -120,7 +136,7 @@ def open_sample_index(samples: Path, database: Path, modes: Sequence[Mode] = MOD
 
 
 def sample_files(samples: Path) -> list[Path]:
-    """The sample files of a folder: ``samples.jsonl``, or ``samples*.jsonl`` where shards have files of their own.
+    """The sample files of a folder: ``samples.jsonl``, and those of shards.
 
     Raises:
         UserError: There are none.
@@ -129,7 +145,7 @@ def sample_files(samples: Path) -> list[Path]:
         return [samples]
     if not samples.exists():
         raise UserError(f"--samples {samples}: no such folder. Give the --output folder of `bvpo-stats sample`.")
-    paths = sorted(samples.glob("samples*.jsonl"))
+    paths = run_files(samples, "samples.jsonl")
     if not paths:
         raise UserError(
             f"--samples {samples}: no samples.jsonl there, so it is not the folder of a sampling run. Give the "

@@ -86,7 +86,8 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
     }
     with open_run(output, "pairs", identity) as folder:
         with open_sample_index(config.samples, folder / ".samples.sqlite", config.modes) as index:
-            _check_reference(policy, index)
+            if policy is not None:
+                index.source.check_sampling_model(policy.identity)
             scores, logps = RowLog(folder / SCORES_FILE), RowLog(folder / REF_LOGPS_FILE)
             run = _Run(index, reward, template, policy, scores, logps)
             tallies, joint = _write_pairs(run, config.modes, folder)
@@ -108,15 +109,6 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
         write_atomic(folder / "report.md", markdown(report))
         write_atomic(folder / "README.md", dataset_card(report))
     return report
-
-
-def _check_reference(policy: Policy | None, index: SampleIndex) -> None:
-    source = index.source
-    if policy is not None and source.engine == "transformers" and policy.identity != source.model:
-        raise UserError(
-            f"--ref-logps: the samples were drawn by {source.model}, but --model is {policy.identity}. The reference "
-            "is the sampling model; give the same --model and --adapter as in sampling."
-        )
 
 
 def _write_pairs(run: _Run, modes: Sequence[Mode], folder: Path) -> tuple[dict[Mode, ModeTally], int]:
