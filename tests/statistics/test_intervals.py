@@ -1,0 +1,209 @@
+"""The jackknife against closed forms, Fieller's sets against the inequality they solve."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.intervals import (
+    BOUNDED,
+    COMPLEMENT,
+    WHOLE_LINE,
+    delta_sets,
+    fieller_sets,
+    jackknife_covariance,
+    jackknife_normal,
+    prompts_needed,
+    ratio_sets,
+    t_quantile,
+)
+from bvpo_stats.statistics.skewness import corrected_difference, hall_transform
+
+
+def deleted_means(x, labels):
+    """``[..., 1 + G]`` of the mean of x over examples, whole and without each group."""
+    groups = sorted(set(labels))
+    return np.stack([x.mean(-1), *(x[..., labels != g].mean(-1) for g in groups)], axis=-1)
+
+
+def test_jackknife_of_means_is_the_textbook_covariance():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 30)) + 1
+    labels = np.arange(30)
+    covariance = jackknife_covariance(deleted_means(x, labels), np.ones(30))
+    np.testing.assert_allclose(covariance, np.cov(x) / 30, rtol=1e-10)
+
+
+def test_equal_groups_give_the_textbook_formula_for_curved_statistics():
+    x = np.random.default_rng(0).normal(size=40)
+    theta = np.exp(deleted_means(x, np.arange(40) % 8))
+    textbook = 7 / 8 * ((theta[1:] - theta[1:].mean()) ** 2).sum()
+    assert jackknife_covariance(theta[None], np.full(8, 5.0))[0, 0] == pytest.approx(textbook, rel=1e-12)
+
+
+def test_jackknife_with_unequal_groups_is_unbiased_for_a_mean():
+    """Exact expectation over all 3^6 samples of a three-point population, groups of 1, 2 and 3."""
+    points, w = np.array([0.0, 1.0, 5.0]), np.array([0.5, 0.3, 0.2])
+    tuples = np.array(list(product(range(3), repeat=6)))
+    labels, sizes = np.array([0, 1, 1, 2, 2, 2]), np.array([1.0, 2.0, 3.0])
+    values = deleted_means(points[tuples], labels)[:, None, :]
+    variance = jackknife_covariance(values, sizes)[:, 0, 0]
+    truth = (w @ points**2 - (w @ points) ** 2) / 6
+    assert w[tuples].prod(1) @ variance == pytest.approx(truth, rel=1e-12)
+    # The formula for equal groups would be off.
+    naive = 2 / 3 * ((values[:, 0, 1:] - values[:, 0, 1:].mean(1, keepdims=True)) ** 2).sum(1)
+    assert abs(w[tuples].prod(1) @ naive - truth) > 0.01 * truth
+
+
+def test_normal_interval_is_students():
+    x = np.random.default_rng(1).normal(size=25)
+    got = jackknife_normal(deleted_means(x, np.arange(25)), np.ones(25), 0.9)
+    low, high = stats.t.interval(0.9, 24, x.mean(), x.std(ddof=1) / 5)
+    assert (got.low, got.high) == (pytest.approx(low), pytest.approx(high))
+    floored = jackknife_normal(deleted_means(x, np.arange(25)), np.ones(25), 0.9, floor=x.mean() + 0.1)
+    assert floored.low == x.mean() + 0.1
+    assert floored.value == pytest.approx(x.mean())  # the estimate itself is never clipped
+
+
+@pytest.mark.parametrize(
+    ("B", "A", "shape"),
+    [
+        (0.4, 1.0, BOUNDED),
+        (-0.4, 3.0, BOUNDED),
+        (1.0, 0.3, COMPLEMENT),
+        (-1.0, 0.1, COMPLEMENT),
+        (0.1, 0.05, WHOLE_LINE),
+    ],
+)
+def test_fieller_set_solves_its_inequality(B, A, shape):
+    covariance, q = np.array([[0.04, 0.01], [0.01, 0.05]]), 2.1
+    sets = fieller_sets(np.asarray(B), np.asarray(A), covariance, q)
+    assert sets.shape == shape
+    grid = np.concatenate([np.linspace(-50, 50, 40001), [B / A, 1e6, -1e6]])
+    variance = covariance[0, 0] - 2 * grid * covariance[0, 1] + grid**2 * covariance[1, 1]
+    np.testing.assert_array_equal(sets.contains(grid), (B - grid * A) ** 2 <= q**2 * variance)
+    low, high, identified = sets.clipped()
+    if shape == BOUNDED:
+        assert (low, high) == (np.clip(sets.low, 0, 1), np.clip(sets.high, 0, 1))
+        assert identified == (low > 0 or high < 1)
+    else:
+        assert (low, high, bool(identified)) == (0, 1, False)
+
+
+def test_an_impossible_or_empty_denominator_identifies_nothing():
+    tiny = np.eye(2) * 1e-6
+    assert fieller_sets(np.asarray(0.5), np.asarray(-1.0), tiny, 2.0).shape == WHOLE_LINE
+    nothing = fieller_sets(np.asarray(0.0), np.asarray(0.0), np.zeros((2, 2)), 2.0)
+    assert nothing.shape == WHOLE_LINE
+    assert nothing.contains(0.3)
+    bounded_but_silent = fieller_sets(np.asarray(0.5), np.asarray(1.0), np.diag([0.2, 0.01]), 2.0)
+    assert bounded_but_silent.shape == BOUNDED
+    assert not bounded_but_silent.clipped()[2]  # covers all of [0, 1]
+
+
+def test_fieller_is_exact_for_normal_numerators_and_denominators():
+    """With known covariance, P(set holds the ratio) = level exactly, whatever the signal; delta is not."""
+    rng = np.random.default_rng(0)
+    covariance = np.array([[1.0, 0.3], [0.3, 1.0]])
+    draws = rng.multivariate_normal([1.0, 1.5], covariance, size=40000)
+    sets = fieller_sets(draws[:, 0], draws[:, 1], covariance, stats.norm.ppf(0.975))
+    # A significantly negative A (impossible here but for noise) is widened to the whole line: +0.0003.
+    covered = sets.contains(1 / 1.5).mean()
+    assert abs(covered - 0.95) < 3.5 * math.sqrt(0.95 * 0.05 / 40000) + 0.0004
+    assert set(np.unique(sets.shape)) == {BOUNDED, COMPLEMENT, WHOLE_LINE}
+
+
+def test_methods_agree_where_the_denominator_is_sharp():
+    rng = np.random.default_rng(2)
+    A = rng.normal(size=4000) * 0.1 + 2
+    B = 0.4 * A + rng.normal(size=4000) * 0.1
+    values = [deleted_means(x, np.arange(4000)) for x in (B, A)]
+    ends = {m: ratio_sets(*values, np.ones(4000), method=m) for m in ("fieller", "delta", "hall")}
+    for method in ("delta", "hall"):
+        width = ends["fieller"].high - ends["fieller"].low
+        assert abs(ends[method].low - ends["fieller"].low) < 0.02 * width
+        assert abs(ends[method].high - ends["fieller"].high) < 0.02 * width
+    standard_error = (B - B.mean() / A.mean() * A).std(ddof=1) / math.sqrt(4000) / A.mean()
+    q = t_quantile(0.95, 4000)
+    assert ends["delta"].high - ends["delta"].ratio == pytest.approx(q * standard_error, rel=1e-6)
+    with pytest.raises(UserError, match="unknown interval"):
+        ratio_sets(*values, np.ones(4000), method="bootstrap")
+
+
+@pytest.mark.parametrize("skewness", [-3.0, -0.5, 1.0, 4.0])
+def test_hall_transform_is_monotone_with_its_known_closed_form(skewness):
+    """T + l T^2 / 3 + l^2 T^3 / 27 = ((1 + l T / 3)^3 - 1) / l (Hall 1992)."""
+    T, slant = np.linspace(-6, 6, 101), skewness / math.sqrt(16)
+    h = hall_transform(T, np.asarray(skewness), 16)
+    np.testing.assert_allclose(h, ((1 + slant * T / 3) ** 3 - 1) / slant + slant / 6, rtol=1e-12, atol=1e-12)
+    assert (np.diff(h) >= 0).all()
+
+
+def test_hall_ends_solve_their_equation():
+    rng = np.random.default_rng(4)
+    B, A = rng.lognormal(size=(2, 50, 30))
+    values = [deleted_means(x, np.arange(30)) for x in (B, A)]
+    sets = ratio_sets(*values, np.ones((50, 30)), method="hall")
+    bounded = sets.shape == BOUNDED
+    assert bounded.mean() > 0.9
+    deviations = np.stack([x - x.mean(-1, keepdims=True) for x in (B, A)], axis=-2)
+    weights = np.full((50, 30), 1 / (30 * 29))
+    for ends in (sets.low, sets.high):
+        h = corrected_difference(ends, B.mean(-1), A.mean(-1), deviations, weights)
+        np.testing.assert_allclose(np.abs(h)[bounded], t_quantile(0.95, 30), rtol=1e-6)
+
+
+def test_hall_covers_a_skewed_mean_better_than_student():
+    """Mean of lognormals, N = 40: a ratio with denominator one."""
+    rng = np.random.default_rng(0)
+    x = rng.lognormal(size=(1500, 40))
+    ones = np.ones((1500, 41))
+    means = np.concatenate([x.mean(1, keepdims=True), (x.sum(1, keepdims=True) - x) / 39], axis=1)
+    sizes = np.ones((1500, 40))
+    truth = math.exp(0.5)
+    covered = {m: ratio_sets(means, ones, sizes, method=m).contains(truth).mean() for m in ("fieller", "hall")}
+    assert covered["fieller"] < 0.905
+    assert covered["hall"] > covered["fieller"] + 0.02
+
+
+def test_delta_is_bounded_where_fieller_is_not():
+    covariance = np.eye(2)
+    assert fieller_sets(np.asarray(0.3), np.asarray(1.0), covariance, 2.0).shape != BOUNDED
+    assert delta_sets(np.asarray(0.3), np.asarray(1.0), covariance, 2.0).shape == BOUNDED
+
+
+def test_prompts_needed_identifies_when_the_variance_shrinks_as_one_over_n():
+    rng = np.random.default_rng(5)
+    A = rng.normal(size=40) * 4 + 1.0
+    B = 0.4 * A + rng.normal(size=40)
+    A, B = A - A.mean() + 1.0, B - B.mean() + 0.4
+    values = [deleted_means(x, np.arange(40)) for x in (B, A)]
+    assert not ratio_sets(*values, np.ones(40)).clipped()[2]
+    needed = prompts_needed(*values, np.ones(40), 40)
+    assert not needed.at_least
+    covariance = jackknife_covariance(np.stack(values), np.ones(40))
+    q = t_quantile(0.95, 40)
+    at = lambda n: bool(fieller_sets(np.asarray(0.4), np.asarray(1.0), covariance * 40 / n, q).clipped()[2])  # noqa: E731
+    assert at(needed.prompts)
+    assert not at(needed.prompts / 1.03)
+    enough = prompts_needed(*(deleted_means(np.tile(x, 50), np.arange(2000)) for x in (B, A)), np.ones(2000), 2000)
+    assert enough.prompts == 2000
+
+
+def test_prompts_needed_is_a_lower_bound_where_the_denominator_drowns():
+    x = np.array([1.0, -1.0] * 10)
+    values = [deleted_means(v, np.arange(20)) for v in (x[::-1] + 0.1, x - 0.1)]
+    needed = prompts_needed(*values, np.ones(20), 20)
+    assert needed.at_least
+    assert needed.prompts > 20
+    hopeless = prompts_needed(*(deleted_means(np.zeros(20), np.arange(20)),) * 2, np.ones(20), 20)
+    assert hopeless.prompts is None
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
+def test_levels_outside_zero_and_one_are_refused(level):
+    with pytest.raises(UserError, match="level"):
+        t_quantile(level, 20)
