@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,12 +27,13 @@ from bvpo_stats.data.scoring import LOGPROBS_FILE, read_logprobs, score_into
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.studies.published import APPENDIX_B, published_name
-from bvpo_stats.studies.report_file import versions
-from bvpo_stats.studies.variance_profiles import Histogram, PositionBin, PositionProfile, histogram
+from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.variance_output import markdown
+from bvpo_stats.studies.variance_profiles import PositionProfile, histogram
+from bvpo_stats.studies.variance_report import VarianceReport
 from bvpo_stats.studies.variance_tables import (
     Definitions,
     ScoredSample,
-    VarianceTables,
     reduce_sample,
     variance_tables,
 )
@@ -62,43 +62,6 @@ class VarianceConfig:
     limit: int | None = None
     samples_from: Path | None = None
     batch_size: int | None = None
-
-
-@dataclass(frozen=True)
-class VarianceReport:
-    """Appendix B for one model: everything the tables and figures show.
-
-    Attributes:
-        model: Identity of the model.
-        seed: Seed of the run, None for responses from elsewhere.
-        tables: Tables 3, 4 and 5.
-        definitions: How they are defined.
-        sampling: Sampling options, None for responses from elsewhere.
-        template: Name of the protocol.
-        published: The paper's row, where the model is one of its three.
-        lengths: Distribution of lengths, tokens.
-        logps: Distribution of joint log-probabilities, nats.
-        positions: NLL along the trace and the answer.
-        versions: Software versions.
-    """
-
-    model: str
-    seed: int | None
-    tables: VarianceTables
-    definitions: Definitions
-    sampling: SamplingOptions | None
-    template: str
-    published: dict[str, Any] | None
-    lengths: Histogram
-    logps: Histogram
-    positions: dict[str, list[PositionBin]]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``: the tables at the top level."""
-        plain = asdict(self)
-        tables = plain.pop("tables")
-        return {**tables, **plain}
 
 
 def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
@@ -196,9 +159,7 @@ def prompts_fingerprint(prompts: list[Prompt]) -> str:
     return f"{len(prompts)}:{digest.hexdigest()[:16]}"
 
 
-def _scored(
-    completions: list[Completion], logprobs_path: Path, profile: PositionProfile
-) -> Iterator[ScoredSample]:
+def _scored(completions: list[Completion], logprobs_path: Path, profile: PositionProfile) -> Iterator[ScoredSample]:
     known = dict(read_logprobs(logprobs_path)) if logprobs_path.exists() else {}
     for completion in completions:
         values = np.asarray(completion.logprobs if completion.logprobs is not None else known[completion.key])
@@ -213,9 +174,7 @@ def _scored(
         yield sample
 
 
-def _analyse(
-    config: VarianceConfig, completions: list[Completion], logprobs_path: Path, model: str
-) -> VarianceReport:
+def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_path: Path, model: str) -> VarianceReport:
     profile = PositionProfile()
     samples = list(_scored(completions, logprobs_path, profile))
     tables = variance_tables(samples, config.definitions)
@@ -237,8 +196,6 @@ def _analyse(
 
 def _write(report: VarianceReport, folder: Path) -> None:
     from bvpo_stats.plots import variance_figures
-    from bvpo_stats.studies.report_file import to_json
-    from bvpo_stats.studies.variance_output import markdown
 
     plain = report.to_dict()
     write_atomic(folder / "report.json", to_json(plain))

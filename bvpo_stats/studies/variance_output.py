@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.statistics.clusters import Interval
-from bvpo_stats.studies.variance import VarianceReport
+from bvpo_stats.studies.variance_report import VarianceReport
 
 _TITLES = {
     "table3": "Table 3. Variance ratios, Thinking / NoThinking",
