@@ -39,7 +39,7 @@ class AlphaInterval:
             [high, inf)`` if a complement, everything if whole.
         unclipped_high: Upper end likewise.
         shape: Which of the three.
-        method: ``fieller`` or ``delta``.
+        method: ``fieller``, ``hall`` or ``delta``.
         needed: How many prompts would identify it, where this sample does not.
     """
 
@@ -185,7 +185,7 @@ def alpha_star(
         level: Confidence level.
         clusters: Prompt of each example, where prompts have several pairs; None if all differ.
         blocks: Name to slice of the parameters, for per-layer weights afterwards.
-        method: ``fieller`` (default) or ``delta``.
+        method: ``fieller`` (default), ``hall`` (cautious under heavy tails) or ``delta``.
 
     Returns:
         The weight, its interval and the moments behind both.

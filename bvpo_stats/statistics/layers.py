@@ -123,7 +123,7 @@ def curvature_alpha(
         eta: Learning rate.
         batch_size: Examples per step.
         level: Confidence level.
-        method: ``fieller`` or ``delta``.
+        method: ``fieller``, ``hall`` or ``delta``.
     """
     if not eta > 0:
         raise UserError(f"the learning rate must be positive, got {eta}.")

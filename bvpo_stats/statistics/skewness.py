@@ -6,7 +6,7 @@ misses on one side until N is large. Hall (1992) transforms the studentised diff
     h(T) = T + l T^2 / 3 + l^2 T^3 / 27 + l / 6,       l = skewness / sqrt(n),
 
 which removes the first-order effect of skewness; the set is ``{a : |h(T(a))| <= q}`` with the skewness of the jackknife
-pseudo-values of ``B - a A``.
+pseudo-values of ``B - a A``. Use it through `bvpo_stats.statistics.intervals.hall_sets`, which says why not alone.
 """
 
 from __future__ import annotations

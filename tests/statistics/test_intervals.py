@@ -20,7 +20,7 @@ from bvpo_stats.statistics.intervals import (
     ratio_sets,
     t_quantile,
 )
-from bvpo_stats.statistics.skewness import corrected_difference, hall_transform
+from bvpo_stats.statistics.skewness import corrected_difference, corrected_ends, hall_transform
 
 
 def deleted_means(x, labels):
@@ -142,18 +142,23 @@ def test_hall_transform_is_monotone_with_its_known_closed_form(skewness):
     assert (np.diff(h) >= 0).all()
 
 
-def test_hall_ends_solve_their_equation():
+def test_hall_ends_solve_their_equation_and_hull_with_fieller():
     rng = np.random.default_rng(4)
     B, A = rng.lognormal(size=(2, 50, 30))
     values = [deleted_means(x, np.arange(30)) for x in (B, A)]
-    sets = ratio_sets(*values, np.ones((50, 30)), method="hall")
-    bounded = sets.shape == BOUNDED
-    assert bounded.mean() > 0.9
     deviations = np.stack([x - x.mean(-1, keepdims=True) for x in (B, A)], axis=-2)
-    weights = np.full((50, 30), 1 / (30 * 29))
-    for ends in (sets.low, sets.high):
+    weights, q = np.full((50, 30), 1 / (30 * 29)), t_quantile(0.95, 30)
+    low, high = corrected_ends(B.mean(-1), A.mean(-1), deviations, weights, q)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    assert bounded.mean() > 0.9
+    for ends in (low, high):
         h = corrected_difference(ends, B.mean(-1), A.mean(-1), deviations, weights)
-        np.testing.assert_allclose(np.abs(h)[bounded], t_quantile(0.95, 30), rtol=1e-6)
+        np.testing.assert_allclose(np.abs(h)[bounded], q, rtol=1e-6)
+    hull, plain = (ratio_sets(*values, np.ones((50, 30)), method=m) for m in ("hall", "fieller"))
+    keep = bounded & (plain.shape == BOUNDED)
+    np.testing.assert_allclose(hull.low[keep], np.minimum(low, plain.low)[keep], rtol=1e-9)
+    np.testing.assert_allclose(hull.high[keep], np.maximum(high, plain.high)[keep], rtol=1e-9)
+    assert (hull.shape[~keep] == WHOLE_LINE).all()
 
 
 def test_hall_covers_a_skewed_mean_better_than_student():
