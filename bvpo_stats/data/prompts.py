@@ -91,8 +91,9 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     """Recognises the usual layouts of a prompt.
 
-    A text stands under ``prompt`` (or ``question``, ``problem``, ``instruction``). Messages (under ``prompt`` or ``messages``) give their last user turn before any assistant turn; UltraFeedback's
-    ``prompt`` string with ``chosen``/``rejected`` message lists is the first case.
+    A text stands under ``prompt`` (or ``question``, ``problem``, ``instruction``). Messages (under ``prompt`` or
+    ``messages``) give their last user turn before any assistant turn; UltraFeedback's ``prompt`` string with
+    ``chosen``/``rejected`` message lists is the first case.
 
     Raises:
         UserError: No such field, an empty prompt, or several user turns (only single-turn prompts are defined here).
