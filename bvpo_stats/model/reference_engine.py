@@ -7,22 +7,17 @@ the fast engine is tested against it in float64.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import Batch
-from bvpo_stats.model.head import causal_lm_of
-
-_PLAIN = "bvpo_stats_plain"
+from bvpo_stats.model.exact import plain_attention
 
 
 def reference_scores(
@@ -60,41 +55,3 @@ def reference_scores(
     dtype = next(iter(chosen.values())).dtype
     with plain_attention(model):
         return per_sequence(chosen, batch.input_ids, batch.completion_mask.to(dtype))
-
-
-@contextlib.contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Within it, attention is eager: plain matrix products and a softmax, in the model's own dtype.
-
-    Fused kernels have no batching rule for their backward, and transformers' own eager attention takes the softmax in
-    float32 even in a float64 model.
-
-    Args:
-        model: A transformers causal LM, wrapped by PEFT or not.
-    """
-    AttentionInterface.register(_PLAIN, _attend)
-    AttentionMaskInterface.register(_PLAIN, eager_mask)
-    causal_lm: Any = causal_lm_of(model)
-    before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(_PLAIN)
-    try:
-        yield
-    finally:
-        causal_lm.set_attn_implementation(before)
-
-
-def _attend(
-    module: nn.Module,
-    query: Float[Tensor, "sequences heads tokens width"],
-    key: Float[Tensor, "sequences key_heads tokens width"],
-    value: Float[Tensor, "sequences key_heads tokens width"],
-    attention_mask: Float[Tensor, "#sequences 1 tokens tokens"],
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "sequences tokens heads width"], None]:
-    """softmax(scaling * Q K' + mask) V with grouped keys and values, in transformers' calling convention."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = torch.softmax(scaling * query @ key.mT + attention_mask, dim=-1)
-    return (weights @ value).transpose(1, 2), None

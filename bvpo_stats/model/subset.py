@@ -191,7 +191,7 @@ def linear_subset(model: nn.Module, patterns: Sequence[str]) -> Subset:
     plain = {name: name for name, module in layers.items() if type(module) in (nn.Linear, Conv1D)}
     for pattern in patterns:
         matched = [name for name in layers if _matches(pattern, name)]
-        odd = [name for name in matched if name not in plain and "Linear" in type(layers[name]).__name__]
+        odd = [name for name in matched if name not in plain and _is_linear_like(layers[name])]
         if odd or (matched and not any(name in plain for name in matched)):
             name = (odd or matched)[0]
             raise UserError(f"{name}: {_kind(layers[name])} is not supported; only weights of Linear layers are.")
@@ -294,9 +294,15 @@ def _check_weight(name: str, layer: Any) -> None:
         raise UserError(f"{name}: the weight is offloaded; load the whole model on one device.")
 
 
+def _is_linear_like(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear) or "Linear" in type(layer).__name__
+
+
 def _kind(layer: Any) -> str:
     """How to call an unsupported layer: by what users know it as."""
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if kind == "peft.tuners.lora.layer.Linear":
+        return "a layer under an adapter (its weight is called base_layer)"
     if kind == "peft.tuners.lora.layer.Embedding":
         return "LoRA on an embedding"
     if any(word in kind for word in ("bnb", "4bit", "8bit", "gptq", "awq", "aqlm", "hqq", "eetq", "torchao")):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from bvpo_stats.model.batching import TokenSequence
+from bvpo_stats.model.exact import replace_norms, use_plain_attention
 
 WORDS = 29
 SHAPES = ("qwen2", "qwen2-tied", "qwen3", "llama", "gpt2")
@@ -31,7 +32,11 @@ def tiny_model(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A two-layer model with grouped-query attention (4 heads on 2) and weights large enough to matter."""
+    """A two-layer model with grouped-query attention (4 heads on 2) and weights large enough to matter.
+
+    In float64 it is float64 throughout: norms in float64 and, in place of transformers' eager attention, whose softmax
+    is float32, the package's plain one.
+    """
     torch.manual_seed(seed)
     common: dict[str, Any] = {"vocab_size": WORDS, "attn_implementation": attention, "initializer_range": 0.3}
     if shape == "gpt2":
@@ -55,6 +60,10 @@ def tiny_model(
         }
         tied = {"tie_word_embeddings": shape == "qwen2-tied"}
         model = model_kind(config_kind(**{**common, **sizes, **tied, **overrides}))
+    if dtype == torch.float64:
+        replace_norms(model)
+        if attention == "eager":
+            use_plain_attention(model)
     return model.to(dtype).eval()
 
 

@@ -85,6 +85,17 @@ def test_float64_agrees_with_single_sequences(shape: str, kind: str, checkpointe
     assert relative_error(ours, truth) < 1e-10
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transformers_own_norms_and_eager_attention(attention: str) -> None:
+    # They round to float32 on the way, so agreement is at the level of float32 rounding and no better.
+    model = lora_model("qwen3", dtype=torch.float32, attention=attention).double()
+    assert model.get_base_model().config._attn_implementation == attention
+    subset = lora_subset(model)
+    sequences = sequences_of(LENGTHS)
+    truth = single_sequence_scores(model, subset, sequences)
+    assert relative_error(captured_scores(model, subset, collate(sequences)), truth) < 1e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_engine_agrees_with_single_sequences(shape: str) -> None:
     sequences = sequences_of(LENGTHS)
