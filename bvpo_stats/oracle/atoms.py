@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle.build import Oracle
-from bvpo_stats.oracle.cells import cell_moments, dpo_weight
+from bvpo_stats.oracle.cells import cell_moments
 from bvpo_stats.oracle.coordinates import shortened
+from bvpo_stats.oracle.scored import DPO, pair_gradients, trace_responses
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ class Atoms:
         return np.concatenate(t_index), np.concatenate(e_index), np.concatenate(probability)
 
 
-def population_atoms(oracle: Oracle, beta: float = 0.1, max_atoms: int = 200_000) -> Atoms:
+def population_atoms(oracle: Oracle, objective: Objective = DPO, max_atoms: int = 200_000) -> Atoms:
     """Writes out every atom of the population.
 
     Args:
         oracle: A small oracle: D_t has traces^2 atoms per prompt and pair of answers.
-        beta: DPO's beta.
+        objective: The preference loss.
         max_atoms: Refuses to write out more.
 
     Raises:
@@ -89,11 +91,13 @@ def population_atoms(oracle: Oracle, beta: float = 0.1, max_atoms: int = 200_000
             "shorter traces, or draw examples instead of writing them all out."
         )
     oracle = shortened(oracle)
-    cells = cell_moments(oracle, beta)
+    cells = cell_moments(oracle, objective)
+    responses = trace_responses(oracle.table)
+    plus, minus = (index.ravel() for index in np.indices((oracle.grammar.n_traces,) * 2))
     t, m, t_prompt, t_probability = [], [], [], []
     for cell in np.argwhere(cells.pair_law > 0):
         x, a, b = cell.tolist()
-        vectors = _trace_pair_gradients(oracle, (x, a, b), beta)
+        vectors, _ = pair_gradients(objective, responses[x, plus, a], responses[x, minus, b])
         posterior = oracle.table.sampling.posterior[x]
         t.append(vectors)
         m.append(np.broadcast_to(cells.marginal[x, a, b], vectors.shape))
@@ -109,18 +113,6 @@ def population_atoms(oracle: Oracle, beta: float = 0.1, max_atoms: int = 200_000
         e_prompt=where[0],
         e_probability=cells.empty_pair_law[where],
     )
-
-
-def _trace_pair_gradients(
-    oracle: Oracle, cell: tuple[int, int, int], beta: float
-) -> Float[np.ndarray, "atoms dimensions"]:
-    """g_t of every (r+, r-) of a cell (x, y+, y-), r+ slowest."""
-    x, a, b = cell
-    delta, scores = oracle.table.log_ratio[x], oracle.table.scores[x]
-    margin = beta * (delta[:, None, a] - delta[None, :, b])
-    weight = dpo_weight(margin, beta)
-    difference = scores[:, None, a] - scores[None, :, b]
-    return (weight[..., None] * difference).reshape(-1, scores.shape[-1])
 
 
 def _within(

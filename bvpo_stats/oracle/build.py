@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import Qwen2Config
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
@@ -184,7 +185,7 @@ def _write(parameters: list[Tensor], theta: Float[np.ndarray, " parameters"]) ->
         parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype).reshape(parameter.shape))
 
 
-def _build_model(shape: ModelShape, grammar: Grammar, generator: torch.Generator) -> PreTrainedModel:
+def _build_model(shape: ModelShape, grammar: Grammar, generator: torch.Generator) -> Any:
     config = Qwen2Config(
         vocab_size=grammar.vocabulary,
         hidden_size=shape.hidden_size,

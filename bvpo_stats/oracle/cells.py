@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit
 
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle.build import Oracle
+from bvpo_stats.oracle.scored import DPO, Scored, marginal_responses, pair_gradients, pair_weights, trace_responses
 
 
 @dataclass(frozen=True)
@@ -40,36 +41,28 @@ class CellMoments:
     loss_e: Float[np.ndarray, "prompts answers answers"]
 
 
-def cell_moments(oracle: Oracle, beta: float = 0.1) -> CellMoments:
+def cell_moments(oracle: Oracle, objective: Objective = DPO) -> CellMoments:
     """The conditional moments of every cell (x, y+, y-).
 
     Sums over trace pairs are matrix products over the two trace axes: no pair's gradient is ever formed.
 
     Args:
         oracle: The policy at theta, its reference and its data laws.
-        beta: DPO's beta.
+        objective: The preference loss; its marginal form has log pi(y | x) for the log-probability of a response.
     """
-    table, grammar = oracle.table, oracle.grammar
-    cells = (grammar.n_prompts, grammar.n_answers, grammar.n_answers)
-    n_parameters = table.scores.shape[-1]
+    responses, marginals = trace_responses(oracle.table), marginal_responses(oracle.table)
+    cells, n_parameters = oracle.pair_law.shape, responses.scores.shape[-1]
     mean_t, marginal, empty = (np.zeros((*cells, n_parameters)) for _ in range(3))
     square_t, loss_t, loss_m, loss_e = (np.zeros(cells) for _ in range(4))
-    posterior, delta = table.sampling.posterior, table.log_ratio
-    marginal_delta, marginal_scores = table.marginal_log_ratio, table.marginal_scores
+    posterior = oracle.table.sampling.posterior
     for cell in np.argwhere(oracle.pair_law > 0):
         x, a, b = cell.tolist()
-        sides = tuple(
-            TraceSide(posterior[x, :, answer], delta[x, :, answer], table.scores[x, :, answer]) for answer in (a, b)
-        )
-        mean_t[x, a, b], square_t[x, a, b], loss_t[x, a, b] = trace_pair_moments(sides[0], sides[1], beta)
-        margin = beta * (marginal_delta[x, a] - marginal_delta[x, b])
-        marginal[x, a, b] = dpo_weight(margin, beta) * (marginal_scores[x, a] - marginal_scores[x, b])
-        loss_m[x, a, b] = dpo_loss(margin)
-    for cell in np.argwhere(oracle.empty_pair_law > 0):
-        x, a, b = cell.tolist()
-        margin = beta * (delta[x, 0, a] - delta[x, 0, b])
-        empty[x, a, b] = dpo_weight(margin, beta) * (table.scores[x, 0, a] - table.scores[x, 0, b])
-        loss_e[x, a, b] = dpo_loss(margin)
+        plus, minus = (TraceSide(posterior[x, :, y], responses[x, :, y]) for y in (a, b))
+        mean_t[x, a, b], square_t[x, a, b], loss_t[x, a, b] = trace_pair_moments(plus, minus, objective)
+    x, a, b = where = np.nonzero(oracle.pair_law > 0)
+    marginal[where], loss_m[where] = pair_gradients(objective, marginals[x, a], marginals[x, b])
+    x, a, b = where = np.nonzero(oracle.empty_pair_law > 0)
+    empty[where], loss_e[where] = pair_gradients(objective, responses[x, 0, a], responses[x, 0, b])
     return CellMoments(
         pair_law=oracle.pair_law,
         mean_t=mean_t,
@@ -89,52 +82,34 @@ class TraceSide:
 
     Attributes:
         law: q(r | x, y), the law of the trace in the data.
-        delta: Delta(r, y), the log-ratio of policy to reference.
-        scores: s(r, y).
+        responses: (r, y) for every trace r.
     """
 
     law: Float[np.ndarray, " traces"]
-    delta: Float[np.ndarray, " traces"]
-    scores: Float[np.ndarray, "traces parameters"]
+    responses: Scored
 
 
 def trace_pair_moments(
-    chosen: TraceSide, rejected: TraceSide, beta: float
+    chosen: TraceSide, rejected: TraceSide, objective: Objective
 ) -> tuple[Float[np.ndarray, " parameters"], float, float]:
     r"""E g_t, E norm(g_t)^2 and E l_t over independent traces r+ and r-.
 
-    With p_ij = q(i) q(j), w_ij = -beta sigmoid(-m_ij) and g_ij = w_ij (s_i - s_j),
+    With p_ij = q(i) q(j), score weights u_ij and v_ij, and g_ij = u_ij s_i + v_ij s_j,
 
-        E g_t         = sum_i (sum_j p_ij w_ij) s_i - sum_j (sum_i p_ij w_ij) s_j
-        E norm(g_t)^2 = sum_i (sum_j p_ij w_ij^2) norm(s_i)^2 + the same over j - 2 sum_ij p_ij w_ij^2 s_i . s_j.
+        E g_t         = sum_i (sum_j p_ij u_ij) s_i + sum_j (sum_i p_ij v_ij) s_j
+        E norm(g_t)^2 = sum_i (sum_j p_ij u_ij^2) norm(s_i)^2 + sum_j (sum_i p_ij v_ij^2) norm(s_j)^2
+                        + 2 sum_ij p_ij u_ij v_ij s_i . s_j.
 
     Args:
         chosen: The side of y+.
         rejected: The side of y-.
-        beta: DPO's beta.
+        objective: The preference loss.
     """
-    # Differences are shift-invariant: scores are centred first, so that the last sum cancels less.
-    centre = chosen.law @ chosen.scores
-    plus, minus = chosen.scores - centre, rejected.scores - centre
-    margin = beta * (chosen.delta[:, None] - rejected.delta[None, :])
-    weight = dpo_weight(margin, beta)
-    square = weight**2
-    # What remains for each trace of one side once the other side is averaged out.
-    first = chosen.law * (weight @ rejected.law), rejected.law * (chosen.law @ weight)
-    second = chosen.law * (square @ rejected.law), rejected.law * (chosen.law @ square)
-    mixed = chosen.law @ np.sum(plus * (square @ (rejected.law[:, None] * minus)), axis=1)
-    return (
-        first[0] @ plus - first[1] @ minus,
-        float(second[0] @ np.sum(plus**2, axis=1) + second[1] @ np.sum(minus**2, axis=1) - 2 * mixed),
-        float(chosen.law @ dpo_loss(margin) @ rejected.law),
-    )
-
-
-def dpo_weight(margin: Float[np.ndarray, "*pairs"], beta: float) -> Float[np.ndarray, "*pairs"]:
-    """The weight w = -beta sigmoid(-m) of g = w (s+ - s-), at margin m = beta (Delta+ - Delta-)."""
-    return -beta * expit(-margin)
-
-
-def dpo_loss(margin: Float[np.ndarray, "*pairs"]) -> Float[np.ndarray, "*pairs"]:
-    """The DPO loss -log sigmoid(m)."""
-    return np.logaddexp(0.0, -margin)
+    p, q = chosen.law, rejected.law
+    plus, minus = chosen.responses.scores, rejected.responses.scores
+    weights = pair_weights(objective, chosen.responses[:, None], rejected.responses[None, :])
+    u, v = weights.chosen, weights.rejected
+    mean = (p * (u @ q)) @ plus + (q * (p @ v)) @ minus
+    squares = (p * (u**2 @ q)) @ np.sum(plus**2, axis=1) + (q * (p @ v**2)) @ np.sum(minus**2, axis=1)
+    mixed = p @ np.sum(plus * ((u * v) @ (q[:, None] * minus)), axis=1)
+    return mean, float(squares + 2 * mixed), float(p @ weights.loss @ q)

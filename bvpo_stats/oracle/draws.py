@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle.build import Oracle
-from bvpo_stats.oracle.cells import dpo_weight
+from bvpo_stats.oracle.scored import DPO, marginal_responses, pair_gradients, trace_responses
 
 
 @dataclass(frozen=True)
@@ -143,30 +144,24 @@ def draw_prior_traces(
 
 
 def example_gradients(
-    oracle: Oracle, draws: Draws, beta: float = 0.1
+    oracle: Oracle, draws: Draws, objective: Objective = DPO
 ) -> tuple[
     Float[np.ndarray, "examples parameters"],
     Float[np.ndarray, "examples parameters"],
     Float[np.ndarray, "examples parameters"],
 ]:
-    """(g_t, g_e, m) of each example under the DPO loss, read off the table of scores.
+    """(g_t, g_e, m) of each example, read off the table of scores.
 
     Args:
         oracle: The policy at theta.
         draws: The examples.
-        beta: DPO's beta.
+        objective: The preference loss.
     """
-    table, x = oracle.table, draws.prompt
-    delta, scores = table.log_ratio, table.scores
+    x, responses, marginals = draws.prompt, trace_responses(oracle.table), marginal_responses(oracle.table)
 
-    def pair_gradient(responses: Responses) -> Float[np.ndarray, "examples parameters"]:
-        plus, minus = (x, *responses.chosen_pair), (x, *responses.rejected_pair)
-        weight = dpo_weight(beta * (delta[plus] - delta[minus]), beta)
-        return weight[:, None] * (scores[plus] - scores[minus])
+    def gradients(pairs: Responses) -> Float[np.ndarray, "examples parameters"]:
+        chosen, rejected = responses[(x, *pairs.chosen_pair)], responses[(x, *pairs.rejected_pair)]
+        return pair_gradients(objective, chosen, rejected)[0]
 
-    answer_plus, answer_minus = draws.thinking.chosen_pair[1], draws.thinking.rejected_pair[1]
-    marginal_delta, marginal_scores = table.marginal_log_ratio, table.marginal_scores
-    margin = beta * (marginal_delta[x, answer_plus] - marginal_delta[x, answer_minus])
-    difference = marginal_scores[x, answer_plus] - marginal_scores[x, answer_minus]
-    marginal = dpo_weight(margin, beta)[:, None] * difference
-    return pair_gradient(draws.thinking), pair_gradient(draws.nothinking), marginal
+    plus, minus = marginals[x, draws.thinking.chosen_pair[1]], marginals[x, draws.thinking.rejected_pair[1]]
+    return gradients(draws.thinking), gradients(draws.nothinking), pair_gradients(objective, plus, minus)[0]

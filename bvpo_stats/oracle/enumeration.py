@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
@@ -65,12 +65,14 @@ class SequenceTable:
         reference: Under pi_ref at temperature 1.
         sampling: Under pi_ref at the sampling temperature: the law q of the responses.
         scores: grad_theta log pi_theta(r, y | x), parameters in the order of ``Oracle.theta``.
+        trace_tokens: Tokens of each trace, closing tag included.
     """
 
     policy: LogProbs
     reference: LogProbs
     sampling: LogProbs
     scores: Float[np.ndarray, "prompts traces answers parameters"]
+    trace_tokens: Int[np.ndarray, " traces"]
 
     @functools.cached_property
     def log_ratio(self) -> Float[np.ndarray, "prompts traces answers"]:
@@ -101,7 +103,8 @@ def enumerate_sequences(policy: Policy, grammar: Grammar, temperature: float) ->
         with policy.reference() as reference:
             at_reference = _log_probs(reference, grammar, 1.0)
             sampling = at_reference if temperature == 1.0 else _log_probs(reference, grammar, temperature)
-    return SequenceTable(at_theta, at_reference, sampling, _scores(policy.model, grammar))
+    trace_tokens = np.array([len(trace) + 1 for trace in grammar.traces()])
+    return SequenceTable(at_theta, at_reference, sampling, _scores(policy.model, grammar), trace_tokens)
 
 
 def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> LogProbs:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.cells import CellMoments, cell_moments
+from bvpo_stats.oracle.scored import DPO
 from bvpo_stats.statistics.estimates import Estimates
 
 
@@ -19,7 +21,7 @@ class ExactMoments:
     Given the prompt, the D_t pair and the D_e pair are independent; m belongs to the answers of the D_t pair.
 
     Attributes:
-        beta: DPO's beta.
+        objective: The preference loss.
         mean_t: E g_t.
         mean_e: E g_e.
         mu: E m = grad L_m.
@@ -38,7 +40,7 @@ class ExactMoments:
         cells: The conditional moments below it all.
     """
 
-    beta: float
+    objective: Objective
     mean_t: Float[np.ndarray, " parameters"]
     mean_e: Float[np.ndarray, " parameters"]
     mu: Float[np.ndarray, " parameters"]
@@ -160,17 +162,14 @@ class ExactMoments:
         return float(bias @ bias) + tau * self.variance(alpha)
 
 
-def exact_moments(oracle: Oracle, beta: float = 0.1) -> ExactMoments:
+def exact_moments(oracle: Oracle, objective: Objective = DPO) -> ExactMoments:
     """Sums every moment over all prompts, answers and traces.
 
     Args:
         oracle: The policy at theta, its reference and its data laws.
-        beta: DPO's beta.
-
-    Returns:
-        The moments under the DPO loss.
+        objective: The preference loss.
     """
-    cells = cell_moments(oracle, beta)
+    cells = cell_moments(oracle, objective)
     n_prompts = len(cells.pair_law)
     given_x_t = np.einsum("xab,xabd->xd", cells.pair_law, cells.mean_t)
     given_x_e = np.einsum("xab,xabd->xd", cells.empty_pair_law, cells.empty)
@@ -183,7 +182,7 @@ def exact_moments(oracle: Oracle, beta: float = 0.1) -> ExactMoments:
         return float(np.sum(cells.pair_law * values)) / n_prompts
 
     return ExactMoments(
-        beta=beta,
+        objective=objective,
         mean_t=given_x_t.mean(axis=0),
         mean_e=given_x_e.mean(axis=0),
         mu=given_x_m.mean(axis=0),

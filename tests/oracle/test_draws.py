@@ -6,8 +6,11 @@ from scipy import stats
 
 from bvpo_stats.data.records import Completion, PreferencePair, TraceRecord, from_dict, to_dict
 from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.gradients import GradientOptions, pair_gradients
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.model.batching import TokenSequence, collate
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
+from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.oracle import (
     OracleConfig,
     build_oracle,
@@ -19,10 +22,11 @@ from bvpo_stats.oracle import (
     example_gradients,
     pair_records,
     population_atoms,
+    shortened,
 )
 from bvpo_stats.oracle.draws import draw_posterior_traces, draw_prior_traces
 
-BETA = 0.7
+OBJECTIVE = Objective(beta=0.7)
 N = 20_000
 
 
@@ -68,8 +72,8 @@ def test_pairs_of_one_prompt_are_conditionally_independent(drifted, draws):
 
 
 def test_averages_over_draws_approach_the_exact_moments(drifted, draws):
-    exact = exact_moments(drifted, BETA)
-    t, e, m = example_gradients(drifted, draws, BETA)
+    exact = exact_moments(drifted, OBJECTIVE)
+    t, e, m = example_gradients(shortened(drifted), draws, OBJECTIVE)
     pairs = {
         "square_tt": (t, t),
         "square_ee": (e, e),
@@ -85,7 +89,7 @@ def test_averages_over_draws_approach_the_exact_moments(drifted, draws):
 
 
 def test_atom_draws_approach_the_exact_moments(drifted):
-    exact, atoms = exact_moments(drifted, BETA), population_atoms(drifted, BETA)
+    exact, atoms = exact_moments(drifted, OBJECTIVE), population_atoms(drifted, OBJECTIVE)
     t, e = atoms.draw(N, np.random.default_rng(5))
     assert (atoms.t_prompt[t] == atoms.e_prompt[e]).all()
     squares = np.sum((atoms.t[t] - atoms.e[e]) ** 2, axis=1)
@@ -119,6 +123,19 @@ def test_records_give_back_the_table(drifted):
         assert pair.chosen_reward > pair.rejected_reward
         assert other.chosen_reward > other.rejected_reward
     assert len({pair.prompt_id for pair in trace_pairs}) == 40
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVE, Objective("simpo", 2.5, 1.0), Objective("ipo")], ids=lambda o: o.name)
+@pytest.mark.parametrize("reference", ["adapter", "record"])
+def test_estimators_run_on_the_records_unchanged(drifted, objective, reference):
+    """g_t and g_e of drawn records through the package's estimator, against the table's vectors, example by example."""
+    draws = draw_examples(drifted, 25, np.random.default_rng(12))
+    t, e, _ = example_gradients(drifted, draws, objective)
+    model, options = drifted.policy.model, GradientOptions(objective, reference)
+    for pairs, vectors in zip(pair_records(drifted, draws), (t, e), strict=True):
+        rows, gradients = pair_gradients(model, lora_subset(model), pairs, options)
+        assert [row.prompt_id for row in rows] == [pair.prompt_id for pair in pairs]
+        np.testing.assert_allclose(gradients.numpy(), vectors, rtol=0, atol=1e-10 * np.abs(vectors).max())
 
 
 def test_texts_are_what_the_template_makes_of_the_tokens(drifted):

@@ -15,7 +15,7 @@ def trainable(oracle):
 
 
 def flat_gradient(value, oracle):
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, trainable(oracle))]).numpy()
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, trainable(oracle), retain_graph=True)]).numpy()
 
 
 def joint_log_probs(oracle, prompt):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle import (
     OracleConfig,
     at,
@@ -21,17 +22,18 @@ from bvpo_stats.oracle import (
 from tests.oracle.test_enumeration import flat_gradient, joint_log_probs
 
 BETA = 0.7  # large, so that the weights sigmoid(-m) are far from constant
+OBJECTIVE = Objective(beta=BETA)
 TOL = 1e-10
 
 
 @pytest.fixture(scope="module")
 def moments(drifted):
-    return exact_moments(drifted, BETA)
+    return exact_moments(drifted, OBJECTIVE)
 
 
 @pytest.fixture(scope="module")
 def atoms(drifted):
-    return population_atoms(drifted, BETA)
+    return population_atoms(drifted, OBJECTIVE)
 
 
 def expectation(atoms, values):
@@ -43,40 +45,70 @@ def expectation(atoms, values):
 # --- against autograd -------------------------------------------------------------------------------------------------
 
 
-def autograd_losses(oracle, beta):
+def loss_by_hand(objective, ratio, log_prob, tokens):
+    """The three losses from their definitions, at chosen and rejected (log-ratio, log-probability, length)."""
+    beta = objective.beta
+    if objective.name == "dpo":
+        return -logsigmoid(beta * (ratio[0] - ratio[1]))
+    if objective.name == "ipo":
+        return (ratio[0] / tokens[0] - ratio[1] / tokens[1] - 0.5 / beta) ** 2
+    return -logsigmoid(beta * (log_prob[0] / tokens[0] - log_prob[1] / tokens[1]) - objective.gamma)
+
+
+def autograd_losses(oracle, objective):
     """L_t, L_e and L_m as differentiable sums over the population, from full logits and the definitions alone."""
     losses = {"t": 0.0, "e": 0.0, "m": 0.0}
     grammar = oracle.grammar
+    tokens = torch.tensor([len(grammar.completion_ids(trace, 0)) for trace in grammar.traces()], dtype=torch.float64)
+    two = torch.tensor(2.0, dtype=torch.float64)  # answer and end of sequence
     for x in range(grammar.n_prompts):
         joint = joint_log_probs(oracle, x)
         with torch.no_grad(), oracle.policy.reference():
             reference = joint_log_probs(oracle, x)
         delta = joint - reference
-        marginal = torch.logsumexp(joint, 0) - torch.logsumexp(reference, 0)
+        log_marginal = torch.logsumexp(joint, 0)
+        marginal = log_marginal - torch.logsumexp(reference, 0)
         law = torch.as_tensor(oracle.table.sampling.posterior[x])
+
+        def loss(ratio, log_prob, lengths):
+            return loss_by_hand(objective, ratio, log_prob, lengths)
+
         for a, b in product(range(grammar.n_answers), repeat=2):
-            losses["m"] -= oracle.pair_law[x, a, b] * logsigmoid(beta * (marginal[a] - marginal[b]))
-            losses["e"] -= oracle.empty_pair_law[x, a, b] * logsigmoid(beta * (delta[0, a] - delta[0, b]))
-            pairs = logsigmoid(beta * (delta[:, None, a] - delta[None, :, b]))
-            losses["t"] -= oracle.pair_law[x, a, b] * (law[:, None, a] * law[None, :, b] * pairs).sum()
+            own = loss((marginal[a], marginal[b]), (log_marginal[a], log_marginal[b]), (two, two))
+            losses["m"] += oracle.pair_law[x, a, b] * own
+            empty = loss((delta[0, a], delta[0, b]), (joint[0, a], joint[0, b]), (tokens[0], tokens[0]))
+            losses["e"] += oracle.empty_pair_law[x, a, b] * empty
+            pairs = loss(
+                (delta[:, None, a], delta[None, :, b]),
+                (joint[:, None, a], joint[None, :, b]),
+                (tokens[:, None], tokens[None, :]),
+            )
+            losses["t"] += oracle.pair_law[x, a, b] * (law[:, None, a] * law[None, :, b] * pairs).sum()
     return {name: loss / grammar.n_prompts for name, loss in losses.items()}
 
 
 logsigmoid = torch.nn.functional.logsigmoid
+OBJECTIVES = [OBJECTIVE, Objective("simpo", beta=2.5, gamma=1.0), Objective("ipo", beta=0.4)]
 
 
-@pytest.mark.parametrize("name", ["t", "e", "m"])
-def test_mean_gradients_equal_autograd_of_the_exact_losses(drifted, moments, name):
-    loss = autograd_losses(drifted, BETA)[name]
-    exact = {"t": moments.mean_t, "e": moments.mean_e, "m": moments.mu}[name]
-    assert abs(loss.item() - getattr(moments, f"loss_{name}")) < 1e-12
-    np.testing.assert_allclose(exact, flat_gradient(loss, drifted), rtol=0, atol=TOL)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_mean_gradients_equal_autograd_of_the_exact_losses(drifted, objective):
+    """mu = grad L_m, E g_t = grad L_t and E g_e = grad L_e."""
+    exact = exact_moments(drifted, objective)
+    means = {"t": exact.mean_t, "e": exact.mean_e, "m": exact.mu}
+    for name, loss in autograd_losses(drifted, objective).items():
+        assert abs(loss.item() - getattr(exact, f"loss_{name}")) < 1e-12 * max(1, loss.item()), name
+        gradient = flat_gradient(loss, drifted)
+        np.testing.assert_allclose(means[name], gradient, rtol=0, atol=TOL * max(1, np.abs(gradient).max()))
 
 
 # --- against the written-out population -------------------------------------------------------------------------------
 
 
-def test_atoms_reproduce_every_moment(drifted, moments, atoms):
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_atoms_reproduce_every_moment(drifted, objective):
+    moments, atoms = exact_moments(drifted, objective), population_atoms(drifted, objective)
+
     def dot(u, v):
         return np.sum(u * v, axis=-1)
 
@@ -107,6 +139,25 @@ def test_atoms_reproduce_every_moment(drifted, moments, atoms):
     assert abs(expectation(atoms, lambda t, e, m: dot(e - t, e - mu)) - moments.B) < TOL
 
 
+def test_variances_given_the_prompt(moments, atoms):
+    """E Var(g | x), by prompt over the atoms; Estimates carries them under the right names."""
+    within = {"t": 0.0, "e": 0.0}
+    members = {
+        "t": (atoms.t, atoms.t_prompt, atoms.t_probability),
+        "e": (atoms.e, atoms.e_prompt, atoms.e_probability),
+    }
+    for name, (vectors, prompts, probability) in members.items():
+        for x in range(atoms.n_prompts):
+            law, found = probability[prompts == x], vectors[prompts == x]
+            within[name] += law @ np.sum((found - law @ found) ** 2, axis=1) / atoms.n_prompts
+    assert abs(moments.within_prompt_t - within["t"]) < TOL
+    assert abs(moments.within_prompt_e - within["e"]) < TOL
+    assert abs(within["t"] - within["e"]) > 1e-3
+    assert moments.estimates.within_trace == moments.within_prompt_t
+    assert moments.estimates.within_empty == moments.within_prompt_e
+    assert moments.estimates.var_trace_sampling == moments.trace_part
+
+
 def test_conditional_variances_of_theorem_1(drifted, moments, atoms):
     """Var over r+- with (x, y+-, y'+-) held fixed: alpha^2 Var(g_t | .), averaged here cell by cell."""
     alpha, total = 0.3, 0.0
@@ -128,7 +179,7 @@ def test_conditional_variances_of_theorem_1(drifted, moments, atoms):
 
 @pytest.mark.parametrize("name", ["at_reference", "drifted", "default"])
 def test_total_variance_is_trace_part_plus_data_part(name, request):
-    exact = exact_moments(request.getfixturevalue(name), BETA)
+    exact = exact_moments(request.getfixturevalue(name), OBJECTIVE)
     assert abs(exact.trace_part + exact.data_part - exact.tr_sigma_t) < TOL
     # The data part further: sampling of the answers given the prompt, and the prompts themselves.
     given_x = np.einsum("xab,xabd->xd", exact.cells.pair_law, exact.cells.mean_t)
@@ -141,7 +192,7 @@ def test_total_variance_is_trace_part_plus_data_part(name, request):
 
 
 def test_trace_gradient_is_unbiased_at_the_reference_and_temperature_1(at_reference):
-    exact = exact_moments(at_reference, BETA)
+    exact = exact_moments(at_reference, OBJECTIVE)
     assert np.linalg.norm(exact.mu) > 0.01
     assert np.abs(exact.b_t).max() < 1e-14
     bias = exact.cells.mean_t - exact.cells.marginal
@@ -149,7 +200,7 @@ def test_trace_gradient_is_unbiased_at_the_reference_and_temperature_1(at_refere
 
 
 def test_trace_gradient_is_biased_at_temperature_08(cooled):
-    exact = exact_moments(cooled, BETA)
+    exact = exact_moments(cooled, OBJECTIVE)
     assert np.linalg.norm(exact.b_t) > 0.05 * np.linalg.norm(exact.mu)
 
 
@@ -157,7 +208,7 @@ def test_selection_by_answer_reward_is_harmless():
     """Best of 2 or best of 9: b_t = 0 all the same."""
     for n_samples in (2, 9):
         oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=2, n_prompts=1, n_samples=n_samples))
-        assert np.abs(exact_moments(oracle, BETA).b_t).max() < 1e-14
+        assert np.abs(exact_moments(oracle, OBJECTIVE).b_t).max() < 1e-14
 
 
 def posterior_covariance(oracle, x, answer):
@@ -174,7 +225,7 @@ def test_drift_law_by_step_halving(at_reference):
     law = BETA / 2 * (plus - minus) @ direction + BETA**2 / 4 * (plus + minus) @ direction
 
     def bias(step):
-        cells = cell_moments(at(at_reference, at_reference.theta + step * direction), BETA)
+        cells = cell_moments(at(at_reference, at_reference.theta + step * direction), OBJECTIVE)
         return cells.mean_t[x, a, b] - cells.marginal[x, a, b]
 
     steps = 2e-3 / 2.0 ** np.arange(4)
@@ -233,7 +284,7 @@ def test_mse_is_a_parabola_about_alpha_unc(moments, atoms):
 @pytest.mark.parametrize("batch", [2, 3])
 def test_e_k_at_eta_l_1_is_the_mse_of_a_batch(minute, batch):
     """Theorem 4's per-step error at eta L = 1 against the MSE of a mean of B examples, all B-tuples enumerated."""
-    exact, atoms, alpha = exact_moments(minute, BETA), population_atoms(minute, BETA), 0.4
+    exact, atoms, alpha = exact_moments(minute, OBJECTIVE), population_atoms(minute, OBJECTIVE), 0.4
     t, e, probability = atoms.product()
     mixed = alpha * atoms.t[t] + (1 - alpha) * atoms.e[e]
     mu = expectation(atoms, lambda t, e, m: m)
@@ -266,7 +317,7 @@ def test_alpha_of_tau_is_a_weighted_average(moments):
 def test_error_separates_over_parameter_blocks(drifted, moments):
     """alpha_l = B_l / A_l, and the gain of per-block weights is sum_l A_l (alpha_l - alpha)^2."""
     columns = np.eye(len(drifted.theta))
-    parts = [exact_moments(in_coordinates(drifted, columns[:, block]), BETA) for block in drifted.blocks.values()]
+    parts = [exact_moments(in_coordinates(drifted, columns[:, block]), OBJECTIVE) for block in drifted.blocks.values()]
     assert abs(sum(part.A for part in parts) - moments.A) < TOL
     assert abs(sum(part.B for part in parts) - moments.B) < TOL
     parts = [part for part in parts if part.A > 1e-12]
@@ -277,7 +328,7 @@ def test_error_separates_over_parameter_blocks(drifted, moments):
 
 
 def test_short_coordinates_keep_every_inner_product(drifted, moments):
-    short = exact_moments(shortened(drifted), BETA)
+    short = exact_moments(shortened(drifted), OBJECTIVE)
     assert len(short.mu) < len(moments.mu) / 10
     for name in ("square_tt", "product_te", "product_tm", "trace_part", "A", "B", "alpha_unc"):
         assert abs(getattr(short, name) - getattr(moments, name)) < TOL, name
@@ -298,5 +349,5 @@ def test_default_sizes_take_seconds(capsys):
 def test_every_number_is_finite(default):
     exact = exact_moments(default)
     for field in dataclasses.fields(exact):
-        if field.name != "cells":
+        if field.name not in ("objective", "cells"):
             assert np.isfinite(getattr(exact, field.name)).all(), field.name

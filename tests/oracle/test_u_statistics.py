@@ -5,25 +5,26 @@ from itertools import product
 import numpy as np
 import pytest
 
+from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.oracle import exact_moments, population_atoms
 from bvpo_stats.statistics.estimates import estimates as estimates_of
 from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.statistics.replicates import Population
 
-BETA = 0.7
+OBJECTIVE = Objective(beta=0.7)
 N = 3
 PROMPTS = ["question-0", "question-1", "question-2"]  # in three different jackknife groups
 
 
 @pytest.fixture(scope="module")
 def exact(minute):
-    return exact_moments(minute, BETA)
+    return exact_moments(minute, OBJECTIVE)
 
 
 @pytest.fixture(scope="module")
 def samples(minute):
     """(probability, {member: vectors}) of every ordered sample of N examples."""
-    atoms = population_atoms(minute, BETA)
+    atoms = population_atoms(minute, OBJECTIVE)
     t, e, probability = atoms.product()
     population = {"t": atoms.t[t], "e": atoms.e[e], "m": atoms.m[t]}
     return [
@@ -116,7 +117,7 @@ def test_streamed_estimates_are_exactly_unbiased(exact, samples):
 
 def test_a_population_of_atoms_knows_the_truth(minute, exact):
     """Gram matrices of the atoms, with a second independent trace draw for the same answers (Theorem 1)."""
-    atoms = population_atoms(minute, BETA)
+    atoms = population_atoms(minute, OBJECTIVE)
     t, e, probability = atoms.product()
     first, again = np.nonzero(atoms.t_prompt[t][:, None] == atoms.t_prompt[None])  # one cell of answers per prompt
     weights = probability[first] * atoms.t_probability[again]
