@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli import pairs, tiny, traces, variance
+from bvpo_stats.cli import pairs, sample, tiny, traces, variance
 
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
@@ -35,6 +35,7 @@ def root(
 
 
 app.command("variance", epilog=variance.EXAMPLES)(variance.variance)
+app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
 app.command("pairs", epilog=pairs.EXAMPLES)(pairs.pairs)
 app.command("traces", epilog=traces.EXAMPLES)(traces.traces)
 app.add_typer(tiny.app, name="tiny")
