@@ -1,0 +1,199 @@
+"""The alpha-star report for people: a terminal table, Markdown, HTML, and the verdict in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from bvpo_stats.studies.alpha_star_report import AlphaReport, Weight
+
+_ERRORS = {
+    "trace": "g_t, with traces",
+    "empty": "g_e, empty trace",
+    "half": "mix, alpha = 0.5 (the paper's)",
+    "alpha_star": "mix, alpha = alpha*",
+    "shrunk_trace": "g_t, best multiple of it",
+    "zero": "zero vector",
+}
+_BIASES = {"trace": "norm(b_t)^2", "empty": "norm(b_e)^2", "cross": "b_t . b_e"}
+_VARIANCES = {
+    "trace": "tr Sigma_t",
+    "trace_sampling": "  of which sampling of traces",
+    "empty": "tr Sigma_e",
+    "cross": "tr Sigma_te",
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    value: str
+    interval: str
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    rows: list[_Row]
+
+
+def verdict(report: AlphaReport) -> str:
+    """The answer in a sentence or two."""
+    where = f"At batch size {report.batch_size:g} and eta L = {report.eta_l:.3g}"
+    star = report.alpha_star
+    if star is None:
+        return (
+            f"mu is not estimable from these traces, so there is no alpha*; the variance alone is least at alpha_var = "
+            f"{report.alpha_var} ({report.alpha_var.range_text})."
+        )
+    if not star.identified:
+        return f"{where}, alpha* is not identified by {report.n_prompts} prompts: {star.range_text}."
+    said = "" if report.verdict is None else f" {report.verdict.sentence}"
+    return f"{where}, alpha* = {star} ({star.level:.0%} interval {star.range_text}).{said}"
+
+
+def sections(report: AlphaReport) -> list[_Section]:
+    """The rows of the table, by section."""
+    found = [_Section("Mixing weight", _weights(report))]
+    if report.alpha_star is not None:
+        found.append(_Section("Error of one step, norm(bias)^2 + (eta L / B) Var", _numbers(report, "mse", _ERRORS)))
+        found.append(_Section("Bias", _numbers(report, "bias_sq", _BIASES)))
+    variances = _numbers(report, "variance", _VARIANCES)
+    share = report.trace_sampling_share
+    if share is not None:
+        text = "-" if share.unclipped is None else f"{share.unclipped:.1%}"
+        variances.insert(2, _Row("  its share (Theorem 1)", text, _percent(share)))
+    found.append(_Section("Variance of one example", variances))
+    found.append(_Section("Marginal gradient", _diagnostics(report)))
+    return found
+
+
+def _weights(report: AlphaReport) -> list[_Row]:
+    named: list[tuple[str, Weight | None]] = [
+        (f"alpha* at B = {report.batch_size:g}, eta L = {report.eta_l:.3g}", report.alpha_star),
+        ("alpha_J, nothing dropped (eta L < 1)", report.alpha_j),
+        ("alpha* in Adam's metric", report.alpha_adam),
+        ("alpha for direction only", report.alpha_direction),
+        ("bias-only limit (large batches)", report.alpha_bias),
+        ("alpha_var, variance-only limit", report.alpha_var),
+    ]
+    return [_Row(name, str(weight), weight.range_text) for name, weight in named if weight is not None]
+
+
+def _numbers(report: AlphaReport, part: str, labels: dict[str, str]) -> list[_Row]:
+    values: dict[str, float | None] = getattr(report, part)
+    rows = []
+    for name, label in labels.items():
+        value, spread = values.get(name), report.uncertainty[part].get(name)
+        if value is None:
+            continue
+        interval = "-" if spread is None else f"{_number(spread.low)} to {_number(spread.high)}"
+        rows.append(_Row(label, _number(value), interval))
+    return rows
+
+
+def _diagnostics(report: AlphaReport) -> list[_Row]:
+    m = report.marginal
+    rows = [_Row("method", m.method, "" if m.rung is None else f"rung {m.rung} of the ladder")]
+    if m.traces_per_answer is not None:
+        rows.append(_Row("traces per answer, K (median)", f"{m.traces_per_answer:g}", ""))
+    if m.ess is not None:
+        rows.append(_Row("effective traces (median)", f"{m.ess:.2f}", ""))
+    if m.largest_weight is not None:
+        rows.append(_Row("largest weight (median)", f"{m.largest_weight:.2f}", ""))
+    if m.anchor_gap is not None and m.log_traces is not None:
+        rows.append(_Row("anchor gap J (median, nats)", f"{m.anchor_gap:.2f}", f"log K = {m.log_traces:.2f}"))
+    if m.k_threshold is not None:
+        k_hat = "too few traces" if m.k_hat is None else f"{m.k_hat:.2f}"
+        rows.append(_Row("Pareto k-hat (median)", k_hat, f"certified below {m.k_threshold:.2f}"))
+    if m.certified_share is not None:
+        rows.append(_Row("answers with certified weights", f"{m.certified_share:.0%}", ""))
+    if m.half_split is not None:
+        first, second = (_number(m.half_split[name]) for name in ("first", "second"))
+        agrees = "the halves agree" if m.half_split["agrees"] else "the halves DISAGREE"
+        rows.append(_Row("alpha_unc from half the traces", f"{first} / {second}", agrees))
+    return rows
+
+
+def notes(report: AlphaReport) -> list[str]:
+    """What the numbers are, and what to know before quoting one."""
+    loss = ", ".join(f"{name} {value}" for name, value in report.objective.items())
+    lines = [
+        f"Model {report.model}, template {report.template}; {loss}; theta: {report.subset}, {report.n_parameters:,} "
+        "parameters.",
+        f"{report.n_prompts} prompts, {report.n_examples} examples, seed {report.seed}. Intervals: {report.level:.0%}, "
+        f"delete-a-group jackknife with {report.n_groups} groups, Fieller sets for weights.",
+        f"mu: {report.marginal.reason}",
+    ]
+    if report.curvature is not None:
+        parts = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in report.curvature.items())
+        lines.append(f"eta L was measured: {parts}.")
+    if report.layer_gain is not None and report.layer_gain.value is not None:
+        gain = report.layer_gain
+        lines.append(
+            f"One alpha per layer instead of one for all would save {_number(gain.value)} "
+            f"({_number(gain.low)} to {_number(gain.high)}) of the error."
+        )
+    return lines + [f"Careful: {warning}" for warning in report.warnings]
+
+
+def print_report(report: AlphaReport, folder: Path) -> None:
+    """Prints the table, the verdict and the notes on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Which alpha?", title_justify="left", title_style="bold", min_width=72)
+    table.add_column("")
+    table.add_column("Estimate", justify="right")
+    table.add_column(f"{report.level:.0%} interval", justify="right")
+    for section in sections(report):
+        table.add_section()
+        table.add_row(section.title, "", "", style="bold")
+        for row in section.rows:
+            table.add_row(f"  {row.label}", row.value, row.interval)
+    console.print(table)
+    console.print(verdict(report), highlight=False, soft_wrap=True, style="bold")
+    for line in notes(report):
+        console.print(line, highlight=False, style="dim", soft_wrap=True)
+    console.print(f"Written: {folder / 'report.json'}, report.md, figures/.", highlight=False, soft_wrap=True)
+
+
+def markdown(report: AlphaReport, figures: list[Path]) -> str:
+    """The report as Markdown, figures linked."""
+    lines = ["# Which alpha?", "", f"**{verdict(report)}**", ""]
+    for section in sections(report):
+        lines += [f"## {section.title}", "", f"| | Estimate | {report.level:.0%} interval |", "|---|--:|--:|"]
+        lines += [f"| {row.label.strip()} | {row.value} | {row.interval} |" for row in section.rows]
+        lines.append("")
+    lines += ["## What the numbers are", ""]
+    lines += [f"- {line}" for line in notes(report)]
+    lines += ["", "## Figures", ""]
+    lines += [f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures]
+    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def html(report: AlphaReport) -> str:
+    """The report as an HTML table, for notebooks."""
+    rows = []
+    for section in sections(report):
+        rows.append(f"<tr><th colspan=3 style='text-align:left'>{escape(section.title)}</th></tr>")
+        for row in section.rows:
+            cells = (row.label, row.value, row.interval)
+            rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    careful = "".join(f"<p>Careful: {escape(warning)}</p>" for warning in report.warnings)
+    return f"<p><b>{escape(verdict(report))}</b></p><table>{''.join(rows)}</table>{careful}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(share: Weight) -> str:
+    return f"{share.low:.1%} to {share.high:.1%}" if share.identified else "-"
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
