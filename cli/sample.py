@@ -96,7 +96,7 @@ def sample(
             samples=samples,
             temperature=temperature,
             top_p=top_p,
-            max_new_tokens=max_new_tokens or (256 if named.model == "embedded" else 4096),
+            max_new_tokens=(256 if named.model == "embedded" else 4096) if max_new_tokens is None else max_new_tokens,
             seed=seed,
         ),
         engine=engine,

@@ -320,7 +320,7 @@ def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(lambda call, number: Reply(500, b"")) as at:
         client = Server(options(at, retries=15))
         monkeypatch.setattr(client._stopped, "wait", lambda seconds: waits.append(seconds) or False)
-        with pytest.raises(UserError, match="answers 500 .*tried 16 times"):
+        with pytest.raises(UserError, match=r"answers 500 .*tried 16 times"):
             client.post("/v1/completions", {})
         assert len(at.calls) == 16
     for attempt, wait in enumerate(waits):
@@ -380,7 +380,7 @@ def test_a_trickle_of_bytes_runs_out_of_time() -> None:
         threading.Thread(target=trickle, daemon=True).start()
         where = f"http://127.0.0.1:{listener.getsockname()[1]}"
         started = monotonic()
-        with pytest.raises(UserError, match="did not answer within 0.3 s"):
+        with pytest.raises(UserError, match=r"did not answer within 0\.3 s"):
             Server(ServerOptions(where, timeout=0.3, retries=0)).get("/v1/models")
         assert monotonic() - started < 2
 
