@@ -142,16 +142,18 @@ class TraceDrawer:
         tag = template.tokenizer.encode(template.protocol.close_tag, add_special_tokens=False)
         engine = TransformersEngine(self.policy, stop_ids=tag if len(tag) == 1 else ())
 
-        def draw(some: Sequence[Request], tokens: int) -> list[Draw]:
-            return engine.generate(some, SamplingOptions(1, self.temperature, 1.0, tokens, self.seed))
-
-        draws = draw(requests, max(room))
-        # The padding of a batch takes positions away from its shorter rows. A row that was cut for that reason alone is
-        # drawn again by itself, with the same random numbers, so what is refused never depends on the batch.
-        return [
-            first if first.finish_reason == "stop" or len(first.completion_ids) >= most else draw([request], most)[0]
-            for first, request, most in zip(draws, requests, room, strict=True)
-        ]
+        draws: dict[int, Draw] = {}
+        todo = list(range(len(requests)))
+        while todo:
+            options = SamplingOptions(1, self.temperature, 1.0, max(room[row] for row in todo), self.seed)
+            for row, draw in zip(todo, engine.generate([requests[row] for row in todo], options), strict=True):
+                # The padding of a batch takes positions away from its shorter rows. Those that were cut for that reason
+                # alone are drawn again among themselves, with the same random numbers, so that what is refused never
+                # depends on the batch. The longest row is never among them: each round has fewer rows.
+                if draw.finish_reason == "stop" or len(draw.completion_ids) >= room[row]:
+                    draws[row] = draw
+            todo = [row for row in todo if row not in draws]
+        return [draws[row] for row in range(len(requests))]
 
     def _closed(self, ids: Trace, longest: int) -> Trace | None:
         length = self.policy.template.trace_length(ids)

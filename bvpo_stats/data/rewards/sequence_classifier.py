@@ -148,9 +148,10 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
         raise UserError(f"Cannot load {name}: {reason} Check the name, the folder's files, and hub access.") from error
     if info["missing_keys"]:  # transformers fills a missing head with random numbers and a warning
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(
-            f"{name} has no trained reward head (missing: {missing}). Is it a language model? Give a reward model."
-        )
+        advice = "Is it a language model? Give a reward model."
+        if getattr(model.config, "auto_map", None) and not options.trust_remote_code:
+            advice = "It ships its own code, which may have one: allow it with --trust-remote-code if you trust it."
+        raise UserError(f"{name} has no trained reward head (missing: {missing}). {advice}")
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name}: its tokenizer has no chat template, so it is unclear how it reads a question and an answer."
