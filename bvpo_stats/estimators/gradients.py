@@ -21,6 +21,7 @@ from bvpo_stats.data.records import MODES, Mode, PreferencePair
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.objectives import Objective, PairLogps, PairTerms
 from bvpo_stats.model.batching import Batch, TokenSequence, check_sequence, collate, length_batches
+from bvpo_stats.model.checks import check_scores
 from bvpo_stats.model.head import causal_lm_of, sequence_logprobs
 from bvpo_stats.model.scores import ScoreOptions, log_probabilities, score_pass
 from bvpo_stats.model.sinks import Keep, Sink
@@ -43,6 +44,7 @@ class GradientOptions:
         max_tokens: Budget of padded tokens per forward.
         max_padding: Largest share of padding. A microbatch whose sequences differ more in length is run in several
             forwards, and its scores are kept until the last; otherwise only one weight's scores are alive.
+        check: Compares the scores of the shortest pair with autograd's gradient before the run.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -50,6 +52,7 @@ class GradientOptions:
     rows: RowUnit = "pair"
     max_tokens: int = 16_384
     max_padding: float = 0.05
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def stream_pair_gradients(
     Raises:
         UserError: No pairs; an empty or too long sequence; missing reference values; NaN or infinite log-probabilities.
             The pair is named.
+        ScoreMismatchError: The check failed: this model is not supported.
     """
     options = options or GradientOptions()
     if not pairs:
@@ -124,6 +128,10 @@ def stream_pair_gradients(
     _check_reference(model, pairs, options)
     prompts = [pair.prompt_id for pair in pairs for _ in range(2)]
     lengths = [len(sequence) for sequence in sequences]
+    if options.check:
+        shortest = min(range(len(pairs)), key=lambda i: lengths[2 * i] + lengths[2 * i + 1])
+        device = next(model.parameters()).device
+        check_scores(model, subset, collate(sequences[2 * shortest : 2 * shortest + 2], device=device))
     for members in length_batches(lengths, max_tokens=options.max_tokens, groups=prompts):
         chosen = sorted({index // 2 for index in members})
         micro = _Microbatch(model, subset, [pairs[i] for i in chosen], chosen, options)

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.head import causal_lm_of, sequence_logprobs, token_logprobs
 from bvpo_stats.model.scores import score_pass
-from bvpo_stats.model.sinks import Sum
+from bvpo_stats.model.sinks import Keep, Sum
 from bvpo_stats.model.subset import Subset
 
 # Two orders of the same sums: rounding differs, and by how much depends on the coarsest precision on the way. A layer
@@ -102,6 +103,36 @@ def check_log_probabilities(model: nn.Module, batch: Batch, *, tolerance: float)
             f"Log-probabilities of the chunked head differ from the model's own logits by {difference:.1e} nats; the "
             f"output layer of {type(causal_lm_of(model)).__name__} is not supported."
         )
+
+
+def batch_variation(model: nn.Module, subset: Subset, batch: Batch) -> Float[Tensor, " sequences"]:
+    """How much a sequence's score depends on the batch it is scored in: norm(s_batch - s_alone) / norm(s_alone).
+
+    Fused kernels and low precision round differently at different batch sizes and widths. The difference enters every
+    variance of gradients, where it should be far below 1. Memory: sequences x parameters numbers.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not, with dropout off.
+        subset: The parameters theta.
+        batch: The sequences, on the model's device.
+    """
+    keep = Keep()
+    score_pass(model, subset, batch, [keep])
+    together = keep.flat(subset, len(batch))
+    variation = together.new_zeros(len(batch))
+    for row in range(len(batch)):
+        tokens = int(batch.attention_mask[row].sum())
+        single = Batch(
+            batch.input_ids[row : row + 1, :tokens],
+            batch.attention_mask[row : row + 1, :tokens],
+            batch.position_ids[row : row + 1, :tokens],
+            batch.completion_mask[row : row + 1, : tokens - 1],
+        )
+        keep = Keep()
+        score_pass(model, subset, single, [keep])
+        alone = keep.flat(subset, 1)[0]
+        variation[row] = (together[row] - alone).norm() / alone.norm()
+    return variation
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from bvpo_stats.estimators.gradients import (
     stream_pair_gradients,
 )
 from bvpo_stats.estimators.objectives import Objective
+from bvpo_stats.model import capture
+from bvpo_stats.model.checks import ScoreMismatchError
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, lora_subset
 from tests.model.shapes import WORDS, tiny_model
 
@@ -177,6 +179,16 @@ def test_a_fresh_adapter_has_zero_margins_and_no_gradient_in_a() -> None:
         assert (result.terms.margin == 0).all()
     assert zero
     assert all(is_a == is_zero for is_a, is_zero in zero)
+
+
+def test_the_run_is_checked_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = create_lora(tiny_model("qwen2"), LoraOptions(r=2))
+    product = capture.per_sequence_product
+    monkeypatch.setattr(capture, "per_sequence_product", lambda left, right: 2 * product(left, right))
+    theta = lora_subset(policy)
+    with pytest.raises(ScoreMismatchError, match="lora_B"):
+        pair_gradients(policy, theta, make_pairs())
+    pair_gradients(policy, theta, make_pairs(), GradientOptions(check=False))
 
 
 def test_bad_pairs_are_named(model: Any, subset: Subset) -> None:

@@ -10,7 +10,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model import capture
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.checkpointing import gradient_checkpointing
-from bvpo_stats.model.checks import ScoreMismatchError, check_scores
+from bvpo_stats.model.checks import ScoreMismatchError, batch_variation, check_scores
 from bvpo_stats.model.reference_engine import reference_scores
 from bvpo_stats.model.scores import ScoreOptions, log_probabilities, score_pass
 from bvpo_stats.model.sinks import Dots, Keep, Project, Sum
@@ -170,6 +170,10 @@ def test_results_do_not_depend_on_the_batch() -> None:
     alone = torch.cat([captured_scores(model, subset, collate([s])) for s in sequences])
     assert relative_error(together, alone) < 1e-12
     assert relative_error(reordered, alone) < 1e-12
+    assert float(batch_variation(model, subset, collate(sequences)).max()) < 1e-12
+    # A model whose last norm looks at its neighbours in the batch is found out.
+    model.get_base_model().model.norm.register_forward_hook(lambda _m, _i, out: out + 1e-3 * out.mean(0, keepdim=True))
+    assert 1e-5 < float(batch_variation(model, subset, collate(sequences)).max()) < 0.1
 
 
 @pytest.mark.parametrize(
