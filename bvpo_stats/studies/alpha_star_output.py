@@ -49,7 +49,8 @@ def verdict(report: AlphaReport) -> str:
         )
     if not star.identified:
         return f"{where}, alpha* is not identified by {report.n_prompts} prompts: {star.range_text}."
-    said = "" if report.verdict is None else f" {report.verdict.sentence}"
+    said = "" if report.verdict is None else " " + report.verdict.sentence.partition("alpha = ")[2]
+    said = f" There, the paper's alpha ={said}" if said else ""
     return f"{where}, alpha* = {star} ({star.level:.0%} interval {star.range_text}).{said}"
 
 
@@ -57,7 +58,7 @@ def sections(report: AlphaReport) -> list[_Section]:
     """The rows of the table, by section."""
     found = [_Section("Mixing weight", _weights(report))]
     if report.alpha_star is not None:
-        found.append(_Section("Error of one step, norm(bias)^2 + (eta L / B) Var", _numbers(report, "mse", _ERRORS)))
+        found.append(_Section("Error of one step", _numbers(report, "mse", _ERRORS)))
         found.append(_Section("Bias", _numbers(report, "bias_sq", _BIASES)))
     variances = _numbers(report, "variance", _VARIANCES)
     share = report.trace_sampling_share
@@ -95,7 +96,7 @@ def _numbers(report: AlphaReport, part: str, labels: dict[str, str]) -> list[_Ro
 
 def _diagnostics(report: AlphaReport) -> list[_Row]:
     m = report.marginal
-    rows = [_Row("method", m.method, "" if m.rung is None else f"rung {m.rung} of the ladder")]
+    rows = [_Row("method", m.method, "" if m.rung is None else f"rung: {m.rung}")]
     if m.traces_per_answer is not None:
         rows.append(_Row("traces per answer, K (median)", f"{m.traces_per_answer:g}", ""))
     if m.ess is not None:
@@ -124,6 +125,7 @@ def notes(report: AlphaReport) -> list[str]:
         "parameters.",
         f"{report.n_prompts} prompts, {report.n_examples} examples, seed {report.seed}. Intervals: {report.level:.0%}, "
         f"delete-a-group jackknife with {report.n_groups} groups, Fieller sets for weights.",
+        "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
         f"mu: {report.marginal.reason}",
     ]
     if report.curvature is not None:

@@ -179,7 +179,7 @@ class Marginal:
     """
 
     method: str
-    rung: int | str | None
+    rung: str | None
     reason: str
     estimable: bool
     traces_per_answer: float | None = None

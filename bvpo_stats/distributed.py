@@ -1,0 +1,77 @@
+"""Several processes on one study, as ``torchrun`` or ``accelerate launch`` start them; nothing at all in a single one.
+
+Only small or already reduced things travel (moments, a report), over gloo and CPU memory, so GPUs are left to the
+model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=2)  # the slowest process may have much longer traces than the fastest
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: Number of processes.
+        local_rank: Number of this process on its machine: its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the results."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks, at rank 0; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, everywhere."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Joins the processes that the launcher started, by its environment variables; leaves them at the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        if ours:
+            dist.destroy_process_group()
