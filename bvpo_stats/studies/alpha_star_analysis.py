@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class AlphaSettings:
     def __post_init__(self) -> None:
         noise_scale(self.batch_size, self.eta_l)
         t_quantile(self.level, 20)
+        if self.method not in get_args(Method):
+            raise UserError(f"--interval {self.method}: choose {', '.join(get_args(Method))}.")
 
 
 @dataclass(frozen=True)

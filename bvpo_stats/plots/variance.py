@@ -1,64 +1,19 @@
-"""Every figure, drawn from plain report dictionaries in one visual language.
-
-Colours are from the colour-blind-safe palette of Okabe and Ito as shipped with seaborn; intervals are always drawn;
-axes carry units. Text and axes are mid-grey on a transparent ground, so that figures read on light and dark pages.
-"""
+"""Figures of the variance study."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed, and none is opened
-
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-_PALETTE = sns.color_palette("colorblind")
-COLOURS = {"thinking": _PALETTE[0], "nothinking": _PALETTE[1], "trace": _PALETTE[0], "answer": _PALETTE[2],
-           "no-trace answer": _PALETTE[1]}  # fmt: skip
+from bvpo_stats.plots.style import INK, PALETTE, figure
+
+COLOURS = {"thinking": PALETTE[0], "nothinking": PALETTE[1], "trace": PALETTE[0], "answer": PALETTE[2],
+           "no-trace answer": PALETTE[1]}  # fmt: skip
 NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Thinking)", "answer": "answer (Thinking)",
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
-_INK = "#7d7d7d"  # contrast of about 4:1 on white and on near-black
-_STYLE: dict[Any, Any] = {
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.titlecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "font.size": 10,
-    "legend.frameon": False,
-    "svg.hashsalt": "bvpo-stats",
-}
-
-
-@contextmanager
-def figure(path: Path, *, width: float = 6.4, height: float = 3.6) -> Iterator[tuple[Figure, Axes]]:
-    """A figure in the house style, saved as PNG at the end."""
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(figsize=(width, height), layout="constrained")
-        try:
-            yield fig, axes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path, dpi=144, metadata={"Software": None})
-        finally:
-            plt.close(fig)
 
 
 def variance_figures(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -95,9 +50,9 @@ def _ratios(report: dict[str, Any], path: Path) -> None:
             axes.plot(value, row, "o", color=COLOURS["thinking"], ms=8)
             axes.annotate(f"{value:.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center")
             if report.get("published"):
-                axes.plot(report["published"][table][name], row, "D", color=_PALETTE[3], ms=6,
+                axes.plot(report["published"][table][name], row, "D", color=PALETTE[3], ms=6,
                           label="paper" if row == 0 else None)  # fmt: skip
-        axes.axvline(1, color=_INK, lw=1, ls=":")
+        axes.axvline(1, color=INK, lw=1, ls=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
