@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -179,6 +180,23 @@ def test_a_fresh_adapter_has_zero_margins_and_no_gradient_in_a() -> None:
         assert (result.terms.margin == 0).all()
     assert zero
     assert all(is_a == is_zero for is_a, is_zero in zero)
+
+
+@pytest.mark.parametrize("max_padding", [0.05, 1.0])
+def test_memory_is_flat_in_the_pairs(model: Any, subset: Subset, max_padding: float) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watch(_: str, gradients: Tensor) -> None:
+        nonlocal most
+        alive.append(weakref.ref(gradients))
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    options = GradientOptions(max_tokens=100, max_padding=max_padding)
+    for _ in stream_pair_gradients(model, subset, make_pairs(0) + make_pairs(1), lambda _: [watch], options):
+        assert sum(ref() is not None for ref in alive) <= 1
+    assert len(alive) >= 2 * len(subset.parameters)
+    assert most <= 2  # the one being reported, and at most the one before it
 
 
 def test_the_run_is_checked_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
