@@ -30,7 +30,7 @@ from tests.data.fake_server import Reply, serve
 from tests.data.samples import sample
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = 75
+PROMPTS = 66
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,14 @@ def uninterrupted(config: SampleConfig, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     run_sample(replace(config, parquet=True), folder)
     return folder
+
+
+def run_processes(*arguments: object) -> list[list[int]]:
+    command = [sys.executable, "-m", "tests.data.killed_runs", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    ends: list[list[int]] = json.loads(done.stdout)
+    return ends
 
 
 def lines(folder: Path) -> list[str]:
@@ -84,10 +92,7 @@ def test_parquet_holds_the_same_records(uninterrupted: Path, tmp_path: Path) -> 
 def test_ten_kills_leave_no_duplicate_and_no_hole(
     uninterrupted: Path, tmp_path: Path, random_model: Path, prompts: str
 ) -> None:
-    command = [sys.executable, "-m", "tests.data.killed_runs", str(random_model), prompts, str(tmp_path / "run"), "10"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    *killed, last = json.loads(done.stdout)
+    *killed, last = run_processes("kills", 10, random_model, prompts, tmp_path / "run")
     sizes = [size for _, size in killed]
     assert [code for code, _ in killed] == [-signal.SIGKILL] * 10
     assert sizes == sorted(sizes)  # nothing that was written is lost
@@ -98,22 +103,11 @@ def test_ten_kills_leave_no_duplicate_and_no_hole(
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_folder(uninterrupted: Path, tmp_path: Path, config: SampleConfig, prompts: str) -> None:
+def test_two_processes_share_one_folder(
+    uninterrupted: Path, tmp_path: Path, config: SampleConfig, random_model: Path, prompts: str
+) -> None:
     """Two shards at the same time give, record by record, what one process gives."""
-    script = (
-        "import sys; from pathlib import Path; from dataclasses import replace\n"
-        "from bvpo_stats.data.shards import parse_shard; from bvpo_stats.studies.sample import run_sample\n"
-        "from tests.data.killed_runs import config\n"
-        "model, prompts, output, shard = sys.argv[1:]\n"
-        "run_sample(replace(config(model, prompts), shard=parse_shard(shard), parquet=True), Path(output))\n"
-    )
-    assert config.policy is not None
-    arguments = [config.policy.model, prompts, str(tmp_path / "run")]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, *arguments, shard], cwd=ROOT, env=ENVIRONMENT)
-        for shard in ("1/2", "2/2")
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert run_processes("shards", 2, random_model, prompts, tmp_path / "run") == [[0, 0], [0, 0]]
     parts = sorted(path.name for path in (tmp_path / "run").iterdir() if path.suffix in (".jsonl", ".parquet"))
     assert parts == [f"samples-0000{i}-of-00002.{kind}" for i in (1, 2) for kind in ("jsonl", "parquet")]
     assert lines(tmp_path / "run") == lines(uninterrupted)
@@ -168,7 +162,7 @@ def test_the_file_engine_reports_like_the_others(tmp_path: Path) -> None:
     assert (report.modes["thinking"].responses, report.model, report.template) == (3, "embedded@test", "embedded")
     assert run_sample(settings, tmp_path / "run").tally.responses == 0
     source.write_text(source.read_text().replace("17", "18"))
-    with pytest.raises(UserError, match="different run .*samples_from"):
+    with pytest.raises(UserError, match=r"different run .*samples_from"):
         run_sample(settings, tmp_path / "run")
 
 
@@ -176,7 +170,10 @@ def test_a_server_that_is_down_leaves_no_folder_behind(tmp_path: Path, random_mo
     with serve(lambda call, number: Reply()) as at:
         url = at.url
     settings = SampleConfig(
-        policy=PolicyOptions(model=str(random_model)), engine="openai", prompts=prompts, server=ServerOptions(url, retries=0)
+        policy=PolicyOptions(model=str(random_model)),
+        engine="openai",
+        prompts=prompts,
+        server=ServerOptions(url, retries=0),
     )
     with pytest.raises(UserError, match="refuses the connection"):
         run_sample(settings, tmp_path / "run")
