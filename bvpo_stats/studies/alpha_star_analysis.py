@@ -101,13 +101,22 @@ def analyse(
         adam: The same moments in Adam's metric.
     """
     known = marginal.estimable
-    at = {"batch_size": settings.batch_size, "eta_l": settings.eta_l}
+    batch_size, eta_l = settings.batch_size, settings.eta_l
     level, method = settings.level, settings.method
+
+    def star_of(moments: MomentSummary) -> Weight:
+        found = alpha_from_summary(moments, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+        return Weight.of(found)
+
+    def direction_of(moments: MomentSummary) -> Weight:
+        found = direction_alpha(moments, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+        return Weight.of(found)
+
     limits = alpha_limits(summary, level=level, method=method)
     values, spread = _tables(summary, settings, known)
     if "m1" in summary.members:
         marginal = _with_half_split(summary, marginal, settings)
-    star = Weight.of(alpha_from_summary(summary, **at, level=level, method=method)) if known else None
+    star = star_of(summary) if known else None
     layers, gain = _layers(summary, settings) if known else ([], None)
     return AlphaReport(
         model=context.model,
@@ -127,8 +136,8 @@ def analyse(
         alpha_var=Weight.of(limits.variance_only),
         alpha_bias=Weight.of(limits.bias_only) if known else None,
         alpha_j=_alpha_j(summary, settings) if known else None,
-        alpha_adam=None if adam is None or not known else Weight.of(alpha_from_summary(adam, **at, level=level)),
-        alpha_direction=Weight.of(direction_alpha(summary, **at, level=level, method=method)) if known else None,
+        alpha_adam=None if adam is None or not known else star_of(adam),
+        alpha_direction=direction_of(summary) if known else None,
         mse=values["mse"],
         bias_sq=values["bias_sq"],
         variance=values["variance"],
