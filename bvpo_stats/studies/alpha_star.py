@@ -34,7 +34,7 @@ from bvpo_stats.studies.alpha_star_inputs import (
     prepare_subset,
     shared_pairs,
 )
-from bvpo_stats.studies.alpha_star_marginal import marginal_entry
+from bvpo_stats.studies.alpha_star_marginal import bias_warnings, marginal_entry
 from bvpo_stats.studies.alpha_star_output import markdown
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.alpha_star_state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
@@ -220,6 +220,7 @@ def _report(
         n_parameters=subset.size,
         seed=options.stream.seed,
         curvature=measured,
+        warnings=bias_warnings(choice, pairs, run.traces),
     )
     return analyse(
         state.moments.finalize(),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.estimators.ladder import MarginalChoice
 from bvpo_stats.estimators.marginal import SideDiagnostics
 from bvpo_stats.studies.alpha_star_report import Marginal, finite
@@ -39,6 +40,33 @@ def marginal_entry(choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics
             "ess": [finite(w.effective_size) for w in weights],
             "anchor_gap": [None if w.anchor_gap is None else finite(w.anchor_gap) for w in weights],
         },
+    )
+
+
+def bias_warnings(
+    choice: MarginalChoice, pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]
+) -> tuple[str, ...]:
+    """Flags an estimator of mu that is biased by construction here: that bias shifts alpha, and no prompts cure it.
+
+    Self-normalised weights are unbiased only where one trace is an exact posterior draw of theta; a pair's own trace is
+    one at theta_ref and temperature 1, nowhere else. The antithetic multilevel estimate has no such bias.
+
+    Args:
+        choice: Rung of the ladder.
+        pairs: The pairs, for the temperature of the anchors.
+        traces: The bank, for the temperature of its traces.
+    """
+    off_reference = choice.drift > 0
+    cooled = any(pair.temperature != 1 for pair in pairs) or any(trace.temperature != 1 for trace in traces)
+    biased = choice.method in ("prior", "jackknife") or (
+        choice.method in ("anchored", "posterior") and (off_reference or cooled)
+    )
+    if not biased or not choice.estimable:
+        return ()
+    return (
+        f"The {choice.method} estimate of mu is biased by construction here (of order 1/K for K traces): alpha shifts "
+        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; --marginal multilevel has no "
+        "such bias.",
     )
 
 

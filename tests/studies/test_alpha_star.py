@@ -1,0 +1,239 @@
+"""The alpha-star study on oracle records: every row of the report against the exact value; resume; refusal."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.ladder import MarginalChoice
+from bvpo_stats.estimators.stream import StreamOptions
+from bvpo_stats.model.subset import lora_subset
+from bvpo_stats.oracle import exact_moments
+from bvpo_stats.statistics.estimates import noise_scale
+from bvpo_stats.studies import alpha_star as study
+from bvpo_stats.studies.alpha_star import AlphaOptions, estimate_alpha_star
+from bvpo_stats.studies.alpha_star_analysis import AlphaSettings
+from bvpo_stats.studies.alpha_star_output import html, markdown, sections, verdict
+from bvpo_stats.studies.alpha_star_report import AlphaReport
+from bvpo_stats.studies.alpha_star_state import Checkpoint, PassState, merge_states
+from tests.studies.alpha_inputs import records, small_oracle
+
+Z = 4.0  # of some 25 rows none lies further out in one run of ten thousand
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return small_oracle()
+
+
+@pytest.fixture(scope="module")
+def report(oracle):
+    pairs, traces = records(oracle, 240)
+    return estimate_alpha_star(oracle.policy, pairs, traces=traces)
+
+
+@pytest.fixture(scope="module")
+def drifted():
+    return small_oracle(temperature=0.8, drift=0.05)
+
+
+@pytest.fixture(scope="module")
+def drifted_report(drifted):
+    pairs, traces = records(drifted, 120, seed=1)
+    options = AlphaOptions(stream=StreamOptions(half_splits=True), settings=AlphaSettings(eta_l=0.5))
+    return estimate_alpha_star(drifted.policy, pairs, traces=traces, options=options)
+
+
+def check_rows(report, exact):
+    """Every number of the report that has a standard error, against the oracle."""
+    tau = noise_scale(report.batch_size, report.eta_l)
+    truth = exact.estimates
+    expected = {
+        "mse": {
+            "trace": exact.error(1.0, tau),
+            "empty": exact.error(0.0, tau),
+            "half": exact.error(0.5, tau),
+            "zero": float(truth.marginal_sq),
+            "alpha_star": exact.error(min(1.0, max(0.0, exact.alpha(tau))), tau),
+        },
+        "bias_sq": {
+            "trace": float(truth.bias_trace_sq),
+            "empty": float(truth.bias_empty_sq),
+            "cross": float(truth.bias_cross),
+        },
+        "variance": {
+            "trace": exact.tr_sigma_t,
+            "empty": exact.tr_sigma_e,
+            "cross": exact.tr_sigma_te,
+            "trace_sampling": exact.trace_part,
+        },
+    }
+    for part, rows in expected.items():
+        for name, value in rows.items():
+            found = getattr(report, part)[name]
+            error = report.uncertainty[part][name].standard_error
+            assert abs(found - value) <= Z * error + 1e-12, (part, name, found, value, error)
+    for point in report.curve:
+        alpha = min(1.0, max(0.0, exact.alpha(point.eta_l / point.batch_size)))
+        spread = point.high - point.low  # 95% intervals, doubled: about four standard errors
+        assert point.low - spread / 2 <= alpha <= point.high + spread / 2, point
+
+
+def test_every_row_is_the_oracles_at_the_reference_point(report, oracle):
+    exact = exact_moments(oracle)
+    check_rows(report, exact)
+    assert report.marginal.method == "reference-point"
+    assert report.alpha_star.identified
+    assert report.alpha_star.low <= exact.alpha(1 / 128) <= report.alpha_star.high
+    assert report.alpha_var.unclipped_low <= exact.curve[1] / exact.curve[3] <= report.alpha_var.unclipped_high
+    assert report.warnings == []
+    assert report.n_parameters == len(oracle.theta)
+
+
+def test_every_row_is_the_oracles_off_the_reference(drifted_report, drifted):
+    """Posterior traces: their bias, of order 1/K, is far below the error of 120 prompts; the report flags it."""
+    exact = exact_moments(drifted)
+    check_rows(drifted_report, exact)
+    assert drifted_report.marginal.method in ("posterior", "multilevel", "anchored", "prior")
+    assert any("biased by construction" in warning for warning in drifted_report.warnings)
+    assert 1 < drifted_report.marginal.ess <= drifted_report.marginal.traces_per_answer
+    assert drifted_report.marginal.half_split["agrees"]
+    assert drifted_report.alpha_j is not None
+    assert {point.eta_l for point in drifted_report.curve} == {0.5, 1.0}
+
+
+def test_json_round_trip_and_the_promised_fields(report, drifted_report):
+    for one in (report, drifted_report):
+        assert AlphaReport.from_json(one.to_json()) == one
+    plain = json.loads(report.to_json())
+    promised = {
+        "alpha_star": {"value", "low", "high", "level", "unclipped", "identified"},
+        "mse": {"trace", "empty", "zero", "half", "alpha_star"},
+        "bias_sq": {"trace", "empty", "cross"},
+        "variance": {"trace", "empty", "cross", "trace_sampling"},
+        "marginal": {"method", "traces_per_answer", "ess", "anchor_gap", "k_hat", "estimable"},
+    }
+    for part, names in promised.items():
+        assert names <= set(plain[part]), part
+    assert {"batch_size", "eta_l", "n_prompts", "n_parameters", "seed", "versions"} <= set(plain)
+    assert {"batch_size", "eta_l", "alpha", "low", "high"} <= set(plain["curve"][0])
+    with pytest.raises(UserError, match="no alpha-star report"):
+        AlphaReport.from_json("{}")
+
+
+def test_figures_and_texts(drifted_report, tmp_path):
+    figures = drifted_report.plot(tmp_path)
+    assert {path.stem for path in figures} == {
+        "error_over_alpha",
+        "alpha_over_batch_size",
+        "alpha_by_layer",
+        "trace_weights",
+    }
+    assert all(path.stat().st_size > 5_000 for path in figures)
+    text = markdown(drifted_report, figures)
+    assert "alpha*" in verdict(drifted_report)
+    assert all(f"figures/{path.name}" in text for path in figures)
+    assert all(section.title in html(drifted_report) for section in sections(drifted_report))
+
+
+def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
+    """The last rung: variances and alpha_var are left, and nothing is called alpha*."""
+    choice = MarginalChoice("none", "not estimable", "all weights have collapsed", estimable=False)
+    monkeypatch.setattr(study, "choose_marginal", lambda *_: choice)
+    pairs, _ = records(oracle, 40)
+    refused = estimate_alpha_star(oracle.policy, pairs)
+    assert refused.alpha_star is None
+    assert refused.curve == []
+    assert set(refused.mse.values()) | set(refused.bias_sq.values()) == {None}
+    assert refused.variance["trace"] > 0
+    assert refused.alpha_var.identified
+    rows = [row.label for section in sections(refused) for row in section.rows]
+    assert not [label for label in rows if label.startswith("alpha*")]
+    assert "not estimable" in verdict(refused)
+    assert AlphaReport.from_json(refused.to_json()) == refused
+    assert refused.plot(tmp_path) == []
+
+
+def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
+    """A pass that is killed after every batch goes on from its file; nothing is done twice."""
+    pairs, _ = records(oracle, 40)
+    stream = StreamOptions(max_tokens=400, method="reference-point")
+    subset = lora_subset(oracle.policy.model)
+    options = AlphaOptions(stream=stream)
+    whole = estimate_alpha_star(oracle.policy, pairs, options=options)
+    real, seen = study.gradient_batches, []
+
+    def one_batch_then_killed(*arguments, **keywords):
+        batches = real(*arguments, **keywords)
+        batch = next(batches)
+        seen.extend(batch.prompt_ids)
+        yield batch
+        if next(batches, None) is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "gradient_batches", one_batch_then_killed)
+    runs = 0
+    while True:
+        runs += 1
+        try:
+            run = study._Pass((), options, "LoRA adapter", tmp_path)
+            resumed = study._estimate(oracle.policy, subset, pairs, run)
+            break
+        except KeyboardInterrupt:
+            assert runs < 50
+    assert runs > 3
+    assert len(seen) == len(set(seen)) == 40
+    found, expected = (np.array([r.alpha_star.unclipped, *r.mse.values()]) for r in (resumed, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "moments.npz"
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(UserError, match=r"moments\.npz"):
+        Checkpoint(path)
+
+
+def test_state_survives_its_file_and_merges(drifted):
+    pairs, traces = records(drifted, 12)
+    subset, stream = lora_subset(drifted.policy.model), StreamOptions(method="posterior")
+    state = PassState()
+    for batch in study.gradient_batches(drifted.policy, subset, pairs, stream, traces=traces):
+        state = state.add(batch, 5)
+    again = PassState.from_arrays(state.to_arrays())
+    assert again.done == state.done
+    assert again.diagnostics == state.diagnostics
+    np.testing.assert_array_equal(again.moments.finalize().U, state.moments.finalize().U)
+    merged = merge_states([PassState(), again])
+    assert len(merged.diagnostics) == 24
+
+
+def test_adam_metric_is_that_of_the_exact_covariances(oracle):
+    """One number for all leaves alpha alone; a metric that keeps a single layer gives that layer's alpha."""
+    pairs, _ = records(oracle, 60)
+    subset = lora_subset(oracle.policy.model)
+    flat = {name: np.full(weight.numel(), 4.0) for name, weight in subset.parameters.items()}
+    options = AlphaOptions(second_moments=flat, epsilon=1e-12)
+    plain = estimate_alpha_star(oracle.policy, pairs, options=options)
+    assert plain.alpha_adam.unclipped == pytest.approx(plain.alpha_star.unclipped, rel=1e-9)
+    one = {name: v if ".layers.1." in name else np.full_like(v, 1e40) for name, v in flat.items()}
+    layer = estimate_alpha_star(oracle.policy, pairs, options=replace(options, second_moments=one))
+    expected = next(entry.alpha for entry in layer.layers if entry.block == "layers.1")
+    assert layer.alpha_adam.value == pytest.approx(expected, rel=1e-9)
+
+
+def test_pairs_without_partners_and_too_few_prompts(oracle):
+    pairs, _ = records(oracle, 30)
+    thinking = [pair for pair in pairs if pair.mode == "thinking"]
+    nothinking = [replace(pair, prompt_id=f"x{pair.prompt_id}") for pair in pairs if pair.mode == "nothinking"]
+    with pytest.raises(UserError, match="share no prompts"):
+        estimate_alpha_star(oracle.policy, [*thinking, *nothinking])
+    with pytest.raises(UserError, match=r"10 prompts .* 20 jackknife groups"):
+        estimate_alpha_star(oracle.policy, [*pairs[:10], *pairs[30:40]])
+
+
+def test_unknown_interval_is_refused_before_any_work():
+    with pytest.raises(UserError, match="fieller"):
+        AlphaSettings(method="bootstrap")
