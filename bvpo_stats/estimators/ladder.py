@@ -91,7 +91,7 @@ def choose_for_examples(policy: Policy, examples: Sequence[Example], options: St
         return MarginalChoice("reference-point", "reference point", reason, True)
     reasons = [obstacle]
     rungs: list[tuple[MarginalMethod, Rung]] = [("posterior", "posterior traces"), ("prior", "prior traces")]
-    if probe.at_reference and not probe.has_further_posterior_traces:
+    if probe.at_reference and options.objective.needs_reference and not probe.has_further_posterior_traces:
         rungs.insert(0, ("anchored", "posterior traces"))
     for method, rung in rungs:
         verdict = probe.verdict(method)

@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.special import logsumexp
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.objectives import Objective, PairLogps
@@ -30,7 +29,6 @@ from bvpo_stats.statistics.marginal import (
     level_probabilities,
     log_mean_weight,
     multilevel,
-    normalised_weights,
 )
 from bvpo_stats.statistics.weight_diagnostics import WeightDiagnostics, diagnose
 
@@ -57,6 +55,10 @@ class SideTraces:
     answer_tokens: int
     anchored: bool = False
     normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.log_weights).all():
+            raise UserError("A trace has no finite log-weight; check trace_logp and joint_logp of the trace bank.")
 
     def __len__(self) -> int:
         return len(self.log_policy)
@@ -148,7 +150,8 @@ class MarginalEstimator:
         found = []
         for side, rows, weight in zip(sides, scores, weights, strict=True):
             coefficients = np.zeros(len(side))
-            np.add.at(coefficients, rows, weight * normalised_weights(side.log_weights[rows]))
+            log_weights = side.log_weights[rows]
+            coefficients[rows] = weight * np.exp(log_weights - _log_sum_exp(log_weights))
             found.append(coefficients)
         return found[0], found[1]
 
@@ -176,8 +179,8 @@ class MarginalEstimator:
         policy, reference = [], [0.0, 0.0]
         for side, used in zip(sides, rows, strict=True):
             if self.objective.needs_reference:
-                ratio = logsumexp(side.log_weights[used]) - logsumexp(side.log_ref_weights[used])
-                policy.append(0.0 if self.margin_is_constant else float(ratio))
+                ratio = _log_sum_exp(side.log_weights[used]) - _log_sum_exp(side.log_ref_weights[used])
+                policy.append(0.0 if self.margin_is_constant else ratio)
             else:
                 drawn = used[1:] if side.anchored and used[0] == 0 else used
                 policy.append(self._log_marginal(side, drawn))
@@ -224,6 +227,12 @@ def diagnose_side(side: SideTraces, anchor: float | None = None) -> WeightDiagno
         return used
     drawn = diagnose(side.log_weights[1:], side.log_weights[:1])
     return replace(drawn, traces=used.traces, effective_size=used.effective_size, largest=used.largest)
+
+
+def _log_sum_exp(values: Float[np.ndarray, " traces"]) -> float:
+    """scipy's, without its overhead: it is called several times for every prompt."""
+    largest = values.max()
+    return float(largest + np.log(np.exp(values - largest).sum()))
 
 
 def _margin_halves(side: SideTraces) -> tuple[Rows, Rows]:
