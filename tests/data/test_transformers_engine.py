@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from bvpo_stats.data.engines import transformers_engine
 from bvpo_stats.data.engines.base import Draw, Request, SamplingOptions
@@ -52,6 +53,23 @@ def test_a_draw_belongs_to_its_key_and_not_to_its_batch(policy: Policy) -> None:
         assert draws(policy, asked, size, options) == one
     assert draws(policy, asked[::-1], 7, options) == one
     assert draws(policy, asked, 8, SamplingOptions(max_new_tokens=24, temperature=0.1, seed=1)) != one
+
+
+@pytest.mark.parametrize("cuttable", [True, False])
+def test_leaving_finished_rows_behind_changes_nothing(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, cuttable: bool
+) -> None:
+    """Against one uninterrupted `generate`; with a cache that can be cut, and with one that has to be computed anew."""
+    options, asked = SamplingOptions(max_new_tokens=40, temperature=1.5), requests(policy)
+    monkeypatch.setattr(transformers_engine, "_STRETCH", 1_000)
+    plain = draws(policy, asked, 24, options)
+    assert {draw.finish_reason for draw in plain.values()} == {"stop", "length"}
+    if not cuttable:
+        monkeypatch.delattr(DynamicLayer, "batch_select_indices")
+        monkeypatch.delattr(CacheLayerMixin, "batch_select_indices", raising=False)
+    for stretch in (1, 7):
+        monkeypatch.setattr(transformers_engine, "_STRETCH", stretch)
+        assert draws(policy, asked, 24, options) == plain
 
 
 def test_a_shorter_cut_off_cuts_the_same_draw(policy: Policy) -> None:
@@ -174,6 +192,12 @@ def test_positions_bound_the_length(policy: Policy) -> None:
     long = Request(Prompt("q", ""), "thinking", 0, (10,) * (room - 5), "")
     (draw,) = draws(policy, [long], 1, SamplingOptions(max_new_tokens=50, temperature=0.5)).values()
     assert len(draw.completion_ids) == 5
+    short = Request(Prompt("p", ""), "thinking", 0, (10,) * 5, "")
+    options = SamplingOptions(max_new_tokens=room, temperature=0.5, seed=1)
+    together, alone = draws(policy, [short, long], 2, options), draws(policy, [short], 1, options)
+    assert together[short.key] == alone[short.key]  # a long neighbour does not cut a short prompt's response
+    assert len(together[short.key].completion_ids) > 5
+    assert len(together[long.key].completion_ids) <= 5
     full = Request(Prompt("q", ""), "thinking", 0, (10,) * room, "")
     with pytest.raises(UserError, match="leaves no room in the model's 256 positions"):
         draws(policy, [full], 1, SamplingOptions())

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bvpo_stats.data.engines.base import Draw, Outcome, Request, SamplingOptions
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
+
+_STRETCH = 32  # steps between two looks at which rows are finished
 
 
 def uniforms(key: str, seed: int, count: int) -> Float[np.ndarray, " count"]:
@@ -113,37 +116,83 @@ class TransformersEngine:
         return [*self.generate(requests[:half], options), *self.generate(requests[half:], options)]
 
     def _generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
-        policy = self._policy
-        width = max(len(request.prompt_ids) for request in requests)
-        if policy.max_positions is not None and width >= policy.max_positions:
+        # In stretches, leaving finished rows behind after each: plain `generate` computes every row until the longest
+        # has ended.
+        policy, width = self._policy, max(len(request.prompt_ids) for request in requests)
+        limits = torch.tensor([self._room(len(request.prompt_ids), options) for request in requests])
+        uniform = torch.from_numpy(np.stack([uniforms(r.key, options.seed, int(limits.max())) for r in requests]))
+        input_ids, mask = _left_padded(requests, width, policy.pad_id)
+        alive, cache = torch.arange(len(requests)), None
+        draws: dict[int, Draw] = {}
+        while len(alive):
+            done = input_ids.shape[1] - width
+            sampler = InverseCdfSampler(uniform[alive].to(policy.device), width, options)
+            output = policy.model.generate(  # type: ignore[operator]
+                input_ids=input_ids.to(policy.device),
+                attention_mask=mask.to(policy.device),
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=self._settings(min(_STRETCH, int(limits[alive].min()) - done)),
+            )
+            sequences = output.sequences.cpu()
+            running = torch.ones(len(alive), dtype=torch.bool)
+            for place, row in enumerate(alive.tolist()):
+                draw = self._draw(sequences[place, width:].tolist(), int(limits[row]))
+                if draw is not None:
+                    draws[row], running[place] = draw, False
+            cache = _selected(output.past_key_values, running)
+            alive, input_ids = alive[running], sequences[running]
+            mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], dim=1)[running]
+        return [draws[row] for row in range(len(requests))]
+
+    def _room(self, prompt_length: int, options: SamplingOptions) -> int:
+        """Tokens that a row may write; its own affair, whatever else is in the batch."""
+        most = self._policy.max_positions
+        if most is not None and prompt_length >= most:
             raise UserError(
-                f"A prompt of {width} tokens leaves no room in the model's {policy.max_positions} positions. "
+                f"A prompt of {prompt_length} tokens leaves no room in the model's {most} positions. "
                 "Remove the longest prompts."
             )
-        room = options.max_new_tokens if policy.max_positions is None else policy.max_positions - width
-        steps = min(options.max_new_tokens, room)
-        input_ids = torch.full((len(requests), width), policy.pad_id)
-        mask = torch.zeros_like(input_ids)
-        for row, request in enumerate(requests):  # left padding: every row's next token is at the same place
-            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
-        numbers = np.stack([uniforms(request.key, options.seed, steps) for request in requests])
-        sampler = InverseCdfSampler(torch.from_numpy(numbers).to(policy.device), width, options)
-        output = policy.model.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(policy.device),
-            attention_mask=mask.to(policy.device),
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=steps,
-                eos_token_id=self._stop_ids,
-                pad_token_id=policy.pad_id,
-            ),
-        )
-        return [self._draw(row) for row in output[:, width:].tolist()]
+        return options.max_new_tokens if most is None else min(options.max_new_tokens, most - prompt_length)
 
-    def _draw(self, ids: list[int]) -> Draw:
+    def _settings(self, steps: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=steps,
+            eos_token_id=self._stop_ids,
+            pad_token_id=self._policy.pad_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+
+    def _draw(self, ids: list[int], limit: int) -> Draw | None:
+        """The finished draw, None while there is more to write."""
         ends = [ids.index(stop) for stop in self._stop_ids if stop in ids]
-        if not ends:
-            return Draw(tuple(ids), "length")
-        return Draw(tuple(ids[: min(ends) + 1]), "stop")
+        if ends:
+            return Draw(tuple(ids[: min(ends) + 1]), "stop")
+        return Draw(tuple(ids), "length") if len(ids) >= limit else None
+
+
+def _left_padded(
+    requests: Sequence[Request], width: int, pad_id: int
+) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    """Prompts and their mask; padding on the left puts every row's next token at the same place."""
+    input_ids = torch.full((len(requests), width), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, request in enumerate(requests):
+        input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask[row, width - len(request.prompt_ids) :] = 1
+    return input_ids, mask
+
+
+def _selected(cache: Any, rows: Bool[Tensor, " rows"]) -> Any:
+    """The cache of some of the rows; None, to be computed anew, where the model's kind of cache cannot be cut.
+
+    A cache without rows is of no use either.
+    """
+    if rows.all():
+        return cache
+    if not rows.any() or not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+        return None
+    cache.batch_select_indices(rows.nonzero().squeeze(1).to(cache.layers[0].keys.device))
+    return cache
