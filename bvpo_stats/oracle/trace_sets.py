@@ -4,8 +4,8 @@ For one example (x, y+, y-) an estimator draws K traces a side from a proposal a
 
     m_hat = -beta sigmoid(-M_hat) (S_hat(y+) - S_hat(y-)),
 
-S_hat by self-normalised weights ``w = pi_theta(r, y | x) / q(r)``, and ``M_hat`` from ``log mean w - log mean w_ref`` of
-a second, disjoint set. Traces are exchangeable, so expectations are sums over how often each trace was drawn
+S_hat by self-normalised weights ``w = pi_theta(r, y | x) / q(r)``, and ``M_hat`` from ``log mean w - log mean w_ref``
+of a second, disjoint set. Traces are exchangeable, so expectations are sums over how often each trace was drawn
 (multinomial counts), which the small oracle can list.
 """
 
@@ -23,7 +23,7 @@ from scipy.special import expit, gammaln, logsumexp
 from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.coordinates import shortened
 from bvpo_stats.oracle.exact import ExactMoments, exact_moments
-from bvpo_stats.oracle.scored import Objective, pair_gradients, trace_responses
+from bvpo_stats.oracle.scored import Objective, Scored, pair_weights, trace_responses
 from bvpo_stats.statistics.estimates import Estimates
 from bvpo_stats.statistics.marginal import level_probabilities
 from bvpo_stats.statistics.summary import Array
@@ -82,16 +82,20 @@ class TraceSets:
         c, d = np.divmod(_pick(oracle.empty_pair_law.reshape(len(oracle.pair_law), -1)[x], rng), answers)
         own = [_pick(table.sampling.posterior[x, :, y], rng) for y in (a, b)]
         responses, objective = trace_responses(table), Objective(beta=self.beta)
-        t, _ = pair_gradients(objective, responses[x, own[0], a], responses[x, own[1], b])
         zero = np.zeros_like(x)
-        e, _ = pair_gradients(objective, responses[x, zero, c], responses[x, zero, d])
+        pairs = [((own[0], a), (own[1], b)), ((zero, c), (zero, d))]
+        t, e = (
+            self._mixed(x, (plus[1], minus[1]), tuple(_one_hot(r, table.trace_tokens.size) for r, _ in (plus, minus)),
+                        _coefficients(objective, [(x, *plus), (x, *minus)], responses))
+            for plus, minus in pairs
+        )  # fmt: skip
         if method == "multilevel":
-            m = self._multilevel(x, (a, b), rng)
+            m = self._mixed(x, (a, b), self._multilevel(x, (a, b), rng), None)
         else:
             sides = [self._draws(method, x, y, r, rng) for y, r in zip((a, b), own, strict=True)]
             disjoint = [self._draws("posterior" if method == "posterior" else "prior", x, y, None, rng) for y in (a, b)]
-            scores = [self._score(x, y, r, method) for y, r in zip((a, b), sides, strict=True)]
-            m = self._coefficient(x, (a, b), disjoint, method)[:, None] * (scores[0] - scores[1])
+            shares = tuple(self._shares(x, y, r, method) for y, r in zip((a, b), sides, strict=True))
+            m = self._mixed(x, (a, b), shares, self._coefficient(x, (a, b), disjoint, method))
         return {name: v.reshape(*shape, -1) for name, v in (("t", t), ("e", e), ("m", m))}
 
     def expected_m(self, method: TraceMethod) -> Float[np.ndarray, " dimensions"]:
@@ -134,7 +138,7 @@ class TraceSets:
         return float((exact.mean_t - exact.mean_e) @ bias) / (q0 + tau * q1)
 
     def _log_weights(self, x: Array, y: Array, traces: Array, method: str) -> tuple[Array, Array]:
-        """log w under theta and under the reference, ``[n, K]``, for traces of the prior or of q's posterior."""
+        """Log w under theta and under the reference, ``[n, K]``, for traces of the prior or of q's posterior."""
         table = self.oracle.table
         rows, column = (x[:, None], traces, y[:, None]), (x[:, None], traces)
         proposal = table.sampling.joint[rows] if method == "posterior" else table.sampling.trace[column]
@@ -148,14 +152,22 @@ class TraceSets:
             traces[:, 0] = own
         return traces
 
-    def _score(self, x: Array, y: Array, traces: Array, method: str) -> Array:
+    def _shares(self, x: Array, y: Array, traces: Array, method: str) -> Array:
+        """Normalised weight of every trace of the language in S_hat, ``[n, traces]``."""
         log_w, _ = self._log_weights(x, y, traces, method)
-        weights = np.exp(log_w - logsumexp(log_w, axis=1, keepdims=True))
-        scores = self.oracle.table.scores
-        found = np.zeros((len(x), scores.shape[-1]))
-        for k in range(traces.shape[1]):
-            found += weights[:, k, None] * scores[x, traces[:, k], y]
-        return found
+        weights = np.exp(log_w - log_w.max(axis=1, keepdims=True))
+        return _spread(traces, weights / weights.sum(axis=1, keepdims=True), self.oracle.grammar.n_traces)
+
+    def _mixed(
+        self, x: Array, answers: tuple[Array, Array], shares: tuple[Array, ...], coefficient: Array | None
+    ) -> Array:
+        """``coefficient (shares_plus . s(., y+) - shares_minus . s(., y-))``, one product of matrices per (x, y)."""
+        scores, found = self.oracle.table.scores, np.zeros((len(x), self.oracle.table.scores.shape[-1]))
+        for y, share, sign in zip(answers, shares, (1.0, -1.0), strict=True):
+            for question, answer in np.unique(np.stack([x, y]), axis=1).T.tolist():
+                rows = np.flatnonzero((x == question) & (y == answer))
+                found[rows] += sign * (share[rows] @ scores[question, :, answer])
+        return found if coefficient is None else coefficient[:, None] * found
 
     def _log_ratio(self, x: Array, y: Array, traces: Array, method: str) -> Array:
         log_w, log_ref = self._log_weights(x, y, traces, method)
@@ -165,26 +177,38 @@ class TraceSets:
         ratios = [self._log_ratio(x, y, r, method) for y, r in zip(answers, traces, strict=True)]
         return -self.beta * expit(-self.beta * (ratios[0] - ratios[1]))
 
-    def _multilevel(self, x: Array, answers: tuple[Array, Array], rng: np.random.Generator) -> Array:
-        """Single-term antithetic multilevel of the whole m_hat on prior traces, one random level an example."""
+    def _multilevel(self, x: Array, answers: tuple[Array, Array], rng: np.random.Generator) -> tuple[Array, Array]:
+        """Single-term antithetic multilevel of the whole m_hat on prior traces, one random level an example.
+
+        Returns:
+            The coefficient of every trace's score, for y+ and (negated) for y-: ``[n, traces]`` each.
+        """
         probabilities = level_probabilities(_LEVELS)
         level = 1 + rng.choice(_LEVELS, size=len(x), p=probabilities)
-        found = np.zeros((len(x), self.oracle.table.scores.shape[-1]))
+        n_traces = self.oracle.grammar.n_traces
+        plus, minus = np.zeros((2, len(x), n_traces))
         for depth in np.unique(level):
             rows, size = np.flatnonzero(level == depth), 2**depth
             here, sides = x[rows], (answers[0][rows], answers[1][rows])
             law = np.exp(self.oracle.table.sampling.trace[here])
             traces = [_pick_many(law, size, rng) for _ in sides]
-
-            def whole(part: slice, here: Array = here, sides=sides, traces=traces) -> Array:  # type: ignore[no-untyped-def]
+            ground = self._single_traces(here, sides, traces)
+            parts = [(slice(0, size), 1.0), (slice(0, size // 2), -0.5), (slice(size // 2, size), -0.5)]
+            for k, total in enumerate((plus, minus)):
+                total[rows] = ground[k]
+            for part, factor in parts:
                 chosen = [r[:, part] for r in traces]
-                scores = [self._score(here, y, r, "prior") for y, r in zip(sides, chosen, strict=True)]
-                return self._coefficient(here, sides, chosen, "prior")[:, None] * (scores[0] - scores[1])
+                scale = factor / probabilities[depth - 1] * self._coefficient(here, sides, chosen, "prior")
+                for total, y, r in zip((plus, minus), sides, chosen, strict=True):
+                    total[rows] += scale[:, None] * self._shares(here, y, r, "prior")
+        return plus, minus
 
-            ground = sum(whole(slice(k, k + 1)) for k in range(size)) / size
-            halves = (whole(slice(0, size // 2)) + whole(slice(size // 2, size))) / 2
-            found[rows] = ground + (whole(slice(0, size)) - halves) / probabilities[depth - 1]
-        return found
+    def _single_traces(self, x: Array, answers: tuple[Array, Array], traces: list[Array]) -> list[Array]:
+        """Level 0: the mean over k of the estimate from the k-th trace of either side alone."""
+        delta = self.oracle.table.log_ratio
+        ratios = [delta[x[:, None], r, y[:, None]] for r, y in zip(traces, answers, strict=True)]
+        coefficient = -self.beta * expit(-self.beta * (ratios[0] - ratios[1])) / traces[0].shape[1]
+        return [_spread(r, coefficient, self.oracle.grammar.n_traces) for r in traces]
 
     def _expected_score(self, x: int, y: int, method: str) -> Array:
         table = self.oracle.table
@@ -211,6 +235,23 @@ class TraceSets:
         counts, probability = _multisets(law, self.traces)
         w, ref = (np.exp(part[0]) for part in logs)
         return probability, np.log(counts @ w) - np.log(counts @ ref)
+
+
+def _coefficients(objective: Objective, where: list[tuple[Array, Array, Array]], responses: Scored) -> Array:
+    """-beta sigmoid(-m) of each pair: the weight of its chosen score."""
+    light = [Scored(*(f[w] for f in (responses.log_prob, responses.log_ref, responses.tokens)), np.zeros((1, 1)))
+             for w in where]  # fmt: skip
+    return pair_weights(objective, light[0], light[1]).chosen
+
+
+def _one_hot(traces: Array, n_traces: int) -> Array:
+    return np.eye(n_traces)[traces]
+
+
+def _spread(traces: Array, values: Array, n_traces: int) -> Array:
+    """Sums values by trace: ``[n, K], [n, K] -> [n, traces]``."""
+    flat = (traces + n_traces * np.arange(len(traces))[:, None]).ravel()
+    return np.bincount(flat, values.ravel(), minlength=n_traces * len(traces)).reshape(len(traces), n_traces)
 
 
 def _multisets(law: Array, size: int) -> tuple[Array, Array]:
