@@ -1,0 +1,129 @@
+"""Traces runs: a bank on disk, resumed after a kill, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bvpo_stats.data.records import to_dict
+from bvpo_stats.data.traces import BankOptions, read_traces
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import PolicyOptions
+from bvpo_stats.oracle.build import OracleConfig, build_oracle
+from bvpo_stats.oracle.draws import draw_examples
+from bvpo_stats.oracle.sampled_records import completion_records, pair_records
+from bvpo_stats.studies import traces
+from bvpo_stats.studies.traces import TracesConfig, run_traces
+from tests.data.samples import write_samples
+
+N_PAIRS, K = 9, 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    folder: Path
+    config: TracesConfig
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
+    """Samples and pairs of the oracle, whose policy stands in for a loaded one; windows of two pairs."""
+    oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=3, n_answers=2, n_prompts=2, seed=2))
+    monkeypatch.setattr(traces, "load_policy", lambda options: oracle.policy)
+    monkeypatch.setattr(traces, "_WINDOW", 2)
+    draws = draw_examples(oracle, N_PAIRS, np.random.default_rng(0))
+    completions = completion_records(oracle, draws)
+    write_samples(tmp_path / "samples", completions)
+    (tmp_path / "pairs").mkdir()
+    pairs, empty_pairs = pair_records(oracle, draws)
+    for name, rows in (("thinking", pairs), ("nothinking", empty_pairs)):
+        (tmp_path / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(to_dict(row)) + "\n" for row in rows))
+    settings = TracesConfig(tmp_path / "pairs", tmp_path / "samples", PolicyOptions(), BankOptions(traces_per_answer=K))
+    return Inputs(tmp_path, settings)
+
+
+def test_a_bank_on_disk_and_its_report(inputs: Inputs) -> None:
+    report = run_traces(inputs.config, inputs.folder / "o")
+    records = list(read_traces(inputs.folder / "o" / "traces.jsonl"))
+    assert len(records) == N_PAIRS * 2 * 2 * K == sum(report.tally.by_source.values())
+    assert len({(r.prompt_id, r.side, r.source, r.index) for r in records}) == len(records)
+    assert report.tally.sides == 2 * N_PAIRS
+    assert report.acceptance is not None
+    stored = json.loads((inputs.folder / "o" / "report.json").read_text())
+    assert stored["tally"]["by_source"] == report.tally.by_source
+    assert stored["acceptance"] == report.acceptance
+    text = (inputs.folder / "o" / "report.md").read_text()
+    assert f"| anchor | the pair's own trace | {2 * N_PAIRS} | 1.00 |" in text
+    assert "Careful" not in text
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(inputs: Inputs) -> None:
+    whole = inputs.folder / "whole"
+    expected = run_traces(inputs.config, whole)
+    content = (whole / "traces.jsonl").read_bytes()
+    states = []
+    limited = inputs.folder / "states"
+    for pairs in (2, 4, 6):  # what progress.json says after each window
+        run_traces(replace(inputs.config, limit=pairs), limited / str(pairs))
+        states.append((limited / str(pairs) / "progress.json").read_text())
+    kills = [(None, 0), (None, 500), (states[0], 0), (states[0], 77), (states[1], 5000), (states[2], 1)]
+    for number, (state, extra) in enumerate(kills):
+        killed = inputs.folder / f"killed-{number}"
+        killed.mkdir()
+        shutil.copy(whole / "run.json", killed)
+        done = json.loads(state)["bytes"] if state else 0
+        (killed / "traces.jsonl").write_bytes(content[: done + extra])
+        if state:
+            (killed / "progress.json").write_text(state)
+        report = run_traces(inputs.config, killed)
+        assert (killed / "traces.jsonl").read_bytes() == content
+        assert report == expected
+
+
+def test_a_finished_run_is_not_done_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run_traces(inputs.config, inputs.folder / "o")
+    monkeypatch.setattr(traces, "trace_bank", lambda *arguments: pytest.fail("drew again"))
+    assert run_traces(inputs.config, inputs.folder / "o") == report
+
+
+def test_inputs_that_do_not_belong_together(inputs: Inputs) -> None:
+    out = inputs.folder / "o"
+    with pytest.raises(UserError, match=r"no thinking\.jsonl there"):
+        run_traces(replace(inputs.config, pairs=inputs.folder), out)
+    with pytest.raises(UserError, match="no such folder"):
+        run_traces(replace(inputs.config, samples=inputs.folder / "none"), out)
+    with pytest.raises(UserError, match="--limit 0"):
+        run_traces(replace(inputs.config, limit=0), out)
+    with pytest.raises(UserError, match="which has no traces"):
+        run_traces(replace(inputs.config, pairs=inputs.folder / "pairs" / "nothinking.jsonl"), out)
+    assert not (out / "report.json").exists()
+
+
+def test_pairs_of_another_model_or_temperature_are_refused(inputs: Inputs) -> None:
+    path = inputs.folder / "pairs" / "thinking.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for name, value, words in (
+        ("model", "other", "is of other"),
+        ("temperature", 0.7, "several temperatures are mixed"),
+    ):
+        changed = [dict(row, **{name: value}) if number == 4 else row for number, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(UserError, match=words):
+            run_traces(inputs.config, inputs.folder / name)
+    path.write_text("")
+    with pytest.raises(UserError, match="holds no pairs"):
+        run_traces(inputs.config, inputs.folder / "empty")
+
+
+def test_responses_sampled_off_temperature_one_are_pointed_out(inputs: Inputs) -> None:
+    path = inputs.folder / "pairs" / "thinking.jsonl"
+    rows = [dict(json.loads(line), temperature=0.8) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run_traces(replace(inputs.config, limit=2), inputs.folder / "o")
+    assert (report.sampled_at, report.burn_in) == (0.8, 20)
+    assert "posterior draws at that temperature" in (inputs.folder / "o" / "report.md").read_text()
