@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from bvpo_stats.tiny.task import Difficulty
 
 TRAINING_MIX = Difficulty(operand_weights=((2, 0.15), (3, 0.35), (4, 0.35), (5, 0.15)))
-"""What the model is trained on: one operand more than the default prompts have, so that these are not its limit."""
+"""What the model is trained on: the operands of the default prompts, with more short questions and as many long ones."""
 
 
 @dataclass(frozen=True)

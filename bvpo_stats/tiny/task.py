@@ -46,7 +46,7 @@ class Difficulty:
         sum_limit: No partial sum, from the left or from the right, is greater in size.
     """
 
-    operand_weights: tuple[tuple[int, float], ...] = ((2, 0.2), (3, 0.4), (4, 0.4))
+    operand_weights: tuple[tuple[int, float], ...] = ((2, 0.1), (3, 0.3), (4, 0.46), (5, 0.14))
     product_share: float = 0.35
     large_share: float = 0.2
     large_limit: int = 19
