@@ -114,15 +114,15 @@ def markdown(results: list[CellResult], replicates: int) -> str:
     lines = [
         "# Coverage and bias of alpha* on the oracle",
         "",
-        f"{replicates:,} replicates a cell, nominal level 95%, jackknife Fieller sets, leave one prompt out; K = 8 traces "
-        "an answer (multilevel: up to 1,024).",
+        f"{replicates:,} replicates a cell, nominal level 95%, jackknife Fieller sets, leave one prompt out; K = 8 "
+        "traces an answer (multilevel: up to 1,024).",
         f"{sum(r.passed for r in upright)} of {len(upright)} cells pass every check; "
         f"{sum(not r.passed for r in injected)} of {len(injected)} injected V-statistics fail, as they must.",
         "",
-        "`cov` is the coverage of alpha_unc (two-sided band; one-sided at 92% where N < 50 or tau < 0.01), `cov*` that of "
-        "the clipped alpha* (one-sided), `z` the largest bias among twelve estimates in Monte Carlo standard errors "
-        "(bound 3.5). Where mu is biased by construction the truth is the estimator's own exact expectation, and `shift` "
-        "is what that bias does to alpha at tau = 1/128.",
+        "`cov` is the coverage of alpha_unc (two-sided band; one-sided at 92% where N < 50 or tau < 0.01), `cov*` that "
+        "of the clipped alpha* (one-sided), `z` the largest bias among twelve estimates in Monte Carlo standard errors "
+        "(bound 3.5). Where mu is biased by construction the truth is the estimator's own exact expectation, and "
+        "`shift` is what that bias does to alpha at tau = 1/128.",
         "",
         "| T | theta | beta | mu from | N | "
         + " | ".join(f"cov, cov* at tau = {_tau(tau)}" for tau in TAUS)
