@@ -1,6 +1,7 @@
 """The marginal gradient's weights, by enumeration of all tuples of traces of an oracle's pair."""
 
 from itertools import product
+from math import comb
 
 import numpy as np
 import pytest
@@ -47,6 +48,9 @@ class Pair:
         if kind == "prior":
             return np.exp(table.sampling.trace[self.x])
         return {"posterior": table.sampling, "exact": table.policy}[kind].posterior[self.x, :, self.answers[side]]
+
+    def laws(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.law(0, kind), self.law(1, kind)
 
     def traces(self, side: int, chosen: tuple[int, ...], kind: str, anchored: bool = False) -> SideTraces:
         table, y, rows = self.oracle.table, self.answers[side], list(chosen)
@@ -174,17 +178,48 @@ class Level:
 
 
 @pytest.mark.parametrize("kind", ["posterior", "prior"])
-def test_multilevel_telescopes_to_all_traces_with_both_nonlinearities(minute, kind):
-    pair, estimator = Pair(minute, answers=(0, 1)), MarginalEstimator(Objective(beta=1.0), "multilevel")
-    laws = ([kind] * 4, [kind] * 4)
+def test_multilevel_telescopes_and_its_last_level_stands_for_those_that_would_follow(minute, kind):
+    """With four traces: E f(4) + E Delta_2 = 2 E f(4) - E f(2), both nonlinearities included."""
+    pair, objective = Pair(minute, answers=(0, 1)), Objective(beta=1.0)
+    estimator = MarginalEstimator(objective, "multilevel")
     mean = sum(
-        probability * pair.mean(laws, lambda plus, minus, n=level: estimator(plus, minus, Level(n)), kind)
+        probability
+        * pair.mean(([kind] * 4, [kind] * 4), lambda plus, minus, n=level: estimator(plus, minus, Level(n)), kind)
         for level, probability in enumerate(level_probabilities(2), start=1)
     )
-    four = pair.mean(laws, shared(estimator), kind)
-    np.testing.assert_allclose(mean, four, rtol=0, atol=TOL)
-    one = pair.mean(([kind], [kind]), shared(estimator), kind)
-    assert np.linalg.norm(one - four) > 1e-3 * np.linalg.norm(four)
+    two, four = (pair.mean(([kind] * n, [kind] * n), shared(estimator), kind) for n in (2, 4))
+    np.testing.assert_allclose(mean, 2 * four - two, rtol=0, atol=TOL)
+    np.testing.assert_allclose(mean_by_counts(pair, estimator, kind, 4), four, rtol=0, atol=TOL)
+    assert np.linalg.norm(four - two) > 1e-3 * np.linalg.norm(four)
+
+
+def mean_by_counts(pair: Pair, estimator: MarginalEstimator, kind: str, n_traces: int) -> np.ndarray:
+    """E of the plug-in from shared traces, for two traces: it depends on how often each was drawn, and no more."""
+    total = np.zeros(len(pair.oracle.theta))
+    for counts in product(range(n_traces + 1), repeat=2):
+        tuples = tuple((1,) * count + (0,) * (n_traces - count) for count in counts)
+        probability = np.prod(
+            [
+                comb(n_traces, c) * law[1] ** c * law[0] ** (n_traces - c)
+                for c, law in zip(counts, pair.laws(kind), strict=True)
+            ]
+        )
+        sides = [pair.traces(side, rows, kind) for side, rows in enumerate(tuples)]
+        total += probability * pair.gradient(tuples, shared(estimator)(*sides))
+    return total
+
+
+@pytest.mark.parametrize("kind", ["posterior", "prior"])
+def test_the_bias_of_multilevel_is_of_the_second_order(minute, kind):
+    """Its mean from K traces is 2 E f(K) - E f(K / 2), see above; its bias falls fourfold as the plug-in's halves."""
+    pair, objective = Pair(minute, answers=(0, 1)), Objective(beta=1.0)
+    estimator, exact = MarginalEstimator(objective, "multilevel"), pair.exact(objective)
+    plain = {n: mean_by_counts(pair, estimator, kind, n) for n in (4, 8, 16, 32)}
+    bias = {n: np.linalg.norm(plain[n] - exact) for n in plain}
+    multilevel = {n: np.linalg.norm(2 * plain[n] - plain[n // 2] - exact) for n in (8, 16, 32)}
+    assert bias[16] / bias[32] == pytest.approx(2, abs=0.3)
+    assert multilevel[16] / multilevel[32] == pytest.approx(4, abs=1)
+    assert multilevel[32] < 0.1 * bias[32]
 
 
 def test_jackknife_removes_the_first_order_of_the_bias_of_m(minute):
