@@ -36,7 +36,7 @@ _INTEGER = re.compile(r"(?<!\d)-?\d+")
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard the questions are.
+    """How hard the questions are; the defaults are the mix of the default prompts.
 
     Attributes:
         operand_weights: Relative frequency of each number of operands.
