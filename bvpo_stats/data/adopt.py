@@ -30,15 +30,15 @@ def adopt_completions(path: Path, template: Template | None, eos_id: int | None 
     Raises:
         UserError: A line lacks something that cannot be filled in, or a draw occurs twice; the line is named.
     """
-    counts: dict[tuple[str, str], int] = {}
-    seen: set[int] = set()  # 64-bit digests: a third of the memory of the keys themselves
+    counts: dict[int, int] = {}
+    seen: set[int] = set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
         completion = adopt_row(row, where, template, eos_id, counts)
-        digest = int.from_bytes(hashlib.blake2b(completion.key.encode(), digest_size=8).digest(), "big")
-        if digest in seen:
+        key = _digest(completion.key)
+        if key in seen:
             raise UserError(f"{where}: the response {completion.key} occurs twice. Remove one of them.")
-        seen.add(digest)
+        seen.add(key)
         yield completion
 
 
@@ -47,15 +47,15 @@ def adopt_row(
     where: str,
     template: Template | None,
     eos_id: int | None,
-    counts: dict[tuple[str, str], int],
+    counts: dict[int, int],
 ) -> Completion:
-    """One line of :func:`adopt_completions`; ``counts`` remembers how many responses each (prompt, mode) had."""
+    """One line of :func:`adopt_completions`; ``counts`` remembers how many responses each prompt had in each mode."""
     if row.get("mode") not in MODES:
         raise UserError(f"{where}: field `mode` must be `thinking` or `nothinking`, not {row.get('mode')!r}.")
     if "prompt_id" not in row:
         raise UserError(f"{where}: no field `prompt_id`; it says which responses answer the same question.")
     row = dict(row, prompt_id=str(row["prompt_id"]))
-    place = (row["prompt_id"], row["mode"])
+    place = _digest(f"{row['prompt_id']}/{row['mode']}")
     row.setdefault("sample_index", counts.get(place, 0))
     counts[place] = counts.get(place, 0) + 1
     row["finish_reason"] = "length" if row.get("finish_reason", "stop") in _LENGTH_REASONS else "stop"
@@ -82,6 +82,11 @@ def adopt_row(
         "engine": "file",
     }
     return from_dict(Completion, defaults | row, where)
+
+
+def _digest(key: str) -> int:
+    """What is remembered of a key: 64 bits, a fraction of the memory of the text."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _tokenise(row: dict[str, Any], where: str, template: Template | None, eos_id: int | None) -> None:

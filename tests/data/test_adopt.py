@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,30 @@ def test_a_source_that_was_cut_off_is_named(tmp_path: Path) -> None:
     source.write_text(source.read_text() + '{"prompt_id": "q')
     with pytest.raises(UserError, match=":2: the last line is cut off"):
         adopt_file(tmp_path / "run", source)
+
+
+def test_memory_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records themselves pass through; what is remembered is a digest of each key and a count for each prompt."""
+
+    monkeypatch.setattr("bvpo_stats.data.engines.file_engine._ROWS", 50)
+
+    def peak(prompts: int) -> int:
+        source = tmp_path / f"{prompts}.jsonl"
+        with source.open("w") as out:
+            for number in range(prompts):
+                for index in range(2):
+                    row = FULL | {"prompt_id": f"q{number}", "sample_index": index}
+                    out.write(json.dumps(row) + "\n")
+        tracemalloc.start()
+        try:
+            adopt_file(tmp_path / f"run{prompts}", source)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # whatever is set up once
+    small, large = peak(100), peak(700)
+    assert (large - small) / 1_200 < 400  # bytes a response; a record takes over 2,000
 
 
 def test_fingerprints_of_files(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def adopt_into(
     kept = islice(_first_prompts((c for c in adopted if c.mode in modes), limit), done, None)
     responses = tokens = 0
     started = time.monotonic()
-    with progress("Reading", done, "responses", done=done) as advance:
+    with progress("Reading", _count_lines(source), "responses", done=done) as advance:
         while rows := list(islice(kept, _ROWS)):
             append_jsonl(target, map(to_dict, rows))
             responses += len(rows)
@@ -53,6 +53,11 @@ def adopt_into(
     if not done and not responses:
         raise UserError(f"{source} holds no responses in mode {' or '.join(modes)}.")
     return SamplingTally(responses, tokens, 0, time.monotonic() - started)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as handle:
+        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 16), b""))
 
 
 def _one_source(completions: Iterator[Completion], source: Path) -> Iterator[Completion]:

@@ -6,6 +6,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -86,6 +87,11 @@ class OpenAIEngine:
         for dialect in self._dialects(refusals):
             try:
                 answer = read_answer(self._ask(dialect, request, options))
+                bos = self._policy.tokenizer.bos_token
+                if prompt_mismatch(answer, request) and dialect.prompt == "text" and bos:
+                    # many servers put a BOS in front of a text that already has one
+                    dialect = replace(dialect, leading=str(bos))
+                    answer = read_answer(self._ask(dialect, request, options))
             except RefusedError as error:
                 refusals.append(error)
                 continue
@@ -96,11 +102,6 @@ class OpenAIEngine:
                     "The server splits the trace off the response, so its exact tokens are lost. Start it without a "
                     "reasoning parser, or use --endpoint completions."
                 )
-            bos = self._policy.tokenizer.bos_token
-            if prompt_mismatch(answer, request) and dialect.prompt == "text" and bos and not dialect.leading:
-                # many servers put a BOS in front of a text that already has one
-                dialect = Dialect(dialect.path, dialect.prompt, dialect.extras, leading=str(bos))
-                answer = read_answer(self._ask(dialect, request, options))
             difference = prompt_mismatch(answer, request)
             if difference is not None:
                 raise UserError(
