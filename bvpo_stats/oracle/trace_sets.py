@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from scipy.special import expit, gammaln, logsumexp
 
 from bvpo_stats.oracle.build import Oracle
@@ -26,8 +27,8 @@ from bvpo_stats.oracle.exact import ExactMoments, exact_moments
 from bvpo_stats.oracle.scored import Objective, Scored, pair_weights, trace_responses
 from bvpo_stats.statistics.estimates import Estimates
 from bvpo_stats.statistics.marginal import level_probabilities
-from bvpo_stats.statistics.summary import Array
 
+Array: TypeAlias = NDArray[Any]
 TraceMethod = Literal["anchored", "posterior", "prior", "multilevel"]
 METHODS: tuple[TraceMethod, ...] = ("anchored", "posterior", "prior", "multilevel")
 _LEVELS = 10  # a multilevel estimate uses up to 2^10 traces; what bias remains is that of 1,024 traces
@@ -239,8 +240,7 @@ class TraceSets:
 
 def _coefficients(objective: Objective, where: list[tuple[Array, Array, Array]], responses: Scored) -> Array:
     """-beta sigmoid(-m) of each pair: the weight of its chosen score."""
-    light = [Scored(*(f[w] for f in (responses.log_prob, responses.log_ref, responses.tokens)), np.zeros((1, 1)))
-             for w in where]  # fmt: skip
+    light = [Scored(responses.log_prob[w], responses.log_ref[w], responses.tokens[w], np.zeros((1, 1))) for w in where]
     return pair_weights(objective, light[0], light[1]).chosen
 
 
