@@ -27,7 +27,7 @@ bvpo-stats sample --engine file --samples-from responses.jsonl --output runs/els
 def sample(
     model: Annotated[
         str | None,
-        typer.Option(help="Model folder or hub id; for a server, the model that it serves. [default: embedded]"),
+        typer.Option(help="Model folder or hub id; for a server, the model that it serves.", show_default="embedded"),
     ] = None,
     prompts: o.Prompts = "embedded",
     split: o.PromptSplit = "train",
@@ -41,10 +41,12 @@ def sample(
         str | None, typer.Option(help="Address of the server, e.g. http://localhost:8000/v1 (openai engine).")
     ] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable that holds the server's API key. [default: no key is sent]")
+        str | None,
+        typer.Option(help="Environment variable that holds the server's API key.", show_default="no key is sent"),
     ] = None,
     served_model: Annotated[
-        str | None, typer.Option(help="The server's name for the model. [default: the one model that it lists]")
+        str | None,
+        typer.Option(help="The server's name for the model.", show_default="the one model that it lists"),
     ] = None,
     endpoint: Annotated[
         str, typer.Option(help="auto, completions or chat (chat only where it gives exact prompts).")
