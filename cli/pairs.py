@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
 from bvpo_stats.cli import options as o
 
 EXAMPLES = """Examples:

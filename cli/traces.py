@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
 from bvpo_stats.cli import options as o
 
 EXAMPLES = """Examples:
@@ -30,7 +29,7 @@ def traces(
     burn_in: Annotated[
         int | None,
         typer.Option(
-            help="Moves before the first is kept. [default: 0 for samples at temperature 1, else 20]",
+            help="Moves before the first is kept. [default: 0 for samples at temperature 1, else 10]",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +75,7 @@ def traces(
         ),
         bank=BankOptions(
             traces_per_answer=traces_per_answer,
-            sources=tuple(word.strip() for word in sources.split(",") if word.strip()),  # type: ignore[arg-type]
+            sources=tuple(word.strip() for word in sources.split(",") if word.strip()),  # type: ignore[misc]
             temperature=temperature,
             mh_moves=mh_moves,
             burn_in=burn_in,

@@ -22,6 +22,7 @@ from bvpo_stats.errors import UserError
 
 SOURCES: tuple[TraceSource, ...] = get_args(TraceSource)
 _PRIOR_ROUNDS = 4  # times a prior trace that does not close is drawn again before it is given up
+_BURN_IN = 10  # moves to move away from anchors that were sampled at another temperature than the target's
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class BankOptions:
         temperature: Of new draws (``mh`` proposals and fresh ``prior`` traces).
         mh_moves: Moves of a chain for each trace that is kept.
         burn_in: Moves before the first is kept; None for 0 where the anchors were sampled at temperature 1 (their
-            chains are stationary from the start) and 20 elsewhere.
+            chains are stationary from the start) and 10 elsewhere.
         prior: ``fresh`` draws new traces; ``samples`` takes those of the prompt's other responses, which costs nothing
             but is biased by the selection of the pair: their answers lost or did not win against y.
     """
@@ -63,7 +64,7 @@ class BankOptions:
         """Moves to discard for anchors sampled at a temperature."""
         if self.burn_in is not None:
             return self.burn_in
-        return 0 if sampled_at == 1.0 else 20
+        return 0 if sampled_at == 1.0 else _BURN_IN
 
 
 @dataclass

@@ -192,5 +192,5 @@ def test_options_that_make_no_sense(changes: dict, words: str) -> None:
 
 def test_burn_in_is_needed_only_off_temperature_one() -> None:
     assert BankOptions().burn_in_moves(1.0) == 0
-    assert BankOptions().burn_in_moves(0.8) == 20
+    assert BankOptions().burn_in_moves(0.8) == 10
     assert BankOptions(burn_in=3).burn_in_moves(1.0) == 3

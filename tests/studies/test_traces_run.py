@@ -125,5 +125,5 @@ def test_responses_sampled_off_temperature_one_are_pointed_out(inputs: Inputs) -
     rows = [dict(json.loads(line), temperature=0.8) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = run_traces(replace(inputs.config, limit=2), inputs.folder / "o")
-    assert (report.sampled_at, report.burn_in) == (0.8, 20)
+    assert (report.sampled_at, report.burn_in) == (0.8, 10)
     assert "posterior draws at that temperature" in (inputs.folder / "o" / "report.md").read_text()
