@@ -39,7 +39,7 @@ demo: setup
 	@echo "Report and figures: $(DEMO)/variance/report.md"
 
 test: setup-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: setup-test
 	$(BIN)/ruff check .
@@ -56,6 +56,9 @@ $(STAMP)-bench: $(STAMP)-test
 
 bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
+
+acceptance: setup
+	$(BIN)/python benchmarks/acceptance.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

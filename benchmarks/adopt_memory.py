@@ -19,7 +19,7 @@ from pathlib import Path
 from pairs_memory import write_samples
 
 _CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.studies.sample import SampleConfig, run_sample
@@ -27,7 +27,7 @@ model = PolicyOptions() if sys.argv[3] == "text" else None
 started = time.monotonic()
 report = run_sample(SampleConfig(model, engine="file", samples_from=Path(sys.argv[1]), parquet=True), Path(sys.argv[2]))
 print(json.dumps({
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "peak_mb": int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024,
     "seconds": time.monotonic() - started,
     "responses": sum(mode.responses for mode in report.modes.values()),
 }))

@@ -23,14 +23,14 @@ SAMPLES = 5
 _BATCH = 32  # prompts whose responses of one mode stand together in the file
 _WORDINGS = ("{}", "It is {}.", "The answer is {}.")
 _CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.studies.pairs import PairsConfig, run_pairs
 started = time.monotonic()
 report = run_pairs(PairsConfig(Path(sys.argv[1]), sys.argv[3], PolicyOptions(device="cpu")), Path(sys.argv[2]))
 print(json.dumps({
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "peak_mb": int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024,
     "seconds": time.monotonic() - started,
     "pairs": sum(summary.pairs for summary in report.modes.values()),
 }))
