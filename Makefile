@@ -35,7 +35,7 @@ setup: $(STAMP)
 setup-test: $(STAMP)-test
 
 demo: setup
-	$(BIN)/bvpo-stats variance --limit 100 --output $(DEMO)/variance
+	$(BIN)/bvpo-stats variance --output $(DEMO)/variance
 	@echo "Report and figures: $(DEMO)/variance/report.md"
 
 test: setup-test
