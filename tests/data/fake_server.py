@@ -47,7 +47,7 @@ class FakeServer:
     Attributes:
         url: Its base URL.
         calls: Every POST so far, in order of arrival.
-        most_at_once: Most POSTs that were being answered at the same moment.
+        most_at_once: Most POSTs whose replies were being made up (by the script) at the same moment.
     """
 
     url: str
@@ -81,10 +81,11 @@ def serve(script: Script, models: Reply | None = None) -> Iterator[FakeServer]:
                 Handler.active += 1
                 state.most_at_once = max(state.most_at_once, Handler.active)
             try:
-                self._send(script(call, number))
-            finally:
+                reply = script(call, number)
+            finally:  # before the reply goes out: a client may send its next request the moment it has read this one
                 with lock:
                     Handler.active -= 1
+            self._send(reply)
 
         def _send(self, reply: Reply) -> None:
             if reply.wait:
