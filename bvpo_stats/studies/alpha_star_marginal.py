@@ -49,7 +49,8 @@ def bias_warnings(
     """Flags an estimator of mu that is biased by construction here: that bias shifts alpha, and no prompts cure it.
 
     Self-normalised weights are unbiased only where one trace is an exact posterior draw of theta; a pair's own trace is
-    one at theta_ref and temperature 1, nowhere else. The antithetic multilevel estimate has no such bias.
+    one at theta_ref and temperature 1, nowhere else. The antithetic multilevel estimate
+    is left with one of order 1/K^2, because a bank of K traces ends its levels.
 
     Args:
         choice: Rung of the ladder.
@@ -65,8 +66,8 @@ def bias_warnings(
         return ()
     return (
         f"The {choice.method} estimate of mu is biased by construction here (of order 1/K for K traces): alpha shifts "
-        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; --marginal multilevel has no "
-        "such bias.",
+        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; --marginal multilevel "
+        "leaves a bias of order 1/K^2.",
     )
 
 
