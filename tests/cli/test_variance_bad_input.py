@@ -85,6 +85,7 @@ def test_missing_prompts_file(tmp_path: Path) -> None:
         ("--temperature", "nan", "--temperature"),
         ("--top-p", "0", "--top-p"),
         ("--max-new-tokens", "-5", "--max-new-tokens"),
+        ("--max-new-tokens", "0", "--max-new-tokens"),
         ("--batch-size", "0", "--batch-size"),
         ("--level", "95", "--level"),
         ("--nll", "words", "--nll"),
