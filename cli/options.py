@@ -72,6 +72,13 @@ Config = Annotated[
 ]
 
 
+def max_new_tokens(value: int | None, model: str) -> int:
+    """Reads ``--max-new-tokens``: left out, 256 for the embedded model with its short responses, else 4096."""
+    if value is not None:
+        return value
+    return 256 if model == "embedded" else 4096
+
+
 def batch_size(value: str) -> int | None:
     """Reads ``--batch-size``: None for ``auto``."""
     if value == "auto":

@@ -98,7 +98,7 @@ def sample(
             samples=samples,
             temperature=temperature,
             top_p=top_p,
-            max_new_tokens=(256 if named.model == "embedded" else 4096) if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=o.max_new_tokens(max_new_tokens, named.model),
             seed=seed,
         ),
         engine=engine,

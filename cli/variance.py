@@ -66,7 +66,7 @@ def variance(
             samples=samples,
             temperature=temperature,
             top_p=top_p,
-            max_new_tokens=(256 if model == "embedded" else 4096) if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=o.max_new_tokens(max_new_tokens, model),
             seed=seed,
         ),
         definitions=Definitions(nll=nll, ddof=ddof, level=level),  # type: ignore[arg-type]
