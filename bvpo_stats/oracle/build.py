@@ -156,7 +156,7 @@ def at(oracle: Oracle, theta: Float[np.ndarray, " parameters"]) -> Oracle:
         UserError: ``theta`` has the wrong length.
     """
     policy = replace(oracle.policy, model=copy.deepcopy(oracle.policy.model))
-    return _enumerated(oracle.config, oracle.grammar, policy, theta, oracle.rewards)
+    return _enumerated(oracle.config, oracle.grammar, policy, theta, oracle.rewards, oracle.table)
 
 
 def _enumerated(
@@ -165,10 +165,11 @@ def _enumerated(
     policy: Policy,
     theta: Float[np.ndarray, " parameters"],
     rewards: Float[np.ndarray, "prompts answers"],
+    known: SequenceTable | None = None,
 ) -> Oracle:
     parameters = lora_subset(policy.model).parameters
     _write(list(parameters.values()), theta)
-    table = enumerate_sequences(policy, grammar, config.temperature)
+    table = enumerate_sequences(policy, grammar, config.temperature, known)
     return Oracle(config, grammar, policy, tuple(parameters), np.array(theta, dtype=np.float64), rewards, table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -90,61 +90,99 @@ class SequenceTable:
         return np.einsum("xra,xrad->xad", self.policy.posterior, self.scores)
 
 
-def enumerate_sequences(policy: Policy, grammar: Grammar, temperature: float) -> SequenceTable:
+def enumerate_sequences(
+    policy: Policy, grammar: Grammar, temperature: float, known: SequenceTable | None = None
+) -> SequenceTable:
     """Runs the model over every sequence of every prompt.
 
     Args:
         policy: The policy, with an adapter whose parameters are the trainable ones.
         grammar: The language.
         temperature: Sampling temperature of :attr:`SequenceTable.sampling`.
+        known: A table of the same model at other trainable parameters: what does not depend on them is taken from it.
     """
-    with torch.no_grad():
-        at_theta = _log_probs(policy.model, grammar, 1.0)
-        with policy.reference() as reference:
-            at_reference = _log_probs(reference, grammar, 1.0)
-            sampling = at_reference if temperature == 1.0 else _log_probs(reference, grammar, temperature)
+    at_theta, scores = _scored(policy.model, grammar)
+    if known is not None:
+        return replace(known, policy=at_theta, scores=scores)
+    with torch.no_grad(), policy.reference() as reference:
+        at_reference = _log_probs(reference, grammar, 1.0)
+        sampling = at_reference if temperature == 1.0 else _log_probs(reference, grammar, temperature)
     trace_tokens = np.array([len(trace) + 1 for trace in grammar.traces()])
-    return SequenceTable(at_theta, at_reference, sampling, _scores(policy.model, grammar), trace_tokens)
+    return SequenceTable(at_theta, at_reference, sampling, scores, trace_tokens)
+
+
+def _scored(
+    model: torch.nn.Module, grammar: Grammar
+) -> tuple[LogProbs, Float[np.ndarray, "prompts traces answers parameters"]]:
+    """Log-probabilities at temperature 1 and scores, in one pass."""
+    subset, found = lora_subset(model), _Table(grammar)
+    scores = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers, subset.size))
+    for part in _parts(grammar):
+        kept = Keep()
+        tokens = score_pass(model, subset, part.batch, [kept])
+        found.fill(part, tokens[:, PROMPT_LENGTH - 1 :])
+        scores[part.rows] = kept.flat(subset, len(part.batch)).numpy().reshape(len(part.rows), -1, subset.size)
+    return found.log_probs, scores.reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
 
 
 def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> LogProbs:
     plain = output_head(model)
     head = Head(plain.weight / temperature, None)  # scaled weights are scaled logits
-    trace, answer = [], []
-    for length, batch in _batches(grammar):
-        hidden = last_hidden_states(model, batch)[:, PROMPT_LENGTH - 1 :]
-        targets = batch.input_ids[:, PROMPT_LENGTH:]
-        tokens = head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape)
-        trace.append(tokens[:: grammar.n_answers, : length + 1].sum(-1).numpy())
-        answer.append(tokens[:, length + 1 :].sum(-1).numpy())
-    shape = (grammar.n_prompts, grammar.n_traces)
-    return LogProbs(np.concatenate(trace).reshape(shape), np.concatenate(answer).reshape(*shape, grammar.n_answers))
+    found = _Table(grammar)
+    for part in _parts(grammar):
+        hidden = last_hidden_states(model, part.batch)[:, PROMPT_LENGTH - 1 :]
+        targets = part.batch.input_ids[:, PROMPT_LENGTH:]
+        found.fill(part, head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape))
+    return found.log_probs
 
 
-def _scores(model: torch.nn.Module, grammar: Grammar) -> Float[np.ndarray, "prompts traces answers parameters"]:
-    subset = lora_subset(model)
-    rows = []
-    for _, batch in _batches(grammar):
-        kept = Keep()
-        score_pass(model, subset, batch, [kept])
-        rows.append(kept.flat(subset, len(batch)).numpy())
-    return np.concatenate(rows).reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
+@dataclass(frozen=True)
+class _Part:
+    """Sequences of one trace length, so that there is no padding; all answers of a (prompt, trace) are together.
 
-
-def _batches(grammar: Grammar) -> Iterator[tuple[int, Batch]]:
-    """(trace length, batch) over all sequences in table order: by prompt, trace, answer.
-
-    A batch holds traces of one length, so there is no padding, and all answers of each of its traces.
+    Attributes:
+        length: Symbols of the traces.
+        rows: ``prompt * n_traces + trace`` of each group of answers.
+        batch: The sequences.
     """
-    traces_per_batch = max(1, _CHUNK // grammar.n_answers)
-    for prompt in range(grammar.n_prompts):
-        head = grammar.prompt_ids(prompt)
-        for length, traces in groupby(grammar.traces(), key=len):
-            remaining = list(traces)
-            for start in range(0, len(remaining), traces_per_batch):
-                rows = [
-                    TokenSequence(head, grammar.completion_ids(trace, answer))
-                    for trace in remaining[start : start + traces_per_batch]
-                    for answer in range(grammar.n_answers)
-                ]
-                yield length, collate(rows, pad_id=grammar.pad_id)
+
+    length: int
+    rows: Int[np.ndarray, " groups"]
+    batch: Batch
+
+
+class _Table:
+    """Log-probabilities in table order, filled part by part."""
+
+    def __init__(self, grammar: Grammar):
+        self._shape = (grammar.n_prompts, grammar.n_traces, grammar.n_answers)
+        self._trace = np.empty(grammar.n_prompts * grammar.n_traces)
+        self._answer = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers))
+
+    def fill(self, part: _Part, tokens: Float[torch.Tensor, "sequences completion"]) -> None:
+        """Takes the log-probabilities of the completions' tokens."""
+        n_answers = self._shape[-1]
+        self._trace[part.rows] = tokens[::n_answers, : part.length + 1].sum(-1).numpy()
+        self._answer[part.rows] = tokens[:, part.length + 1 :].sum(-1).numpy().reshape(-1, n_answers)
+
+    @property
+    def log_probs(self) -> LogProbs:
+        """What was filled in."""
+        return LogProbs(self._trace.reshape(self._shape[:2]), self._answer.reshape(self._shape))
+
+
+def _parts(grammar: Grammar) -> Iterator[_Part]:
+    """All sequences of all prompts."""
+    groups_at_once = max(1, _CHUNK // grammar.n_answers)
+    for length, numbered in groupby(enumerate(grammar.traces()), key=lambda entry: len(entry[1])):
+        traces = list(numbered)
+        groups = [(prompt, number, trace) for prompt in range(grammar.n_prompts) for number, trace in traces]
+        for start in range(0, len(groups), groups_at_once):
+            some = groups[start : start + groups_at_once]
+            sequences = [
+                TokenSequence(grammar.prompt_ids(prompt), grammar.completion_ids(trace, answer))
+                for prompt, _, trace in some
+                for answer in range(grammar.n_answers)
+            ]
+            rows = np.array([prompt * grammar.n_traces + number for prompt, number, _ in some])
+            yield _Part(length, rows, collate(sequences, pad_id=grammar.pad_id))
