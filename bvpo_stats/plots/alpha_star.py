@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bvpo_stats.plots.style import INK, PALETTE, figure
+from bvpo_stats.plots.style import (
+    BLUE,
+    GREEN,
+    INK,
+    OCHRE,
+    RED,
+    band,
+    figure,
+    interval_bar,
+    legend_below,
+    numbers,
+    plain_ticks,
+)
 
-_MIX, _BEST, _PAPER, _ZERO = PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[1]
+_MIX, _BEST, _PAPER, _ZERO = BLUE, GREEN, RED, OCHRE
 _MOST_LAYERS = 64
 """Layers beyond this number are drawn without names of their own."""
 
@@ -45,10 +56,10 @@ def _parabola(report: dict[str, Any], path: Path) -> None:
     curve = {name: np.array(values, dtype=float) for name, values in report["parabola"].items()}
     mse, star = report["mse"], report["alpha_star"]
     with figure(path) as (_, axes):
-        axes.fill_between(curve["alpha"], curve["low"], curve["high"], color=_MIX, alpha=0.2, lw=0)
+        band(axes, curve["alpha"], curve["low"], curve["high"], colour=_MIX)
         axes.plot(curve["alpha"], curve["value"], color=_MIX, lw=1.8, label="mix")
         if star["identified"]:
-            axes.axvspan(star["low"], star["high"], color=_BEST, alpha=0.12, lw=0)
+            axes.axvspan(star["low"], star["high"], color=_BEST, alpha=0.15, lw=0, label="interval of alpha*")
             axes.plot(star["value"], mse["alpha_star"], "*", color=_BEST, ms=13, label=f"alpha* = {star['value']:.2f}",
                       clip_on=False, zorder=5)  # fmt: skip
         axes.plot(0.5, mse["half"], "D", color=_PAPER, ms=6, label="paper's 0.5", zorder=4)
@@ -58,29 +69,29 @@ def _parabola(report: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("alpha: 0 is g_e (empty trace), 1 is g_t (with trace)")
         axes.set_ylabel("norm(bias)² + (ηL/B) Var")
         axes.set_title(f"Error of a step over alpha, {_where(report)} ({report['level']:.0%} bands)")
-        _legend_outside(axes)
+        legend_below(axes)
 
 
 def _curve(report: dict[str, Any], path: Path) -> None:
     with figure(path) as (_, axes):
         steps = sorted({point["eta_l"] for point in report["curve"]}, key=lambda x: x != report["eta_l"])
-        for eta_l, colour, style in zip(steps, (_MIX, PALETTE[1]), ("o-", "s--"), strict=False):
+        for eta_l, colour, style in zip(steps, (_MIX, OCHRE), ("o-", "s--"), strict=False):
             points = [p for p in report["curve"] if p["eta_l"] == eta_l]
-            size, low, high = (np.array([p[key] for p in points], dtype=float) for key in ("batch_size", "low", "high"))
-            value = np.array([np.nan if p["alpha"] is None or not p["identified"] else p["alpha"] for p in points])
-            axes.fill_between(size, low, high, color=colour, alpha=0.2, lw=0)
+            size, low, high = (numbers([p[key] for p in points]) for key in ("batch_size", "low", "high"))
+            value = numbers([p["alpha"] if p["identified"] else None for p in points])
+            band(axes, size, low, high, colour=colour)
             axes.plot(size, value, style, color=colour, ms=4, lw=1.5, label=f"alpha*, ηL = {eta_l:.3g}")
         if not all(point["identified"] for point in report["curve"]):
             axes.plot([], [], color=_MIX, alpha=0.2, lw=8, label="band without a line: not identified")
         axes.axvline(report["batch_size"], color=INK, lw=1, ls=":", label=f"B = {report['batch_size']:g}")
         axes.axhline(0.5, color=_PAPER, lw=1, ls="-.", label="paper's 0.5")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plain_ticks(axes, "x")
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("Batch size B (examples per step)")
         axes.set_ylabel("alpha*")
         axes.set_title(f"alpha* depends on the batch size ({report['level']:.0%} bands)")
-        _legend_outside(axes)
+        legend_below(axes)
 
 
 def _layers(report: dict[str, Any], path: Path) -> None:
@@ -89,12 +100,10 @@ def _layers(report: dict[str, Any], path: Path) -> None:
     named = len(layers) <= _MOST_LAYERS
     with figure(path, height=1.6 + 0.24 * min(len(layers), _MOST_LAYERS)) as (_, axes):
         for row, layer in zip(rows, layers, strict=True):
-            faint = 1.0 if layer["identified"] else 0.35
-            axes.plot([layer["low"], layer["high"]], [row, row], color=_MIX, lw=3, alpha=0.45 * faint,
-                      solid_capstyle="butt")  # fmt: skip
+            interval_bar(axes, layer["low"], layer["high"], float(row), colour=_MIX, certain=layer["identified"])
             if layer["identified"] and layer["alpha"] is not None:
                 axes.plot(layer["alpha"], row, "o", color=_MIX, ms=6, clip_on=False, zorder=3)
-        axes.plot([], [], "o-", color=_MIX, label="one layer; faint: not identified")
+        axes.plot([], [], "o-", color=_MIX, label="one layer; dotted: not identified")
         if star["value"] is not None:
             axes.axvline(star["value"], color=_BEST, lw=1.3, ls="--", label="one alpha* for all")
         if named:
@@ -105,14 +114,13 @@ def _layers(report: dict[str, Any], path: Path) -> None:
         axes.set_xlim(-0.01, 1.01)
         axes.set_xlabel("alpha*")
         axes.set_title(f"alpha* by layer, {_where(report)} ({report['level']:.0%} intervals)")
-        _legend_outside(axes)
+        legend_below(axes)
 
 
 def _weights(report: dict[str, Any], path: Path) -> None:
     """Effective traces per answer against the anchor gap, or their distribution where no gap is known."""
     marginal = report["marginal"]
-    ess = np.array([np.nan if x is None else x for x in marginal["answers"]["ess"]], dtype=float)
-    gap = np.array([np.nan if x is None else x for x in marginal["answers"]["anchor_gap"]], dtype=float)
+    ess, gap = numbers(marginal["answers"]["ess"]), numbers(marginal["answers"]["anchor_gap"])
     with figure(path) as (_, axes):
         if np.isfinite(gap).any():
             axes.scatter(gap, ess, s=14, color=_MIX, alpha=0.5, lw=0)
@@ -121,7 +129,7 @@ def _weights(report: dict[str, Any], path: Path) -> None:
             axes.set_xlabel("Anchor gap J (nats)")
             axes.set_ylabel("Effective traces")
             axes.set_ylim(0.9, None)
-            _legend_outside(axes)
+            legend_below(axes)
         else:
             top = max(2.0, math.ceil(float(np.nanmax(ess))))
             axes.hist(ess[np.isfinite(ess)], bins=np.linspace(1, top, 25).tolist(), color=_MIX, alpha=0.6)
@@ -129,13 +137,6 @@ def _weights(report: dict[str, Any], path: Path) -> None:
             axes.set_ylabel("Answers")
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"Trace weights behind mu ({len(ess)} answers, K = {marginal['traces_per_answer']:g})")
-
-
-def _legend_outside(axes: Axes) -> None:
-    """Below the axes, where it can cover no data."""
-    count = len(axes.get_legend_handles_labels()[1])
-    figure_ = axes.figure
-    figure_.legend(loc="outside lower center", ncols=min(count, 4), fontsize=9)  # type: ignore[union-attr]
 
 
 def _where(report: dict[str, Any]) -> str:

@@ -8,10 +8,22 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bvpo_stats.plots.style import INK, PALETTE, figure
+from bvpo_stats.plots.style import (
+    BLUE,
+    GREEN,
+    INK,
+    OCHRE,
+    RED,
+    band,
+    figure,
+    interval_bar,
+    legend_below,
+    numbers,
+    plain_ticks,
+)
 
-COLOURS = {"thinking": PALETTE[0], "nothinking": PALETTE[1], "trace": PALETTE[0], "answer": PALETTE[2],
-           "no-trace answer": PALETTE[1]}  # fmt: skip
+COLOURS = {"thinking": BLUE, "nothinking": OCHRE, "trace": BLUE, "answer": GREEN, "no-trace answer": OCHRE}
+MARKERS = {"trace": "o-", "answer": "^-.", "no-trace answer": "s--"}
 NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Thinking)", "answer": "answer (Thinking)",
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
 
@@ -28,8 +40,10 @@ def variance_figures(report: dict[str, Any], folder: Path) -> list[Path]:
     """
     paths = [folder / name for name in ("ratios.png", "lengths.png", "logps.png", "nll_by_position.png")]
     _ratios(report, paths[0])
-    _distribution(report["lengths"], "Length of a response (tokens)", paths[1])
-    _distribution(report["logps"], "Joint log-probability of a response (nats)", paths[2])
+    _distribution(report["lengths"], "How long are responses?", "Length of a response (tokens)", paths[1])
+    _distribution(
+        report["logps"], "How probable are responses?", "Joint log-probability of a response (nats)", paths[2]
+    )
     _positions(report, paths[3])
     return paths
 
@@ -42,31 +56,29 @@ def _ratios(report: dict[str, Any], path: Path) -> None:
         ("NLL, trace / answer", report["table5"]["nll_ratio"], "table5", "nll_ratio"),
     ]
     entries = [entry for entry in entries if entry[1]["value"] is not None]
-    with figure(path, height=2.7) as (_, axes):
+    with figure(path, height=3.0) as (_, axes):
         for row, (_, entry, table, name) in enumerate(entries):
             value, low, high = entry["value"], entry["low"], entry["high"]
-            if low is not None:
-                axes.plot([low, high], [row, row], color=COLOURS["thinking"], lw=3, alpha=0.45, solid_capstyle="butt")
-            axes.plot(value, row, "o", color=COLOURS["thinking"], ms=8)
-            axes.annotate(f"{value:.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center")
+            interval_bar(axes, low, high, row, colour=COLOURS["thinking"])
+            axes.plot(value, row, "o", color=COLOURS["thinking"], ms=6)
             if report.get("published"):
-                axes.plot(report["published"][table][name], row, "D", color=PALETTE[3], ms=6,
+                axes.plot(report["published"][table][name], row, "D", color=RED, ms=6,
                           label="paper" if row == 0 else None)  # fmt: skip
         axes.axvline(1, color=INK, lw=1, ls=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plain_ticks(axes, "x")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yticks(range(len(entries)), [label for label, *_ in entries])
-        axes.set_ylim(len(entries) - 0.5, -0.7)
+        axes.set_yticks(range(len(entries)), [f"{label}\n{_words(entry)}" for label, entry, *_ in entries])
+        axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.margins(x=0.08)
-        axes.set_xlabel("Ratio (log scale): Thinking / NoThinking, in the last row trace / answer")
+        axes.set_xlabel("Ratio, log scale (Thinking / NoThinking; last row trace / answer)")
         axes.set_title(f"What a trace does to a response ({_level(report)} intervals)")
         if report.get("published"):
-            axes.legend(loc="best")
+            legend_below(axes)
 
 
-def _distribution(histogram: dict[str, Any], label: str, path: Path) -> None:
+def _distribution(histogram: dict[str, Any], title: str, label: str, path: Path) -> None:
     edges = np.asarray(histogram["edges"])
     with figure(path, height=3.2) as (_, axes):
         for mode, counts in histogram["counts"].items():
@@ -77,8 +89,8 @@ def _distribution(histogram: dict[str, Any], label: str, path: Path) -> None:
             )
         axes.set_xlabel(label)
         axes.set_ylabel("Share of responses")
-        axes.set_title("Responses with and without a trace")
-        axes.legend(loc="best")
+        axes.set_title(title)
+        legend_below(axes)
 
 
 def _positions(report: dict[str, Any], path: Path) -> None:
@@ -87,19 +99,22 @@ def _positions(report: dict[str, Any], path: Path) -> None:
             if not bins:
                 continue
             centre = np.array([(b["start"] + b["stop"] - 1) / 2 + 1 for b in bins])
-            value, low, high = (
-                np.array([np.nan if b["nll"][k] is None else b["nll"][k] for b in bins], dtype=float)
-                for k in ("value", "low", "high")
-            )
-            axes.fill_between(centre, low, high, color=COLOURS[segment], alpha=0.2, lw=0)
-            axes.plot(centre, value, "o-", color=COLOURS[segment], ms=4, lw=1.5, label=NAMES[segment])
+            value, low, high = (numbers([b["nll"][k] for b in bins]) for k in ("value", "low", "high"))
+            band(axes, centre, low, high, colour=COLOURS[segment])
+            axes.plot(centre, value, MARKERS[segment], color=COLOURS[segment], ms=4, lw=1.5, label=NAMES[segment])
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plain_ticks(axes, "x")
         axes.set_xlabel("Position within the segment (tokens from its start)")
         axes.set_ylabel("NLL (nats per token)")
         axes.set_ylim(bottom=0)
         axes.set_title(f"How predictable are tokens? ({_level(report)} bands)")
-        axes.legend(loc="best")
+        legend_below(axes)
+
+
+def _words(entry: dict[str, Any]) -> str:
+    if entry["low"] is None:
+        return f"{entry['value']:.3g}"
+    return f"{entry['value']:.3g} ({entry['low']:.3g} to {entry['high']:.3g})"
 
 
 def _level(report: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
-"""The alpha-star report for people: a terminal table, Markdown, HTML, and the verdict in a sentence."""
+"""The alpha-star report for people: its tables, and the verdict in a sentence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
+from bvpo_stats.studies import presentation
 from bvpo_stats.studies.alpha_star_report import AlphaReport, Weight
+from bvpo_stats.studies.presentation import Finding, Mark, Presentation, ResultTable, number
 
 _ERRORS = {
     "trace": "g_t, with traces",
@@ -89,8 +90,8 @@ def _numbers(report: AlphaReport, part: str, labels: dict[str, str]) -> list[_Ro
         value, spread = values.get(name), report.uncertainty[part].get(name)
         if value is None:
             continue
-        interval = "-" if spread is None else f"{_number(spread.low)} to {_number(spread.high)}"
-        rows.append(_Row(label, _number(value), interval))
+        interval = "-" if spread is None else f"{number(spread.low)} to {number(spread.high)}"
+        rows.append(_Row(label, number(value), interval))
     return rows
 
 
@@ -111,14 +112,14 @@ def _diagnostics(report: AlphaReport) -> list[_Row]:
     if m.certified_share is not None:
         rows.append(_Row("answers with certified weights", f"{m.certified_share:.0%}", ""))
     if m.half_split is not None:
-        first, second = (_number(m.half_split[name]) for name in ("first", "second"))
+        first, second = (number(m.half_split[name]) for name in ("first", "second"))
         agrees = "the halves agree" if m.half_split["agrees"] else "the halves DISAGREE"
         rows.append(_Row("alpha_unc from half the traces", f"{first} / {second}", agrees))
     return rows
 
 
 def notes(report: AlphaReport) -> list[str]:
-    """What the numbers are, and what to know before quoting one."""
+    """What the numbers are."""
     loss = ", ".join(f"{name} {value}" for name, value in report.objective.items())
     lines = [
         f"Model {report.model}, template {report.template}; {loss}; theta: {report.subset}, {report.n_parameters:,} "
@@ -134,63 +135,43 @@ def notes(report: AlphaReport) -> list[str]:
     if report.layer_gain is not None and report.layer_gain.value is not None:
         gain = report.layer_gain
         lines.append(
-            f"One alpha per layer instead of one for all would save {_number(gain.value)} "
-            f"({_number(gain.low)} to {_number(gain.high)}) of the error."
+            f"One alpha per layer instead of one for all would save {number(gain.value)} "
+            f"({number(gain.low)} to {number(gain.high)}) of the error."
         )
-    return lines + [f"Careful: {warning}" for warning in report.warnings]
+    return lines
+
+
+def present(report: AlphaReport) -> Presentation:
+    """An alpha-star report as people see it."""
+    head = ("", "Estimate", f"{report.level:.0%} interval")
+    tables = (
+        ResultTable(section.title, head, tuple((row.label, row.value, row.interval) for row in section.rows))
+        for section in sections(report)
+    )
+    identified = report.alpha_star is not None and report.alpha_star.identified
+    mark: Mark = "plain" if identified else "open"
+    return Presentation(
+        title="Which alpha?",
+        findings=(Finding(verdict(report), mark),),
+        tables=tuple(tables),
+        notes=tuple(notes(report)),
+        cautions=tuple(report.warnings),
+    )
 
 
 def print_report(report: AlphaReport, folder: Path) -> None:
     """Prints the table, the verdict and the notes on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="Which alpha?", title_justify="left", title_style="bold", min_width=72)
-    table.add_column("")
-    table.add_column("Estimate", justify="right")
-    table.add_column(f"{report.level:.0%} interval", justify="right")
-    for section in sections(report):
-        table.add_section()
-        table.add_row(section.title, "", "", style="bold")
-        for row in section.rows:
-            table.add_row(f"  {row.label}", row.value, row.interval)
-    console.print(table)
-    console.print(verdict(report), highlight=False, soft_wrap=True, style="bold")
-    for line in notes(report):
-        console.print(line, highlight=False, style="dim", soft_wrap=True)
-    console.print(f"Written: {folder / 'report.json'}, report.md, figures/.", highlight=False, soft_wrap=True)
+    presentation.print_presentation(present(report), f"{folder / 'report.json'}, report.md, figures/")
 
 
 def markdown(report: AlphaReport, figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    lines = ["# Which alpha?", "", f"**{verdict(report)}**", ""]
-    for section in sections(report):
-        lines += [f"## {section.title}", "", f"| | Estimate | {report.level:.0%} interval |", "|---|--:|--:|"]
-        lines += [f"| {row.label.strip()} | {row.value} | {row.interval} |" for row in section.rows]
-        lines.append("")
-    lines += ["## What the numbers are", ""]
-    lines += [f"- {line}" for line in notes(report)]
-    lines += ["", "## Figures", ""]
-    lines += [f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in figures]
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".", ""]
-    return "\n".join(lines)
+    return presentation.markdown(present(report), figures, report.versions)
 
 
 def html(report: AlphaReport) -> str:
     """The report as an HTML table, for notebooks."""
-    rows = []
-    for section in sections(report):
-        rows.append(f"<tr><th colspan=3 style='text-align:left'>{escape(section.title)}</th></tr>")
-        for row in section.rows:
-            cells = (row.label, row.value, row.interval)
-            rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    careful = "".join(f"<p>Careful: {escape(warning)}</p>" for warning in report.warnings)
-    return f"<p><b>{escape(verdict(report))}</b></p><table>{''.join(rows)}</table>{careful}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return presentation.html(present(report))
 
 
 def _percent(share: Weight) -> str:

@@ -270,7 +270,7 @@ class AlphaReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as it stands in ``report.json``."""
-        return asdict(self)
+        return {"study": "alpha-star", **asdict(self)}
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
@@ -285,12 +285,24 @@ class AlphaReport:
         """
         try:
             plain = json.loads(text)
-            return cls._from_dict(plain)
+        except ValueError as error:
+            raise UserError(f"This is not JSON ({error}). Give the report.json of an alpha-star run.") from error
+        return cls.from_dict(plain)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> AlphaReport:
+        """Reads what `to_dict` made.
+
+        Raises:
+            UserError: Not an alpha-star report.
+        """
+        try:
+            return cls(**cls._values(plain))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"This is no alpha-star report ({error}). Give the report.json of such a run.") from error
 
     @classmethod
-    def _from_dict(cls, plain: dict[str, Any]) -> AlphaReport:
+    def _values(cls, plain: dict[str, Any]) -> dict[str, Any]:
         values = {f.name: plain[f.name] for f in fields(cls)}
         kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(cls)}
         single = {"Weight": Weight, "Verdict": Verdict, "LayerGain": LayerGain, "Marginal": Marginal}
@@ -306,7 +318,7 @@ class AlphaReport:
             part: {name: _build(Uncertainty, entry) for name, entry in entries.items()}
             for part, entries in plain["uncertainty"].items()
         }
-        return cls(**values)
+        return values
 
     def plot(self, folder: Path | str) -> list[Path]:
         """Draws the figures into a folder and returns their paths."""

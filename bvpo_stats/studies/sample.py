@@ -127,7 +127,7 @@ class SampleReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as it stands in ``report.json``."""
-        return asdict(self)
+        return {"study": "sample", **asdict(self)}
 
 
 def run_sample(config: SampleConfig, output: Path) -> SampleReport:

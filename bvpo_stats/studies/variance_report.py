@@ -44,4 +44,4 @@ class VarianceReport:
         """The report as it stands in ``report.json``: the tables at the top level."""
         plain = asdict(self)
         tables = plain.pop("tables")
-        return {**tables, **plain}
+        return {"study": "variance", **tables, **plain}
