@@ -88,11 +88,11 @@ def alpha_star(
 
     Batch size, step size and level may change from call to call: the same folder answers at once.
     """
-    from bvpo_stats.estimators.objectives import Objective
+    from bvpo_stats.estimators.objectives import LOSSES, Objective
     from bvpo_stats.estimators.stream import StreamOptions
     from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.model.subset import LoraOptions
-    from bvpo_stats.studies.alpha_star import LOSSES, AlphaConfig, AlphaOptions, run_alpha_star
+    from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
     from bvpo_stats.studies.alpha_star_analysis import AlphaSettings
     from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions
     from bvpo_stats.studies.alpha_star_output import print_report
@@ -115,7 +115,7 @@ def alpha_star(
         subset=SubsetOptions(params=tuple(params or ()), lora=LoraOptions(r=lora_r, targets=targets, seed=seed)),
         options=AlphaOptions(
             stream=StreamOptions(
-                objective=Objective(LOSSES[loss], beta, gamma),  # type: ignore[arg-type]
+                objective=Objective(LOSSES[loss], beta, gamma),
                 method=marginal,  # type: ignore[arg-type]
                 traces_per_answer=traces_per_answer,
                 half_splits=True,

@@ -24,6 +24,9 @@ from bvpo_stats.errors import UserError
 
 ObjectiveName = Literal["dpo", "simpo", "ipo"]
 
+LOSSES: dict[str, ObjectiveName] = {"sigmoid": "dpo", "simpo": "simpo", "ipo": "ipo"}
+"""TRL's names of the losses, which users give, and the package's."""
+
 
 @dataclass(frozen=True)
 class PairLogps:

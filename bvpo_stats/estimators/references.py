@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bvpo_stats.data.records import PreferencePair
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.examples import Example
 from bvpo_stats.model.batching import TokenSequence
@@ -53,13 +54,7 @@ def stored_log_probs(examples: Sequence[Example]) -> Iterator[StoredLogProb]:
     """All stored reference log-probabilities of pairs and traces that are known."""
     for example in examples:
         for pair in (example.trace_pair, example.empty_pair):
-            for side, ids, value in (
-                ("chosen", pair.chosen_ids, pair.ref_chosen_logps),
-                ("rejected", pair.rejected_ids, pair.ref_rejected_logps),
-            ):
-                if value is not None:
-                    name = f"ref_{side}_logps of the {pair.mode} pair of prompt {pair.prompt_id}"
-                    yield StoredLogProb(name, TokenSequence(pair.prompt_ids, ids), len(ids), 1.0, value)
+            yield from stored_pair_values(pair)
         for side, bank in example.sides:
             for trace in (bank.own, *bank.same_answer, *bank.chain, *bank.prior):
                 sequence = TokenSequence(trace.prompt_ids, trace.completion_ids)
@@ -70,6 +65,17 @@ def stored_log_probs(examples: Sequence[Example]) -> Iterator[StoredLogProb]:
                 ):
                     if not math.isnan(value):
                         yield StoredLogProb(f"{field} {name}", sequence, tokens, temperature, value)
+
+
+def stored_pair_values(pair: PreferencePair) -> Iterator[StoredLogProb]:
+    """The stored reference log-probabilities of one pair."""
+    for side, ids, value in (
+        ("chosen", pair.chosen_ids, pair.ref_chosen_logps),
+        ("rejected", pair.rejected_ids, pair.ref_rejected_logps),
+    ):
+        if value is not None:
+            name = f"ref_{side}_logps of the {pair.mode} pair of prompt {pair.prompt_id}"
+            yield StoredLogProb(name, TokenSequence(pair.prompt_ids, ids), len(ids), 1.0, value)
 
 
 def check_stored_log_probs(
@@ -89,9 +95,15 @@ def check_stored_log_probs(
     Raises:
         UserError: Names the first record that does not match, with both values.
     """
-    if checked < 1:
+    return check_stored_values(policy, list(stored_log_probs(examples)), checked, tolerance=tolerance)
+
+
+def check_stored_values(
+    policy: Policy, stored: Sequence[StoredLogProb], checked: int, *, tolerance: float | None = None
+) -> int:
+    """`check_stored_log_probs` for given values."""
+    if checked < 1 or not stored:
         return 0
-    stored = list(stored_log_probs(examples))
     step = max(1, len(stored) // checked)
     sample = stored[::step][:checked]
     if tolerance is None:

@@ -134,6 +134,26 @@ def load_policy(options: PolicyOptions) -> Policy:
     return Policy(model.to(device).eval(), tokenizer, template, identity, eos_ids)
 
 
+def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
+    """A policy around a model that is loaded already; its name stands for its identity.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+        tokenizer: Its fast tokenizer.
+
+    Raises:
+        UserError: There is no tokenizer, or it has no usable template.
+    """
+    from transformers import GenerationConfig
+
+    if tokenizer is None:
+        raise UserError("A model that is loaded already needs its tokenizer beside it (processing_class=...).")
+    eos_ids = _eos_ids(model, tokenizer)
+    model.generation_config = GenerationConfig()
+    identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return Policy(model.eval(), tokenizer, find_template(tokenizer), identity, eos_ids)
+
+
 def load_template(options: PolicyOptions) -> Template:
     """The template alone: reads the tokenizer and leaves the weights where they are.
 

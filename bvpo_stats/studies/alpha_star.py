@@ -17,7 +17,7 @@ from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.curvature import CurvatureOptions, measure_curvature
 from bvpo_stats.estimators.ladder import MarginalChoice, choose_marginal
-from bvpo_stats.estimators.objectives import Objective
+from bvpo_stats.estimators.objectives import LOSSES, Objective
 from bvpo_stats.estimators.stream import StreamOptions, gradient_batches
 from bvpo_stats.model.optimizer_state import read_second_moments
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
@@ -38,9 +38,6 @@ from bvpo_stats.studies.alpha_star_marginal import bias_warnings, marginal_entry
 from bvpo_stats.studies.alpha_star_output import markdown
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.alpha_star_state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
-
-LOSSES = {"sigmoid": "dpo", "simpo": "simpo", "ipo": "ipo"}
-"""The command line's names of the losses (TRL's) and the package's."""
 
 
 @dataclass(frozen=True)

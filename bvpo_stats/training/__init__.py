@@ -1,5 +1,7 @@
 """Training: controllers of alpha, and the trainer that uses them."""
 
+from typing import Any
+
 from bvpo_stats.training.adaptive import AdaptiveController, AdaptiveOptions
 from bvpo_stats.training.controllers import (
     AlphaRecord,
@@ -16,6 +18,8 @@ __all__ = [
     "AdaptiveController",
     "AdaptiveOptions",
     "AlphaRecord",
+    "BVPOConfig",
+    "BVPOTrainer",
     "Controller",
     "FixedController",
     "Observation",
@@ -25,3 +29,16 @@ __all__ = [
     "from_state",
     "make_controller",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer and its settings on first use: they bring torch and transformers, which the controllers do without."""
+    if name == "BVPOConfig":
+        from bvpo_stats.training.config import BVPOConfig
+
+        return BVPOConfig
+    if name == "BVPOTrainer":
+        from bvpo_stats.training.trainer import BVPOTrainer
+
+        return BVPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

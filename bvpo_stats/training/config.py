@@ -1,0 +1,123 @@
+"""What a training run is set to: TRL's names where the meaning is the same, and alpha's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.objectives import LOSSES, Objective
+
+ADAPTIVE = "adaptive"
+AUTO = "auto"
+
+
+@dataclass
+class BVPOConfig(TrainingArguments):
+    """Settings of :class:`~bvpo_stats.training.trainer.BVPOTrainer`; everything else is transformers' own.
+
+    ``per_device_train_batch_size`` counts prompts: each brings its pair of D_t and its pair of D_e. A last, smaller
+    batch is dropped unless ``dataloader_drop_last`` says otherwise, because alpha belongs to a batch size.
+
+    Attributes:
+        beta: Inverse temperature of the implicit reward.
+        loss_type: ``sigmoid`` (DPO), ``simpo`` or ``ipo``.
+        simpo_gamma: Target margin of SimPO, -log sigmoid(beta * (difference of averages) - gamma); others ignore it.
+        max_length: Pairs with a longer sequence are set aside and counted, never cut: a cut trace has no answer.
+        unmatched_prompts: What to do about prompts that only one of D_t and D_e has: ``error`` or ``drop``.
+        precompute_ref_log_probs: Take log pi_ref of all pairs before the first step (stored values of the records where
+            there are any), instead of running the disabled adapter in every step. Full fine-tuning always does.
+        max_tokens: Padded tokens per forward: the microbatches inside a step. Bounds memory, changes no result.
+        alpha: Weight of the trace loss, a number in [0, 1], or ``adaptive``. 1 is DPO on D_t, 0 on D_e.
+        alpha_prior: What ``adaptive`` uses until its interval excludes it.
+        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 4% of the tokens on them.
+        alpha_ema: Share that the averages of the estimated moments keep from one update to the next.
+        alpha_probe_prompts: Prompts held out of training, on which the marginal gradient is estimated.
+        alpha_traces_per_answer: K, traces behind each answer of the probe set.
+        alpha_level: Confidence level of alpha's interval.
+        eta_l: Learning rate times smoothness: a number, or ``auto``, which measures L on the probe set at the first
+            update and follows the learning rate from there.
+    """
+
+    # Defaults that differ from transformers'.
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log entries."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches hold prompts, not columns."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop a last, smaller batch."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches hold a few numbers only."})
+
+    beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the implicit reward."})
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid (DPO), simpo or ipo."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of SimPO."})
+    max_length: int | None = field(default=4096, metadata={"help": "Longest sequence; longer pairs are set aside."})
+    unmatched_prompts: str = field(default="error", metadata={"help": "Prompts in one set only: error or drop."})
+    precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Take log pi_ref before the first step."})
+    max_tokens: int = field(default=16_384, metadata={"help": "Padded tokens per forward."})
+    alpha: float | str = field(default=0.5, metadata={"help": "Weight of the trace loss, or adaptive."})
+    alpha_prior: float = field(default=0.5, metadata={"help": "alpha until the data exclude it."})
+    alpha_update_steps: int | None = field(default=None, metadata={"help": "Steps between two updates of alpha."})
+    alpha_ema: float = field(default=0.8, metadata={"help": "Memory of the averaged moments."})
+    alpha_probe_prompts: int = field(default=32, metadata={"help": "Prompts held out to estimate mu."})
+    alpha_traces_per_answer: int = field(default=4, metadata={"help": "Traces behind each answer of the probe set."})
+    alpha_level: float = field(default=0.95, metadata={"help": "Confidence level of alpha's interval."})
+    eta_l: float | str = field(default=1.0, metadata={"help": "Learning rate times smoothness, or auto."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alpha = _number_or_word("--alpha", self.alpha, ADAPTIVE)
+        self.eta_l = _number_or_word("--eta-l", self.eta_l, AUTO)
+        for name, value in (("alpha", self.alpha), ("alpha_prior", self.alpha_prior)):
+            if isinstance(value, float) and not 0 <= value <= 1:
+                raise UserError(
+                    f"{_option(name)} {value:g}: alpha is a weight in [0, 1] (1 is the trace loss, 0 the empty-trace "
+                    "loss), or adaptive."
+                )
+        if isinstance(self.eta_l, float) and not 0 < self.eta_l < math.inf:
+            raise UserError(f"--eta-l {self.eta_l:g}: give a positive number, or auto.")
+        if not 0 <= self.alpha_ema < 1:
+            raise UserError(f"--alpha-ema {self.alpha_ema:g}: a share in [0, 1); 0 forgets at once.")
+        if not 0 < self.alpha_level < 1:
+            raise UserError(f"--alpha-level {self.alpha_level:g}: a confidence level in (0, 1).")
+        for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{_option(name)} {value}: at least 1.")
+        if self.alpha_probe_prompts < 0:
+            raise UserError(f"--alpha-probe-prompts {self.alpha_probe_prompts}: at least 0.")
+        if self.unmatched_prompts not in ("error", "drop"):
+            raise UserError(f"--unmatched {self.unmatched_prompts}: choose error or drop.")
+        self.objective()  # complains about its own settings
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether alpha is estimated during the run."""
+        return self.alpha == ADAPTIVE
+
+    def objective(self) -> Objective:
+        """The loss of one pair.
+
+        Raises:
+            UserError: An unknown loss, or constants it cannot have.
+        """
+        if self.loss_type not in LOSSES:
+            raise UserError(f"--loss {self.loss_type}: choose {', '.join(LOSSES)}.")
+        name = LOSSES[self.loss_type]
+        return Objective(name, self.beta, self.simpo_gamma if name == "simpo" else 0.0)
+
+
+def _number_or_word(option: str, value: float | str, word: str) -> float | str:
+    if value == word:
+        return word
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"{option} {value}: give a number, or {word}.") from None
+    if math.isnan(number):
+        raise UserError(f"{option} {value}: give a number, or {word}.")
+    return number
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

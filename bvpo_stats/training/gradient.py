@@ -1,0 +1,164 @@
+"""The gradient of one step, L_c = alpha L_t + (1 - alpha) L_e, in microbatches of a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bvpo_stats.data.records import Mode, PreferencePair
+from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.gradients import pair_sequences
+from bvpo_stats.estimators.objectives import Objective, PairLogps, PairTerms
+from bvpo_stats.model.batching import Batch, collate, length_batches
+from bvpo_stats.model.head import sequence_logprobs, token_logprobs
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import check_finite
+from bvpo_stats.training.data import TrainingPrompt
+
+Reference = Callable[[Batch, Sequence[PreferencePair], Sequence[str]], Tensor]
+"""log pi_ref of a batch of pairs, chosen and rejected in turn."""
+
+Observe = Callable[[list[Mode], Tensor, PairLogps, PairTerms], None]
+"""Told about every microbatch: sets, shares in the loss, log-probabilities, losses and rewards."""
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """A step's loss and its gradient, averaged over the step's prompts.
+
+    Attributes:
+        loss: alpha L_t + (1 - alpha) L_e.
+        gradients: Its derivative by each trainable weight; None for weights it does not depend on.
+    """
+
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class PairModel:
+    """The model, the loss of a pair, and how pairs go through.
+
+    Attributes:
+        policy: The policy, dropout off.
+        objective: The loss.
+        reference: log pi_ref; None where the loss has no reference.
+        max_tokens: Budget of padded tokens per forward.
+        max_padding: Largest share of padding per forward.
+    """
+
+    policy: Policy
+    objective: Objective
+    reference: Reference | None
+    max_tokens: int
+    max_padding: float = 0.25
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        model: Any = self.policy.model
+        return [weight for weight in model.parameters() if weight.requires_grad]
+
+    def microbatches(self, pairs: Sequence[PreferencePair]) -> list[list[int]]:
+        """Indices of the pairs that go through the model together, longest first."""
+        lengths = [len(p.prompt_ids) + len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+        owners = [index // 2 for index in range(len(lengths))]
+        batches = length_batches(lengths, max_tokens=self.max_tokens, groups=owners, max_padding=self.max_padding)
+        return [sorted({index // 2 for index in members}) for members in batches]
+
+    def batch(self, pairs: Sequence[PreferencePair]) -> tuple[Batch, list[str]]:
+        """Pairs as one padded batch, chosen and rejected in turn, and how errors name its rows."""
+        sequences, names = pair_sequences(pairs)
+        policy = self.policy
+        batch = collate(
+            sequences, pad_id=policy.pad_id, max_positions=policy.max_positions, names=names, device=policy.device
+        )
+        return batch, names
+
+    def reference_logps(self, batch: Batch, pairs: Sequence[PreferencePair], names: Sequence[str]) -> Tensor | None:
+        """Log pi_ref of a batch; None where the loss has no reference."""
+        return None if self.reference is None else self.reference(batch, pairs, names)
+
+    def terms(self, batch: Batch, policy: Tensor, reference: Tensor | None) -> tuple[PairLogps, PairTerms]:
+        """Losses and score weights of a batch of pairs.
+
+        Args:
+            batch: The pairs, chosen and rejected in turn.
+            policy: log pi_theta of its rows.
+            reference: log pi_ref of its rows.
+        """
+        tokens = batch.completion_mask.sum(dim=1).to(policy.dtype)
+        contrast = (None, None) if reference is None else (reference[0::2], reference[1::2])
+        logps = PairLogps(policy[0::2], policy[1::2], tokens[0::2], tokens[1::2], *contrast)
+        return logps, self.objective(logps)
+
+
+def mixed_gradient(
+    pair_model: PairModel, prompts: Sequence[TrainingPrompt], alpha: float, observe: Observe
+) -> StepGradient:
+    """Loss and gradient of a step with a given alpha; pairs without weight are not run.
+
+    Args:
+        pair_model: The model and the loss.
+        prompts: The step's prompts.
+        alpha: Weight of the trace loss.
+        observe: Told about every microbatch.
+
+    Raises:
+        UserError: A log-probability, the loss or the gradient is not finite; the pairs are named.
+    """
+    weighted = [(pair, share / len(prompts)) for prompt in prompts for pair, share in shares(prompt, alpha) if share]
+    pairs = [pair for pair, _ in weighted]
+    weights = pair_model.weights
+    gradients: list[Tensor | None] = [None] * len(weights)
+    loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
+    for members in pair_model.microbatches(pairs):
+        some = [pairs[i] for i in members]
+        share = torch.tensor([weighted[i][1] for i in members], dtype=torch.float64, device=loss.device)
+        batch, names = pair_model.batch(some)
+        reference = pair_model.reference_logps(batch, some, names)
+        with torch.enable_grad():
+            policy = sequence_logprobs(token_logprobs(pair_model.policy.model, batch))
+            check_finite(policy.detach(), names)
+            logps, terms = pair_model.terms(batch, policy, reference)
+            part = (share * terms.loss).sum()
+            found = torch.autograd.grad(part, weights, allow_unused=True)
+        gradients = [g if total is None else _add(total, g) for total, g in zip(gradients, found, strict=True)]
+        loss += part.detach()
+        observe([pair.mode for pair in some], share, logps, terms)
+    check_gradient(loss, gradients, prompts)
+    return StepGradient(loss, gradients)
+
+
+def shares(prompt: TrainingPrompt, alpha: float) -> list[tuple[PreferencePair, float]]:
+    """The prompt's pairs with their weight in its loss, alpha and 1 - alpha."""
+    found = ((prompt.trace, alpha), (prompt.empty, 1 - alpha))
+    return [(pair, share) for pair, share in found if pair is not None]
+
+
+def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Sequence[TrainingPrompt]) -> None:
+    """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer.
+
+    Raises:
+        UserError: Names the step's prompts.
+    """
+    # One number to look at: a norm is finite exactly if every entry is (float64 keeps float32's squares from overflow).
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
+    if bool(torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())):
+        return
+    what = "loss" if not bool(torch.isfinite(loss)) else "gradient"
+    listed = ", ".join(prompt.prompt_id for prompt in prompts[:8])
+    more = f" and {len(prompts) - 8} more" if len(prompts) > 8 else ""
+    raise UserError(
+        f"The {what} of the batch with prompts {listed}{more} is NaN or infinite; no step was taken. Lower the "
+        "learning rate or use a wider dtype, and resume from the last checkpoint."
+    )
+
+
+def _add(total: Tensor, more: Tensor | None) -> Float[Tensor, "..."]:
+    return total if more is None else total.add_(more)

@@ -1,0 +1,204 @@
+"""Training with a fixed alpha: what a step is, what is saved, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.training.config import BVPOConfig
+from bvpo_stats.training.trainer import BVPOTrainer
+from tests.training.records import adapted, both_sets, gradients, settings
+
+PROMPTS = 12
+
+
+def step_of(policy: Policy, folder: Path, **changes: object) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient of the first eight prompts."""
+    trainer = BVPOTrainer(policy, settings(folder, **changes), both_sets(policy, PROMPTS))
+    loss = trainer.compute_loss(trainer.model, {"rows": torch.arange(8)})
+    loss.backward()
+    return float(loss.detach()), gradients(trainer.model)
+
+
+def test_the_step_is_linear_in_alpha_and_does_not_depend_on_the_microbatches(
+    random_model: Path, tmp_path: Path
+) -> None:
+    ends = [step_of(adapted(random_model, "float64"), tmp_path, alpha=alpha) for alpha in (0.0, 1.0)]
+    for max_tokens in (60, 400, 16_384):
+        loss, gradient = step_of(adapted(random_model, "float64"), tmp_path, alpha=0.3, max_tokens=max_tokens)
+        assert loss == pytest.approx(0.7 * ends[0][0] + 0.3 * ends[1][0], rel=1e-6)
+        for name, value in gradient.items():
+            np.testing.assert_allclose(value, 0.7 * ends[0][1][name] + 0.3 * ends[1][1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_stored_reference_gives_the_same_step(random_model: Path, tmp_path: Path) -> None:
+    live = step_of(adapted(random_model, "float64"), tmp_path)
+    stored = step_of(adapted(random_model, "float64"), tmp_path, precompute_ref_log_probs=True)
+    assert stored[0] == pytest.approx(live[0], rel=1e-6)
+    for name, value in stored[1].items():
+        np.testing.assert_allclose(value, live[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_stored_values_of_another_model_are_refused(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    pairs[0] = replace(pairs[0], ref_chosen_logps=-1.0, ref_rejected_logps=-1.0)
+    with pytest.raises(UserError, match="ref_chosen_logps of the thinking pair of prompt q0"):
+        BVPOTrainer(policy, settings(tmp_path, precompute_ref_log_probs=True), pairs)
+
+
+def test_checkpointing_changes_nothing(random_model: Path, tmp_path: Path) -> None:
+    plain = step_of(adapted(random_model, "float64"), tmp_path)
+    checkpointed = step_of(adapted(random_model, "float64"), tmp_path, gradient_checkpointing=True)
+    for name, value in checkpointed[1].items():
+        np.testing.assert_allclose(value, plain[1][name], rtol=1e-12, atol=1e-15)
+
+
+def test_accumulated_batches_are_one_batch(random_model: Path, tmp_path: Path) -> None:
+    """Two batches of four give the weights that one batch of eight gives."""
+    found = []
+    for size, accumulated in ((8, 1), (4, 2)):
+        policy = adapted(random_model, "float64")
+        args = settings(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=3
+        )
+        trainer = BVPOTrainer(policy, args, both_sets(policy, 16))
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((losses, {n: p.detach().clone() for n, p in policy.model.named_parameters() if "lora_" in n}))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_adapters_are_saved_in_pefts_format(random_model: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, LoraConfig
+
+    policy = load_policy(PolicyOptions(model=str(random_model)))
+    pairs = both_sets(policy, PROMPTS)
+    args = settings(tmp_path, save_strategy="steps", save_steps=2)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = BVPOTrainer(
+        str(random_model),
+        args,
+        [pair for pair in pairs if pair.mode == "thinking"],
+        [pair for pair in pairs if pair.mode == "nothinking"],
+        peft_config=adapter,
+    )
+    history = trainer.train()
+    assert history.global_step == 4
+    trainer.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    trained = dict(trainer.policy.model.named_parameters())
+    moved = 0.0
+    for name, weight in loaded.named_parameters():
+        torch.testing.assert_close(weight, trained[name])
+        moved += float(weight.detach().abs().sum()) if "lora_B" in name else 0.0
+    assert moved > 0
+    again = load_policy(PolicyOptions(model=str(random_model), adapter=str(tmp_path / "checkpoint-4")))
+    assert "+" in again.identity
+
+
+def test_full_fine_tuning_keeps_its_first_weights_as_the_reference(random_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(PolicyOptions(model=str(random_model)))
+    trainer = BVPOTrainer(policy, settings(tmp_path, learning_rate=1e-3), both_sets(policy, PROMPTS))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entries[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)  # all rewards are 0 before the first step
+    assert entries[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert entries[-1]["rewards/margins"] > 0.02
+    assert all(weight.requires_grad for weight in policy.model.parameters())
+
+
+def test_a_model_and_its_tokenizer_as_trl_takes_them(random_model: Path, tmp_path: Path) -> None:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bvpo_stats.data.records import to_dict
+
+    policy = load_policy(PolicyOptions(model=str(random_model)))
+    rows = [to_dict(pair) for pair in both_sets(policy, PROMPTS)]
+    tables = [
+        datasets.Dataset.from_list([row for row in rows if row["mode"] == mode]) for mode in ("thinking", "nothinking")
+    ]
+    trainer = BVPOTrainer(
+        AutoModelForCausalLM.from_pretrained(random_model),
+        settings(tmp_path, max_steps=1),
+        *tables,
+        processing_class=AutoTokenizer.from_pretrained(random_model),
+    )
+    assert trainer.train().global_step == 1
+    with pytest.raises(UserError, match="processing_class"):
+        BVPOTrainer(AutoModelForCausalLM.from_pretrained(random_model), settings(tmp_path), *tables)
+
+
+def test_nan_names_the_batch_and_takes_no_step(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    trainer = BVPOTrainer(policy, settings(tmp_path), both_sets(policy, PROMPTS))
+    weight = next(weight for name, weight in policy.model.named_parameters() if "lora_A" in name)
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"NaN or infinite log-probability in pair q\d+ \(thinking, chosen\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_gradient_that_is_not_finite_names_the_batch(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    trainer = BVPOTrainer(policy, settings(tmp_path), both_sets(policy, PROMPTS))
+    weight = next(weight for name, weight in policy.model.named_parameters() if "lora_B" in name)
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(UserError, match=r"gradient of the batch with prompts q\d+, .* is NaN or infinite"):
+        trainer.train()
+
+
+def test_prompts_in_one_set_only(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    pairs = [p for p in both_sets(policy, PROMPTS) if not (p.prompt_id == "q3" and p.mode == "nothinking")]
+    with pytest.raises(UserError, match=r"Prompt q3 is in D_t only \(1 in D_t alone and 0 in D_e alone\)"):
+        BVPOTrainer(policy, settings(tmp_path), pairs)
+    dropped = BVPOTrainer(policy, settings(tmp_path, unmatched_prompts="drop"), pairs)
+    assert (len(dropped.selection.train), dropped.selection.unmatched) == (PROMPTS - 1, 1)
+    alone = BVPOTrainer(policy, settings(tmp_path, alpha=1.0), pairs)  # DPO on D_t does not ask for D_e
+    assert len(alone.selection.train) == PROMPTS
+
+
+def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    lengths = sorted(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs[:PROMPTS])
+    trainer = BVPOTrainer(policy, settings(tmp_path, max_length=lengths[-4]), pairs)
+    assert trainer.selection.too_long == sum(length > lengths[-4] for length in lengths)
+    with pytest.raises(UserError, match="--max-length"):
+        BVPOTrainer(policy, settings(tmp_path, max_length=5), pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": 1.5}, "--alpha 1.5"),
+        ({"alpha": "-0.1"}, "--alpha -0.1"),
+        ({"alpha": "best"}, "--alpha best"),
+        ({"alpha_prior": 2.0}, "--alpha-prior 2"),
+        ({"alpha_ema": 1.0}, "--alpha-ema 1"),
+        ({"eta_l": 0}, "--eta-l 0"),
+        ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"unmatched_prompts": "keep"}, "error or drop"),
+        ({"max_tokens": 0}, "--max-tokens 0"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        BVPOConfig(output_dir=str(tmp_path), use_cpu=True, **changes)  # type: ignore[arg-type]
+
+
+def test_fewer_prompts_than_a_batch(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    with pytest.raises(UserError, match="12 prompts to train on, fewer than one batch of 64"):
+        BVPOTrainer(policy, settings(tmp_path, per_device_train_batch_size=64), both_sets(policy, PROMPTS))
