@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer and its settings on first use: they bring torch and transformers, which the controllers do without."""
+    """The trainer and its settings on first use: they bring torch along, which the controllers do without."""
     if name == "BVPOConfig":
         from bvpo_stats.training.config import BVPOConfig
 
