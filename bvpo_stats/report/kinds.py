@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats import plots
-from bvpo_stats.studies import alpha_star_output, variance_output
+from bvpo_stats.studies import alpha_star_output, sample_output, traces_report, variance_output
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.presentation import Presentation
 
@@ -43,6 +43,8 @@ KINDS: dict[str, Kind] = {
     kind.study: kind
     for kind in (  # in the order of the story that a page tells
         Kind("variance", variance_output.present, plots.variance_figures),
+        Kind("sample", sample_output.present),
+        Kind("traces", traces_report.present),
         Kind("alpha-star", _present_alpha_star, plots.alpha_figures),
     )
 }

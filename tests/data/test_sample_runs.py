@@ -23,7 +23,7 @@ from bvpo_stats.data.shards import Shard
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.studies.sample import SampleConfig, run_sample
-from bvpo_stats.studies.sample_output import summary_lines
+from bvpo_stats.studies.sample_output import present
 from tests.cli.running import ENVIRONMENT, failed_politely, run
 from tests.data import killed_runs
 from tests.data.fake_server import Reply, serve
@@ -119,7 +119,7 @@ def test_two_processes_share_one_folder(
 def test_a_shard_without_prompts_is_no_fault(tmp_path: Path, config: SampleConfig) -> None:
     report = run_sample(replace(config, limit=2, shard=Shard(2, 2)), tmp_path / "run")
     assert report.modes == {}
-    assert "Nothing was left to draw." in summary_lines(report)
+    assert "Nothing was left to draw." in present(report.to_dict()).notes
 
 
 def test_a_torn_last_line_is_drawn_again(uninterrupted: Path, tmp_path: Path, config: SampleConfig) -> None:

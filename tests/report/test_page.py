@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -145,3 +146,9 @@ def test_a_browser_shows_it_without_complaint(page: str, folder: Path, tmp_path:
     )  # fmt: skip
     assert "CONSOLE" not in shown.stderr
     assert len(re.findall("<section", shown.stdout)) == len(re.findall("<section", page))
+
+
+def test_no_language_model_library_is_imported() -> None:
+    """Reports are data: showing them takes a second, not the import of torch."""
+    code = "import sys, bvpo_stats.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
