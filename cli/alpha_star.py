@@ -26,6 +26,7 @@ torchrun --nproc-per-node 4 -m bvpo_stats.cli.main alpha-star --model ... --pair
 
 
 def alpha_star(
+    context: typer.Context,
     model: o.Model = "embedded",
     pairs: Annotated[
         str, typer.Option(help="D_t: a pairs file (JSONL or Parquet) or the folder of a pairs run; `embedded`.")
@@ -90,27 +91,18 @@ def alpha_star(
     """
     from bvpo_stats.estimators.objectives import LOSSES, Objective
     from bvpo_stats.estimators.stream import StreamOptions
-    from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.model.subset import LoraOptions
     from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
-    from bvpo_stats.studies.alpha_star_analysis import AlphaSettings
     from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions
     from bvpo_stats.studies.alpha_star_output import print_report
+    from bvpo_stats.studies.alpha_star_settings import AlphaSettings
 
     if loss not in LOSSES:
         raise UserError(f"--loss {loss}: choose {', '.join(LOSSES)}.")
     curvature = _curvature(eta_l, learning_rate, seed)
     targets = "all-linear" if target_modules == "all-linear" else tuple(target_modules.replace(" ", "").split(","))
     settings = AlphaConfig(
-        policy=PolicyOptions(
-            model=model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            template=template,
-            empty_trace=empty_trace,
-            trust_remote_code=trust_remote_code,
-        ),
+        policy=o.policy_options(context),
         inputs=AlphaInputs(pairs=pairs, empty_pairs=empty_pairs, traces=traces, limit=limit),
         subset=SubsetOptions(params=tuple(params or ()), lora=LoraOptions(r=lora_r, targets=targets, seed=seed)),
         options=AlphaOptions(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bvpo_stats.errors import UserError
+
+if TYPE_CHECKING:
+    from bvpo_stats.model.policy import PolicyOptions
+
+_POLICY = ("adapter", "device", "dtype", "template", "empty_trace", "trust_remote_code")
 
 
 def _read_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -70,6 +75,18 @@ Config = Annotated[
         help="YAML file with any of these options; the command line wins.", callback=_read_config, is_eager=True
     ),
 ]
+
+
+def policy_options(context: typer.Context) -> PolicyOptions:
+    """The policy that a command's --model and its companions name.
+
+    Args:
+        context: Of a command that has all the options ``Model`` to ``TrustRemoteCode`` of this module.
+    """
+    from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
+
+    values = context.params
+    return PolicyOptions(model=values["model"] or EMBEDDED, **{name: values[name] for name in _POLICY})
 
 
 def max_new_tokens(value: int | None, model: str) -> int:

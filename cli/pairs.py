@@ -18,6 +18,7 @@ bvpo-stats pairs --samples runs/maths --reward math-verify --mode thinking"""
 
 
 def pairs(
+    context: typer.Context,
     samples: Annotated[Path, typer.Option(help="Folder of a sampling run (the --output of `bvpo-stats sample`).")],
     reward: Annotated[
         str,
@@ -43,22 +44,13 @@ def pairs(
 ) -> None:
     """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3)."""
     from bvpo_stats.data.records import MODES
-    from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.studies.pairs import PairsConfig, run_pairs
     from bvpo_stats.studies.pairs_report import print_report
 
     settings = PairsConfig(
         samples=samples,
         reward=reward,
-        policy=PolicyOptions(
-            model=model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            template=template,
-            empty_trace=empty_trace,
-            trust_remote_code=trust_remote_code,
-        ),
+        policy=o.policy_options(context),
         modes=MODES if mode == "both" else (mode,),
         ref_logps=ref_logps,
     )

@@ -25,6 +25,7 @@ bvpo-stats sample --engine file --samples-from responses.jsonl --output runs/els
 
 
 def sample(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="Model folder or hub id; for a server, the model that it serves.", show_default="embedded"),
@@ -77,21 +78,12 @@ def sample(
     from bvpo_stats.data.engines.base import SamplingOptions
     from bvpo_stats.data.engines.server import ServerOptions
     from bvpo_stats.data.shards import parse_shard
-    from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.studies.sample import SampleConfig, run_sample
     from bvpo_stats.studies.sample_output import print_summary
 
     if engine == "file" and prompts != "embedded":
         raise UserError("--engine file takes its prompts from the responses; leave out --prompts.")
-    named = PolicyOptions(
-        model=model or "embedded",
-        adapter=adapter,
-        device=device,
-        dtype=dtype,
-        template=template,
-        empty_trace=empty_trace,
-        trust_remote_code=trust_remote_code,
-    )
+    named = o.policy_options(context)
     settings = SampleConfig(
         policy=named if model is not None or engine == "transformers" else None,
         sampling=SamplingOptions(

@@ -16,6 +16,7 @@ bvpo-stats traces --pairs runs/pairs --samples runs/sample --traces-per-answer 1
 
 
 def traces(
+    context: typer.Context,
     pairs: Annotated[Path, typer.Option(help="Folder of a pairs run that holds D_t (thinking.jsonl).")],
     samples: Annotated[Path, typer.Option(help="Folder of the sampling run that the pairs were made from.")],
     traces_per_answer: Annotated[
@@ -55,7 +56,6 @@ def traces(
     """Collect K traces for each answer of D_t: its own, other samples', regenerated ones, and prior ones."""
     from bvpo_stats.data.traces import BankOptions
     from bvpo_stats.errors import UserError
-    from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.studies.traces import TracesConfig, run_traces
     from bvpo_stats.studies.traces_report import print_report
 
@@ -64,15 +64,7 @@ def traces(
     settings = TracesConfig(
         pairs=pairs,
         samples=samples,
-        policy=PolicyOptions(
-            model=model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            template=template,
-            empty_trace=empty_trace,
-            trust_remote_code=trust_remote_code,
-        ),
+        policy=o.policy_options(context),
         bank=BankOptions(
             traces_per_answer=traces_per_answer,
             sources=tuple(word.strip() for word in sources.split(",") if word.strip()),  # type: ignore[misc]

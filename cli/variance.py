@@ -18,6 +18,7 @@ bvpo-stats variance --samples-from samples.jsonl --output runs/elsewhere"""
 
 
 def variance(
+    context: typer.Context,
     model: o.Model = "embedded",
     prompts: o.Prompts = "embedded",
     split: o.PromptSplit = "train",
@@ -47,21 +48,12 @@ def variance(
 ) -> None:
     """Measure how much traces add to the variance of log-probabilities and lengths (the paper's Tables 3, 4 and 5)."""
     from bvpo_stats.data.engines.base import SamplingOptions
-    from bvpo_stats.model.policy import PolicyOptions
     from bvpo_stats.studies.variance import VarianceConfig, run_variance
     from bvpo_stats.studies.variance_output import print_report
     from bvpo_stats.studies.variance_tables import Definitions
 
     settings = VarianceConfig(
-        policy=PolicyOptions(
-            model=model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            template=template,
-            empty_trace=empty_trace,
-            trust_remote_code=trust_remote_code,
-        ),
+        policy=o.policy_options(context),
         sampling=SamplingOptions(
             samples=samples,
             temperature=temperature,
