@@ -15,6 +15,9 @@ from bvpo_stats.data.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.data.row_log import RowLog
 from bvpo_stats.data.run_folder import open_run
 from bvpo_stats.data.sample_index import SampleIndex, open_sample_index, samples_fingerprint
+from bvpo_stats.data.sample_summary import count_set_aside
+from bvpo_stats.data.sampling import SET_ASIDE_FILE
+from bvpo_stats.data.shards import run_files
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template
 from bvpo_stats.progress import progress
@@ -98,6 +101,7 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             n_prompts=index.source.n_prompts,
             n_responses=index.source.n_responses,
             half_written=index.source.half_written,
+            set_aside=count_set_aside(run_files(config.samples, SET_ASIDE_FILE)),
             in_both_modes=joint if len(config.modes) == 2 else None,
             modes={mode: tally.summary() for mode, tally in tallies.items()},
             ref_logps=config.ref_logps,

@@ -135,6 +135,7 @@ class PairsReport:
         n_prompts: Prompts with responses.
         n_responses: Responses.
         half_written: Half-written last lines of the samples that were passed over.
+        set_aside: Requests that gave the sampling run no usable response, by reason; its set_aside*.jsonl names them.
         in_both_modes: Prompts with a pair in D_t and in D_e, which joint statistics need; None for one mode.
         modes: Counts by mode.
         ref_logps: Whether reference log-probabilities are stored.
@@ -147,6 +148,7 @@ class PairsReport:
     n_prompts: int
     n_responses: int
     half_written: int
+    set_aside: dict[str, int]
     in_both_modes: int | None
     modes: dict[Mode, ModeSummary]
     ref_logps: bool
@@ -168,6 +170,12 @@ def report_lines(report: PairsReport) -> list[str]:
     if report.half_written:
         lines.append(
             f"{report.half_written} half-written last line of the samples was passed over; resume the sampling run."
+        )
+    if report.set_aside:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.set_aside.items()))
+        lines.append(
+            f"Careful: the sampling run set {sum(report.set_aside.values())} requests aside ({reasons}; see its "
+            "set_aside*.jsonl). They are not among the responses counted here."
         )
     for mode, summary in report.modes.items():
         if not summary.pairs:

@@ -66,6 +66,16 @@ def test_counts_of_everything_that_is_set_aside(tmp_path: Path) -> None:
     assert "no pairs in D_e" in text
 
 
+def test_requests_that_sampling_set_aside_are_mentioned(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "s", synthetic(3))
+    reasons = ["refused", "ids-differ", "refused"]
+    rows = "".join(json.dumps({"prompt_id": "p9", "reason": reason}) + "\n" for reason in reasons)
+    (samples / "set_aside-00001-of-00002.jsonl").write_text(rows)
+    report = run_pairs(config(samples), tmp_path / "o")
+    assert report.set_aside == {"refused": 2, "ids-differ": 1}
+    assert "set 3 requests aside (1 ids-differ, 2 refused;" in (tmp_path / "o" / "report.md").read_text()
+
+
 def test_chosen_beats_rejected_by_the_verifier(tmp_path: Path) -> None:
     rows = synthetic(30)
     report = run_pairs(config(write_samples(tmp_path / "s", rows)), tmp_path / "o")
