@@ -130,6 +130,21 @@ class Moments:
         pairs = zip(self.groups, other.groups, strict=True)
         return replace(self, groups=tuple(merge_groups(a, b) for a, b in pairs))
 
+    def mean(self, member: str) -> dict[str, Array]:
+        """Mean vector of a member over all examples, by block.
+
+        Raises:
+            UserError: No examples, or no such member.
+        """
+        filled = [g for g in self.groups if g is not None]
+        if not filled or member not in self.members:
+            raise UserError(f"no examples of {member!r} were added, so it has no mean; check that there are pairs.")
+        row, size = self.members.index(member), sum(g.size for g in filled)
+        return {
+            block: np.asarray(sum(g.size * g.means[k][row] for g in filled) / size)
+            for k, block in enumerate(self.blocks)
+        }
+
     def finalize(self) -> MomentSummary:
         """U, M and shift with each group left out (`MomentSummary`).
 

@@ -16,6 +16,7 @@ from bvpo_stats.data.shards import Shard
 from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.curvature import CurvatureOptions, measure_curvature
+from bvpo_stats.estimators.drift import project_sides
 from bvpo_stats.estimators.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.estimators.objectives import LOSSES, Objective
 from bvpo_stats.estimators.stream import StreamOptions, gradient_batches
@@ -23,8 +24,9 @@ from bvpo_stats.model.optimizer_state import read_second_moments
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
-from bvpo_stats.statistics.moments import DEFAULT_GROUPS
-from bvpo_stats.studies.alpha_star_analysis import AlphaContext, AlphaSettings, analyse, check_groups
+from bvpo_stats.statistics.drift import DriftBound, drift_bound
+from bvpo_stats.statistics.moments import DEFAULT_GROUPS, Moments
+from bvpo_stats.studies.alpha_star_analysis import Measured, analyse, check_groups
 from bvpo_stats.studies.alpha_star_inputs import (
     AlphaInputs,
     SubsetOptions,
@@ -37,6 +39,7 @@ from bvpo_stats.studies.alpha_star_inputs import (
 from bvpo_stats.studies.alpha_star_marginal import bias_warnings, marginal_entry
 from bvpo_stats.studies.alpha_star_output import markdown
 from bvpo_stats.studies.alpha_star_report import AlphaReport
+from bvpo_stats.studies.alpha_star_settings import AlphaContext, AlphaSettings
 from bvpo_stats.studies.alpha_star_state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
 
 
@@ -219,13 +222,24 @@ def _report(
         curvature=measured,
         warnings=bias_warnings(choice, pairs, run.traces),
     )
-    return analyse(
+    measurements = Measured(
         state.moments.finalize(),
         marginal_entry(choice, state.diagnostics),
-        settings,
-        context,
         adam=None if state.adam is None else state.adam.finalize(),
+        drift=_drift_bound(policy, subset, pairs, run, state.moments) if choice.rung == "small drift" else None,
     )
+    return analyse(measurements, settings, context)
+
+
+def _drift_bound(
+    policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass, moments: Moments
+) -> DriftBound:
+    """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
+    options, (t, e) = run.options, (moments.mean(name) for name in ("t", "e"))
+    direction = {block: t[block] - e[block] for block in t}
+    sides = project_sides(policy, subset, pairs, direction, options.stream)
+    level = (1 + options.settings.level) / 2
+    return drift_bound(sides.log_ratios, sides.projections, options.stream.objective.beta, level)
 
 
 def objective_words(objective: Objective) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from statistics import median
 from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.estimators.ladder import MarginalChoice
 from bvpo_stats.estimators.marginal import SideDiagnostics
-from bvpo_stats.studies.alpha_star_report import Marginal, finite
+from bvpo_stats.studies.alpha_star_entries import Marginal, finite
 
 
 def marginal_entry(choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics]) -> Marginal:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bvpo_stats.statistics.drift import AlphaRange
 from bvpo_stats.studies import presentation
-from bvpo_stats.studies.alpha_star_report import AlphaReport, Weight
+from bvpo_stats.studies.alpha_star_entries import Weight
+from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.presentation import Finding, Mark, Presentation, ResultTable, number
 
 _ERRORS = {
@@ -44,15 +46,26 @@ def verdict(report: AlphaReport) -> str:
     where = f"At batch size {report.batch_size:g} and eta L = {report.eta_l:.3g}"
     star = report.alpha_star
     if star is None:
-        return (
-            f"mu is not estimable from these traces, so there is no alpha*; the variance alone is least at alpha_var = "
-            f"{report.alpha_var} ({report.alpha_var.range_text})."
-        )
+        alone = f"the variance alone is least at alpha_var = {report.alpha_var} ({report.alpha_var.range_text})."
+        if report.alpha_range is None:
+            return f"mu is not estimable from these traces, so there is no alpha*; {alone}"
+        return f"{where}, {_range_words(report.alpha_range)}; {alone}"
     if not star.identified:
         return f"{where}, alpha* is not identified by {report.n_prompts} prompts: {star.range_text}."
     said = "" if report.verdict is None else " " + report.verdict.sentence.partition("alpha = ")[2]
     said = f" There, the paper's alpha ={said}" if said else ""
     return f"{where}, alpha* = {star} ({star.level:.0%} interval {star.range_text}).{said}"
+
+
+def _range_words(found: AlphaRange) -> str:
+    """Where alpha* may lie after a small drift, and why there is no more to say."""
+    why = (
+        f"mu is not estimable from these traces, but log-ratios to theta_ref of at most "
+        f"{found.largest_log_ratio:.2g} nats bound the bias of g_t"
+    )
+    if found.informative:
+        return f"alpha* lies between {found.low:.3f} and {found.high:.3f} ({found.level:.0%} confidence): {why}"
+    return f"alpha* may lie anywhere in [0, 1]: {why}, though not closely enough"
 
 
 def sections(report: AlphaReport) -> list[_Section]:
@@ -80,7 +93,12 @@ def _weights(report: AlphaReport) -> list[_Row]:
         ("bias-only limit (large batches)", report.alpha_bias),
         ("alpha_var, variance-only limit", report.alpha_var),
     ]
-    return [_Row(name, str(weight), weight.range_text) for name, weight in named if weight is not None]
+    rows = [_Row(name, str(weight), weight.range_text) for name, weight in named if weight is not None]
+    found = report.alpha_range
+    if found is not None:
+        label = f"range of alpha* at B = {report.batch_size:g}, eta L = {report.eta_l:.3g}"
+        rows.insert(0, _Row(label, "no estimate", f"{found.low:.3f} to {found.high:.3f}"))
+    return rows
 
 
 def _numbers(report: AlphaReport, part: str, labels: dict[str, str]) -> list[_Row]:

@@ -14,9 +14,9 @@ from bvpo_stats.oracle import exact_moments
 from bvpo_stats.statistics.estimates import noise_scale
 from bvpo_stats.studies import alpha_star as study
 from bvpo_stats.studies.alpha_star import AlphaOptions, estimate_alpha_star
-from bvpo_stats.studies.alpha_star_analysis import AlphaSettings
 from bvpo_stats.studies.alpha_star_output import html, markdown, sections, verdict
 from bvpo_stats.studies.alpha_star_report import AlphaReport
+from bvpo_stats.studies.alpha_star_settings import AlphaSettings
 from bvpo_stats.studies.alpha_star_state import Checkpoint, PassState, merge_states
 from tests.studies.alpha_inputs import records, small_oracle
 
@@ -154,6 +154,21 @@ def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
     assert "not estimable" in verdict(refused)
     assert AlphaReport.from_json(refused.to_json()) == refused
     assert refused.plot(tmp_path) == []
+
+
+def test_small_drift_gives_a_range_and_no_alpha_star(tmp_path):
+    """No bank, theta close to theta_ref: the rung says where alpha* lies, under another name than alpha*."""
+    near = small_oracle(drift=0.004)
+    pairs, _ = records(near, 200)
+    found = estimate_alpha_star(near.policy, pairs)
+    assert found.marginal.rung == "small drift"
+    assert found.alpha_star is None
+    assert found.alpha_range.informative
+    assert found.alpha_range.low <= exact_moments(near).alpha(1 / 128) <= found.alpha_range.high
+    assert found.alpha_range.high - found.alpha_range.low < 0.7
+    assert "no estimate" in markdown(found, [])
+    assert "alpha* lies between" in verdict(found)
+    assert AlphaReport.from_json(found.to_json()) == found
 
 
 def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):

@@ -21,8 +21,8 @@ from bvpo_stats.model.optimizer_state import read_second_moments
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
-from bvpo_stats.studies.alpha_star_analysis import AlphaSettings
 from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star_settings import AlphaSettings
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24
