@@ -5,7 +5,10 @@ from bvpo_stats.oracle.build import ModelShape, Oracle, OracleConfig, at, build_
 from bvpo_stats.oracle.cells import CellMoments, cell_moments
 from bvpo_stats.oracle.coordinates import in_coordinates, shortened
 from bvpo_stats.oracle.draws import Draws, draw_examples, example_gradients
+from bvpo_stats.oracle.drift import drift_law
 from bvpo_stats.oracle.exact import ExactMoments, exact_moments
+from bvpo_stats.oracle.expected_snis import expected_snis
+from bvpo_stats.oracle.marginal_loss import HessianEnds, MarginalLoss
 from bvpo_stats.oracle.sampled_records import completion_records, draw_pairs, draw_traces, pair_records
 
 __all__ = [
@@ -13,6 +16,8 @@ __all__ = [
     "CellMoments",
     "Draws",
     "ExactMoments",
+    "HessianEnds",
+    "MarginalLoss",
     "ModelShape",
     "Oracle",
     "OracleConfig",
@@ -23,8 +28,10 @@ __all__ = [
     "draw_examples",
     "draw_pairs",
     "draw_traces",
+    "drift_law",
     "exact_moments",
     "example_gradients",
+    "expected_snis",
     "in_coordinates",
     "pair_records",
     "population_atoms",

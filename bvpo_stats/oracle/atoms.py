@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.objectives import Objective
@@ -13,6 +15,10 @@ from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.cells import cell_moments
 from bvpo_stats.oracle.coordinates import shortened
 from bvpo_stats.oracle.scored import DPO, pair_gradients, trace_responses
+
+Array = NDArray[np.float64]
+Values = Callable[[Array, Array, Array], Array]
+"""A function of the vectors (t, e, m) of many examples."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,15 @@ class Atoms:
             e_index.append(np.tile(es, len(ts)))
             probability.append(np.outer(self.t_probability[ts], self.e_probability[es]).ravel() / self.n_prompts)
         return np.concatenate(t_index), np.concatenate(e_index), np.concatenate(probability)
+
+    def expectation(self, values: Values) -> Array:
+        """E f(t, e, m) over the whole population.
+
+        Args:
+            values: f, mapping the vectors of all examples, one row each, to one number (or row) per example.
+        """
+        t, e, probability = self.product()
+        return np.tensordot(probability, values(self.t[t], self.e[e], self.m[t]), axes=1)
 
 
 def population_atoms(oracle: Oracle, objective: Objective = DPO, max_atoms: int = 200_000) -> Atoms:

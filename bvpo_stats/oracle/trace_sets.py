@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from scipy.special import expit, gammaln, logsumexp
+from scipy.special import expit, logsumexp
 
 from bvpo_stats.oracle.build import Oracle
 from bvpo_stats.oracle.coordinates import shortened
 from bvpo_stats.oracle.exact import ExactMoments, exact_moments
+from bvpo_stats.oracle.expected_snis import expected_snis, multisets
 from bvpo_stats.oracle.scored import Objective, Scored, pair_weights, trace_responses
 from bvpo_stats.statistics.estimates import Estimates
 from bvpo_stats.statistics.marginal import level_probabilities
@@ -216,16 +216,9 @@ class TraceSets:
         posterior, prior = table.sampling.posterior[x, :, y], np.exp(table.sampling.trace[x])
         n_traces = len(prior)
         w = np.exp(self._log_weights(np.array([x]), np.array([y]), np.arange(n_traces)[None], method)[0][0])
-        scores, total = table.scores[x, :, y], np.zeros(table.scores.shape[-1])
-        if method != "anchored":
-            counts, probability = _multisets(posterior if method == "posterior" else prior, self.traces)
-            return probability @ (counts * w @ scores / (counts @ w)[:, None])
-        counts, probability = _multisets(prior, self.traces - 1)
-        for anchor in range(n_traces):
-            with_anchor = counts + np.eye(n_traces)[anchor]
-            mean = (with_anchor * w) @ scores / (with_anchor @ w)[:, None]
-            total = total + posterior[anchor] * (probability @ mean)
-        return total
+        drawn = posterior if method == "posterior" else prior
+        anchor = posterior if method == "anchored" else None
+        return expected_snis(drawn, w, table.scores[x, :, y], self.traces, anchor)
 
     def _log_ratio_law(self, x: int, y: int, method: str) -> tuple[Array, Array]:
         """Probabilities and values of log mean w - log mean w_ref on the disjoint set."""
@@ -233,7 +226,7 @@ class TraceSets:
         kind = "posterior" if method == "posterior" else "prior"
         law = table.sampling.posterior[x, :, y] if kind == "posterior" else np.exp(table.sampling.trace[x])
         logs = self._log_weights(np.array([x]), np.array([y]), np.arange(len(law))[None], kind)
-        counts, probability = _multisets(law, self.traces)
+        counts, probability = multisets(law, self.traces)
         w, ref = (np.exp(part[0]) for part in logs)
         return probability, np.log(counts @ w) - np.log(counts @ ref)
 
@@ -252,16 +245,6 @@ def _spread(traces: Array, values: Array, n_traces: int) -> Array:
     """Sums values by trace: ``[n, K], [n, K] -> [n, traces]``."""
     flat = (traces + n_traces * np.arange(len(traces))[:, None]).ravel()
     return np.bincount(flat, values.ravel(), minlength=n_traces * len(traces)).reshape(len(traces), n_traces)
-
-
-def _multisets(law: Array, size: int) -> tuple[Array, Array]:
-    """Every way to draw ``size`` times: counts ``[ways, outcomes]`` and multinomial probabilities."""
-    n = len(law)
-    bars = np.array(list(combinations(range(size + n - 1), n - 1)))
-    edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), size + n - 1)], axis=1)
-    counts = np.diff(edges, axis=1) - 1.0
-    log_probability = gammaln(size + 1) - gammaln(counts + 1).sum(axis=1) + counts @ np.log(law)
-    return counts, np.exp(log_probability)
 
 
 def _pick(law: Float[np.ndarray, "rows outcomes"], rng: np.random.Generator) -> Int[np.ndarray, " rows"]:

@@ -14,6 +14,7 @@ from bvpo_stats.oracle import (
     at,
     build_oracle,
     cell_moments,
+    drift_law,
     exact_moments,
     in_coordinates,
     population_atoms,
@@ -38,8 +39,7 @@ def atoms(drifted):
 
 def expectation(atoms, values):
     """E f over the whole population; values maps (t, e, m) of every example to one row each."""
-    t, e, probability = atoms.product()
-    return np.tensordot(probability, values(atoms.t[t], atoms.e[e], atoms.m[t]), axes=1)
+    return atoms.expectation(values)
 
 
 # --- against autograd -------------------------------------------------------------------------------------------------
@@ -211,18 +211,11 @@ def test_selection_by_answer_reward_is_harmless():
         assert np.abs(exact_moments(oracle, OBJECTIVE).b_t).max() < 1e-14
 
 
-def posterior_covariance(oracle, x, answer):
-    law, scores = oracle.table.policy.posterior[x, :, answer], oracle.table.scores[x, :, answer]
-    centred = scores - law @ scores
-    return centred.T @ (law[:, None] * centred)
-
-
 def test_drift_law_by_step_halving(at_reference):
     """b_t(z) = (beta/2)(C+ - C-) delta + (beta^2/4)(C+ + C-) delta + O(norm(delta)^2)."""
     x, a, b = np.argwhere(at_reference.pair_law > 0)[0].tolist()
     direction = np.random.default_rng(0).normal(size=at_reference.theta.shape)
-    plus, minus = posterior_covariance(at_reference, x, a), posterior_covariance(at_reference, x, b)
-    law = BETA / 2 * (plus - minus) @ direction + BETA**2 / 4 * (plus + minus) @ direction
+    law = drift_law(at_reference, (x, a, b), direction, BETA)
 
     def bias(step):
         cells = cell_moments(at(at_reference, at_reference.theta + step * direction), OBJECTIVE)
