@@ -7,12 +7,14 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint format bench acceptance figures clean
+.PHONY: help setup setup-test demo test lint docs format bench acceptance figures clean
 
 help:
 	@echo "make demo        install, then measure the paper's Appendix B tables on the embedded model"
 	@echo "make test        install, then run the tests"
-	@echo "make lint        install, then ruff and the type checker"
+	@echo "make lint        install, then ruff, the type checker and a strict build of the documentation"
+	@echo "make docs        the documentation as web pages in site/"
+	@echo "make figures     draw the committed figures again from their reports"
 	@echo "make bench       speed and memory, as ratios against peers (quiet machine, minutes)"
 	@echo "make acceptance  long statistical studies"
 	@echo "make clean       remove the virtual environment and build files"
@@ -28,7 +30,7 @@ $(STAMP): $(VENV)/.base pyproject.toml
 	touch $@
 
 $(STAMP)-test: $(STAMP)
-	$(PIP) install -q -c constraints.txt -e ".[test,lint]"
+	$(PIP) install -q -c constraints.txt -e ".[test,lint,docs]"
 	touch $@
 
 setup: $(STAMP)
@@ -45,6 +47,14 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet --strict
+
+docs: setup-test
+	$(BIN)/mkdocs build --strict
+	@echo "Documentation: site/index.html"
+
+figures: setup
+	$(BIN)/bvpo-stats figures
 
 format: setup-test
 	$(BIN)/ruff check --fix .
@@ -61,4 +71,4 @@ acceptance: setup
 	$(BIN)/python benchmarks/acceptance.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

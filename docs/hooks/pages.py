@@ -1,0 +1,96 @@
+"""Pages that are made at build time, not written: notebooks, commands, API reference, documents of the root.
+
+Formulas become MathML, which browsers show without a script.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "bvpo_stats"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARTS = ("statistics", "model", "data", "estimators", "oracle", "studies", "training", "plots", "report", "tiny")
+DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Changelog": "CHANGELOG.md"}
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds the made pages to the navigation."""
+    nav = list(config.nav or [])
+    nav.append({"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]})
+    nav.append({"Commands": "commands.md"})
+    nav.append({"API reference": [{name: f"api/{name}.md"} for name in _parts()]})
+    nav.append({"Project": [{title: name.lower()} for title, name in DOCUMENTS.items()]})
+    config.nav = nav
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the made pages themselves."""
+    pages: dict[str, str | bytes] = {"commands.md": commands()}
+    pages |= {f"api/{name}.md": api_page(name) for name in _parts()}
+    pages |= {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS.values()}
+    for path in NOTEBOOKS:
+        pages |= notebook(path)
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Turns formulas into MathML."""
+    return _FORMULA.sub(_mathml, html)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    return convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline")
+
+
+def _parts() -> list[str]:
+    return [name for name in PARTS if (PACKAGE / name / "__init__.py").is_file()]
+
+
+def api_page(name: str) -> str:
+    """One page a sub-package: what its ``__init__`` says, then every public module."""
+    folder = PACKAGE / name
+    about = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    lines = [f"# bvpo_stats.{name}", "", about, ""]
+    for path in _modules(folder):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        lines += [f"::: {dotted}", ""]
+    return "\n".join(lines)
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*.py")) if not path.stem.startswith("_"))
+
+
+def notebook(path: Path) -> dict[str, str | bytes]:
+    """A notebook as it was executed, with its pictures."""
+    content = nbformat.read(path, as_version=4)
+    where = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+    body, resources = MarkdownExporter().from_notebook_node(content, resources=where)
+    pictures = {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
+    return {f"notebooks/{path.stem}.md": body, **pictures}
+
+
+def commands() -> str:
+    """``--help`` of every command."""
+    import typer
+    from bvpo_stats.cli.main import app
+    from typer.cli import get_docs_for_click
+
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="bvpo-stats")
+    return text.replace("# `bvpo-stats`", "# Commands", 1)
