@@ -10,9 +10,12 @@ import typer
 from bvpo_stats.errors import UserError
 
 if TYPE_CHECKING:
+    from bvpo_stats.data.engines.server import ServerOptions
+    from bvpo_stats.data.records import Mode
     from bvpo_stats.model.policy import PolicyOptions
 
 _POLICY = ("adapter", "device", "dtype", "template", "empty_trace", "trust_remote_code")
+_SERVER = ("base_url", "api_key_env", "served_model", "endpoint", "concurrency", "timeout", "retries")
 
 
 def _read_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -68,6 +71,23 @@ EmptyTrace = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many prompts.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="Address of the server, e.g. http://localhost:8000/v1 (openai engine).")
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(help="Environment variable that holds the server's API key.", show_default="no key is sent"),
+]
+ServedModel = Annotated[
+    str | None, typer.Option(help="The server's name for the model.", show_default="the one model that it lists")
+]
+Endpoint = Annotated[str, typer.Option(help="auto, completions or chat (chat only where it gives exact prompts).")]
+Concurrency = Annotated[int, typer.Option(help="Requests to the server in flight at once.")]
+Timeout = Annotated[float, typer.Option(help="Seconds for one answer of the server.")]
+Retries = Annotated[int, typer.Option(help="Repetitions of a failed request before the run gives up.")]
+ShardOption = Annotated[
+    str, typer.Option("--shard", help="Draw part i of n only, e.g. 1/4; the same --output holds all of them.")
+]
 Output = Annotated[Path, typer.Option(help="Folder for the results; the same folder again resumes the run.")]
 Config = Annotated[
     Path | None,
@@ -94,6 +114,29 @@ def max_new_tokens(value: int | None, model: str) -> int:
     if value is not None:
         return value
     return 256 if model == "embedded" else 4096
+
+
+def modes(value: str) -> tuple[Mode, ...]:
+    """Reads ``--mode``: thinking, nothinking or both."""
+    from bvpo_stats.data.records import MODES
+
+    if value == "both":
+        return MODES
+    if value not in MODES:
+        raise UserError(f"--mode {value}: choose thinking, nothinking or both.")
+    return tuple(known for known in MODES if known == value)
+
+
+def server_options(context: typer.Context) -> ServerOptions | None:
+    """The server behind ``--base-url`` and its companions; None without an address.
+
+    Args:
+        context: Of a command that has all the options ``BaseUrl`` to ``Retries`` of this module.
+    """
+    from bvpo_stats.data.engines.server import ServerOptions
+
+    values = context.params
+    return None if values["base_url"] is None else ServerOptions(**{name: values[name] for name in _SERVER})
 
 
 def batch_size(value: str) -> int | None:

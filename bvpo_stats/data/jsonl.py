@@ -46,6 +46,26 @@ def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict
             yield number, row
 
 
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """Reads a ``.json`` file that holds a list of objects, as AlpacaEval's answer files do.
+
+    Raises:
+        UserError: The file cannot be read, or is no list of objects; the entry is named.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON in UTF-8 ({error}). It must hold a list of objects.") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a JSON {type(rows).__name__}, not a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}[{number}]: a JSON {type(row).__name__}, not an object.")
+    return rows
+
+
 def _line_error(where: str, raw: bytes, error: ValueError) -> UserError:
     if raw.startswith(b"{") and not raw.endswith(b"\n"):
         return UserError(

@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.data.jsonl import read_jsonl
+from bvpo_stats.data.jsonl import read_json_list, read_jsonl
 from bvpo_stats.data.records import Prompt
 from bvpo_stats.errors import UserError
 
 EMBEDDED = "embedded"
 _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
 _GOLD_FIELDS = ("gold", "answer", "solution")
+_HUB_FILE = "hf://"
 
 
 def load_prompts(source: str, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
@@ -49,28 +50,43 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
         for number, prompt in enumerate(embedded_prompts(), start=1):
             yield f"embedded:{number}", prompt
         return
-    path = Path(source)
-    if path.is_dir() or not path.exists():
-        yield from _dataset_rows(source, split)
-        return
-    if path.suffix in (".parquet", ".arrow"):
-        yield from _dataset_rows(source, split)
-        return
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+    for where, row in source_rows(source, split):
         yield where, prompt_from_row(row, where)
 
 
-def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
+def source_rows(source: str, split: str, option: str = "--prompts") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Streams the rows of a file or dataset, each with its place for error messages.
+
+    Args:
+        source: A JSONL file, a ``.json`` file with a list of objects, a Parquet file, a single file on the hub
+            (``hf://datasets/OWNER/NAME/PATH.json``), or whatever ``datasets.load_dataset`` accepts.
+        split: Split of a dataset.
+        option: The option that named the source, for error messages.
+
+    Raises:
+        UserError: Missing or unreadable source.
+    """
+    path = Path(source)
+    if path.is_dir() or not path.exists() or path.suffix in (".parquet", ".arrow"):
+        yield from _dataset_rows(source, split, option)
+    elif path.suffix == ".json":
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(read_json_list(path), start=1))
+    else:
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+
+
+def _dataset_rows(source: str, split: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source)
     looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt")
-    if not path.exists() and looks_like_a_path:
-        raise UserError(f"Prompts file {source} does not exist. Check --prompts.")
+    if not path.exists() and looks_like_a_path and not source.startswith(_HUB_FILE):
+        raise UserError(f"The file {source} does not exist. Check {option}.")
     import datasets
 
     try:
         if path.is_file():
             rows: Iterable[Any] = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        elif source.startswith(_HUB_FILE):
+            rows = datasets.load_dataset("json", data_files=source, split="train")
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(path))
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -80,12 +96,11 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"Cannot load prompts from {source!r} (split {split!r}): {reason} "
-            "Give a JSONL file with a field `prompt`, or a dataset that `datasets` can load."
+            f"Cannot load {option} {source!r} (split {split!r}): {reason} "
+            "Give a JSONL file with one object a line, or a dataset that `datasets` can load."
         ) from error
     for number, row in enumerate(iterator, start=1):
-        where = f"{source}[{number}]"
-        yield where, prompt_from_row(dict(row), where)
+        yield f"{source}[{number}]", dict(row)
 
 
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,29 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     return Policy(model.eval(), tokenizer, find_template(tokenizer), identity, eos_ids)
 
 
+@contextlib.contextmanager
+def with_adapter(policy: Policy, adapter: str) -> Iterator[Policy]:
+    """The policy with an adapter on top, which is taken off again at the end: several adapters share one base.
+
+    Args:
+        policy: A policy without an adapter.
+        adapter: Folder or hub id of a PEFT adapter.
+
+    Yields:
+        What :func:`load_policy` gives for the same model and adapter.
+
+    Raises:
+        UserError: The adapter does not fit.
+    """
+    model: Any = _add_adapter(policy.model, adapter)
+    model.requires_grad_(False)
+    identity = f"{policy.identity}+{content_identity(adapter, adapter, None)}"
+    try:
+        yield replace(policy, model=model.to(policy.device).eval(), identity=identity)
+    finally:
+        model.unload()
+
+
 def load_template(options: PolicyOptions) -> Template:
     """The template alone: reads the tokenizer and leaves the weights where they are.
 
@@ -207,7 +231,9 @@ def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; no concern of the user's
+            return PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(

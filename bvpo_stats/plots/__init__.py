@@ -1,6 +1,7 @@
 """Every figure, drawn from plain report dictionaries in one visual language."""
 
 from bvpo_stats.plots.alpha_star import alpha_figures
+from bvpo_stats.plots.evaluate import evaluation_figures
 from bvpo_stats.plots.variance import variance_figures
 
-__all__ = ["alpha_figures", "variance_figures"]
+__all__ = ["alpha_figures", "evaluation_figures", "variance_figures"]

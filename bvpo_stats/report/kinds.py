@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats import plots
-from bvpo_stats.studies import alpha_star_output, sample_output, traces_report, variance_output
+from bvpo_stats.studies import alpha_star_output, evaluate_output, sample_output, traces_report, variance_output
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.presentation import Presentation
 
@@ -46,6 +46,7 @@ KINDS: dict[str, Kind] = {
         Kind("sample", sample_output.present),
         Kind("traces", traces_report.present),
         Kind("alpha-star", _present_alpha_star, plots.alpha_figures),
+        Kind("evaluate", evaluate_output.present, plots.evaluation_figures),
     )
 }
 

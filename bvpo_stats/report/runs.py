@@ -38,6 +38,8 @@ class Run:
 def find_runs(root: Path) -> list[Run]:
     """All runs in a folder and below it, in the order of their paths; hidden folders are passed over.
 
+    What lies inside a run's folder is part of that run.
+
     Raises:
         UserError: No such folder, or no run in it.
     """
@@ -50,6 +52,8 @@ def find_runs(root: Path) -> list[Run]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if RUN_FILE in files or REPORT_FILE in files:
             folder = Path(place)
+            if RUN_FILE in files:
+                folders.clear()
             runs.append(read_run(folder, _name(folder, root)))
     if not runs:
         raise UserError(f"{root}: no run in it. Give the --output folder of a run, or a folder that holds some.")

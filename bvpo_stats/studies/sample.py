@@ -26,7 +26,7 @@ from bvpo_stats.data.sampling import (
 from bvpo_stats.data.shards import WHOLE, Shard, run_files
 from bvpo_stats.data.survey import PromptSurvey, survey_prompts
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import PolicyOptions, load_policy
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.served import ServedPolicy, load_served_policy
 from bvpo_stats.model.templates import Template
 from bvpo_stats.studies.report_file import to_json, versions
@@ -130,11 +130,16 @@ class SampleReport:
         return {"study": "sample", **asdict(self)}
 
 
-def run_sample(config: SampleConfig, output: Path) -> SampleReport:
+def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None) -> SampleReport:
     """Runs (or resumes) a sampling run in a folder.
 
     It leaves ``samples.jsonl``, ``report.json`` and, if asked for, ``samples.parquet`` there. A shard's files carry its
     number: ``samples-00001-of-00004.jsonl`` and so on.
+
+    Args:
+        config: The settings.
+        output: Folder of the run.
+        loaded: The policy of the ``transformers`` engine, where the caller has it in memory already.
 
     Raises:
         UserError: Anything wrong with the input; see the message. What was drawn is kept, and the same call resumes.
@@ -142,7 +147,7 @@ def run_sample(config: SampleConfig, output: Path) -> SampleReport:
     if config.engine == "file":
         return _adopt(config, output)
     survey = survey_prompts(load_prompts(config.prompts, limit=config.limit, split=config.split))
-    run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey)
+    run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
     with _open(config, output, identity | {"prompts": survey.fingerprint, **asdict(config.sampling)}) as folder:
         prompts = load_prompts(config.prompts, limit=config.limit, split=config.split)
         tally = sample_into(folder, prompts, run, n_prompts=survey.count, shard=config.shard)
@@ -168,10 +173,10 @@ def _open(config: SampleConfig, output: Path, identity: dict[str, Any]) -> Abstr
     return open_run(output, "sample", identity, shard=config.shard)
 
 
-def _local_run(config: SampleConfig, survey: PromptSurvey) -> tuple[SamplingRun, dict[str, Any]]:
+def _local_run(config: SampleConfig, survey: PromptSurvey, loaded: Policy | None) -> tuple[SamplingRun, dict[str, Any]]:
     from bvpo_stats.data.engines.transformers_engine import TransformersEngine
 
-    policy = load_policy(config.policy or PolicyOptions())
+    policy = loaded or load_policy(config.policy or PolicyOptions())
     longest = max(len(policy.template.prompt_ids(text, mode)) for text in survey.longest for mode in config.modes)
     rows = automatic_batch_size(
         config.batch_size, longest + config.sampling.max_new_tokens, policy.device.type != "cpu"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bvpo_stats.data.rewards.base import Answer
 from bvpo_stats.data.rewards.embedded import required_gold
 from bvpo_stats.errors import UserError
 
 _SECONDS = 5  # math-verify's own limit for one expression
+Verdict = Literal["correct", "wrong", "timeout", "unreadable gold"]
+_SCORES: dict[Verdict, float | None] = {"correct": 1.0, "wrong": 0.0, "timeout": 0.0, "unreadable gold": None}
 _DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 
 
@@ -35,16 +38,28 @@ class MathVerifyReward:
         Raises:
             UserError: A prompt without a gold answer.
         """
+        return [_SCORES[verdict] for verdict in self.verdicts(answers)]
+
+    def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """What became of each comparison; one that runs into math-verify's time limit is ``timeout``.
+
+        Raises:
+            UserError: A prompt without a gold answer.
+        """
         # math-verify's limits use signals, which only the main thread may set.
         limit = _SECONDS if threading.current_thread() is threading.main_thread() else 0
         golds = [self._gold(required_gold(answer, self.identity), limit) for answer in answers]
         return [self._compare(gold, answer.text, limit) for gold, answer in zip(golds, answers, strict=True)]
 
-    def _compare(self, gold: Any, text: str, limit: int) -> float | None:
+    def _compare(self, gold: Any, text: str, limit: int) -> Verdict:
         if not gold:
-            return None
+            return "unreadable gold"
+        started = time.monotonic()
         answer = self._library.parse(text, parsing_timeout=limit)
-        return float(self._library.verify(gold, answer, timeout_seconds=limit))  # the order matters: gold first
+        if self._library.verify(gold, answer, timeout_seconds=limit):  # the order matters: gold first
+            return "correct"
+        # The library reports a limit only in its log: a comparison that failed after that long was cut off.
+        return "timeout" if limit and time.monotonic() - started >= limit else "wrong"
 
     def _gold(self, text: str, limit: int) -> Any:
         # Bare LaTeX is read only up to its first command (2\sqrt{3} as 2) unless something marks it as mathematics.
