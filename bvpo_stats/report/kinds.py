@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats import plots
-from bvpo_stats.studies import alpha_star_output, evaluate_output, sample_output, traces_report, variance_output
+from bvpo_stats.studies import (
+    alpha_star_output,
+    evaluate_output,
+    pairs_output,
+    sample_output,
+    traces_report,
+    variance_output,
+)
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.presentation import Presentation
 
@@ -44,6 +51,7 @@ KINDS: dict[str, Kind] = {
     for kind in (  # in the order of the story that a page tells
         Kind("variance", variance_output.present, plots.variance_figures),
         Kind("sample", sample_output.present),
+        Kind("pairs", pairs_output.present),
         Kind("traces", traces_report.present),
         Kind("alpha-star", _present_alpha_star, plots.alpha_figures),
         Kind("evaluate", evaluate_output.present, plots.evaluation_figures),

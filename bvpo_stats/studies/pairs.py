@@ -21,7 +21,8 @@ from bvpo_stats.data.shards import run_files
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template
 from bvpo_stats.progress import progress
-from bvpo_stats.studies.pairs_report import ModeTally, PairsReport, dataset_card, markdown
+from bvpo_stats.studies.pairs_output import dataset_card, markdown
+from bvpo_stats.studies.pairs_report import ModeTally, PairsReport
 from bvpo_stats.studies.report_file import to_json, versions
 
 if TYPE_CHECKING:

@@ -9,22 +9,20 @@ from typing import Any
 from bvpo_stats.data.pairs import Choice, ScoredCompletion, SetAside
 from bvpo_stats.data.records import Mode, PreferencePair
 
-_NAMES: dict[Mode, str] = {"thinking": "D_t (thinking)", "nothinking": "D_e (nothinking)"}
-_ROWS = (
-    ("prompts", "prompts with responses"),
-    ("responses", "responses"),
-    ("truncated", "responses set aside: truncated"),
-    ("unclosed", "responses set aside: trace never closed"),
-    ("unscored", "responses set aside: no reward"),
-    ("too_few", "prompts set aside: fewer than two responses left"),
-    ("identical", "prompts set aside: identical answers"),
-    ("ties", "prompts set aside: best and worst tie"),
-    ("pairs", "pairs"),
-    ("shared_best", "pairs whose best reward several responses share"),
-    ("shared_worst", "pairs whose worst reward several responses share"),
-    ("other_tokens", "pairs whose text reads back as other tokens"),
+_COUNTS = (
+    "prompts",
+    "responses",
+    "truncated",
+    "unclosed",
+    "unscored",
+    "too_few",
+    "identical",
+    "ties",
+    "pairs",
+    "shared_best",
+    "shared_worst",
+    "other_tokens",
 )
-_GAPS = (("mean_gap", "reward gap, mean"), ("min_gap", "reward gap, least"), ("max_gap", "reward gap, largest"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class ModeSummary:
 class ModeTally:
     """Running counts of one mode; see :class:`ModeSummary`."""
 
-    counts: dict[str, int] = field(default_factory=lambda: {name: 0 for name, _ in _ROWS})
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
     gap_sum: float = 0.0
     gap_range: tuple[float, float] = (float("inf"), float("-inf"))
     tokens: tuple[int, int] = (0, 0)
@@ -156,83 +154,4 @@ class PairsReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as it stands in ``report.json``."""
-        return asdict(self)
-
-
-def report_lines(report: PairsReport) -> list[str]:
-    """What the numbers mean, and what deserves attention."""
-    lines = [
-        f"Samples of {report.model}, template {report.template}; final answers scored by {report.reward}.",
-        "Chosen and rejected: best and worst complete response by reward, the lowest sample index among equals.",
-    ]
-    if report.in_both_modes is not None:
-        lines.append(f"{report.in_both_modes} prompts have a pair in both modes.")
-    if report.half_written:
-        lines.append(
-            f"{report.half_written} half-written last line of the samples was passed over; resume the sampling run."
-        )
-    if report.set_aside:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.set_aside.items()))
-        lines.append(
-            f"Careful: the sampling run set {sum(report.set_aside.values())} requests aside ({reasons}; see its "
-            "set_aside*.jsonl). They are not among the responses counted here."
-        )
-    for mode, summary in report.modes.items():
-        if not summary.pairs:
-            lines.append(f"Careful: no pairs in {_NAMES[mode]}; the counts above say why.")
-        if summary.other_tokens:
-            lines.append(
-                f"Careful: in {summary.other_tokens} of {summary.pairs} pairs of {_NAMES[mode]} the sampler wrote "
-                "other tokens than the tokenizer makes of the text: the *_ids columns are exact, a trainer that "
-                "tokenises the text columns is not."
-            )
-    return lines
-
-
-def table_rows(report: PairsReport) -> tuple[list[str], list[list[str]]]:
-    """(Head, rows) of the table of counts."""
-    head = ["", *(_NAMES[mode] for mode in report.modes)]
-    rows = [[label, *(str(getattr(s, name)) for s in report.modes.values())] for name, label in _ROWS]
-    rows += [[label, *(_gap(getattr(s, name)) for s in report.modes.values())] for name, label in _GAPS]
-    return head, rows
-
-
-def _gap(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def markdown(report: PairsReport) -> str:
-    """The report as Markdown."""
-    head, rows = table_rows(report)
-    lines = ["# Preference pairs", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", *(f"- {line}" for line in report_lines(report))]
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()) + ".", ""]
-    return "\n".join(lines)
-
-
-def dataset_card(report: PairsReport) -> str:
-    """README.md of the folder: tells ``datasets.load_dataset(FOLDER, "thinking")`` which file is which."""
-    lines = ["---", "configs:"]
-    for mode in report.modes:
-        lines += [f"- config_name: {mode}", f"  data_files: {mode}.parquet"]
-    return "\n".join([*lines, "---", "", markdown(report)])
-
-
-def print_report(report: PairsReport, folder: Any) -> None:
-    """Prints the counts on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    head, rows = table_rows(report)
-    table = Table(title="Preference pairs", title_justify="left", title_style="bold")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for line in report_lines(report):
-        console.print(line, highlight=False, style="dim", soft_wrap=True)
-    names = ", ".join(f"{mode}.jsonl and .parquet" for mode in report.modes)
-    console.print(f"Written: {names}, report.json in {folder}.", highlight=False, soft_wrap=True)
+        return {"study": "pairs", **asdict(self)}

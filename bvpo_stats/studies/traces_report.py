@@ -67,7 +67,7 @@ def present(report: dict[str, Any]) -> Presentation:
         (source, _MEANING[source], str(count), f"{count / sides:.2f}")
         for source, count in report["tally"]["by_source"].items()
     )
-    table = ResultTable("Trace bank", ("Source", "Meaning", "Traces", "Per answer"), rows, text_columns=(1,))
+    table = ResultTable("Traces by source", ("Source", "Meaning", "Traces", "Per answer"), rows, text_columns=(1,))
     return Presentation("Trace bank", tables=(table,), notes=tuple(_notes(report)), cautions=tuple(_cautions(report)))
 
 

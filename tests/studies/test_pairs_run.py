@@ -63,7 +63,7 @@ def test_counts_of_everything_that_is_set_aside(tmp_path: Path) -> None:
     assert stored["modes"]["thinking"]["ties"] == 1
     text = (tmp_path / "o" / "report.md").read_text()
     assert "| prompts set aside: best and worst tie | 1 | 0 |" in text
-    assert "no pairs in D_e" in text
+    assert "No pairs in D_e" in text
 
 
 def test_requests_that_sampling_set_aside_are_mentioned(tmp_path: Path) -> None:
