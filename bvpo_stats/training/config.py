@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.objectives import LOSSES, Objective
+from bvpo_stats.training.controllers import Controller, make_controller
 
 ADAPTIVE = "adaptive"
 AUTO = "auto"
@@ -27,18 +28,21 @@ class BVPOConfig(TrainingArguments):
         simpo_gamma: Target margin of SimPO, -log sigmoid(beta * (difference of averages) - gamma); others ignore it.
         max_length: Pairs with a longer sequence are set aside and counted, never cut: a cut trace has no answer.
         unmatched_prompts: What to do about prompts that only one of D_t and D_e has: ``error`` or ``drop``.
+        allow_mismatch: Take probe pairs and traces of another model or template.
         precompute_ref_log_probs: Take log pi_ref of all pairs before the first step (stored values of the records where
             there are any), instead of running the disabled adapter in every step. Full fine-tuning always does.
         max_tokens: Padded tokens per forward: the microbatches inside a step. Bounds memory, changes no result.
-        alpha: Weight of the trace loss, a number in [0, 1], or ``adaptive``. 1 is DPO on D_t, 0 on D_e.
+        alpha: Weight of the trace loss: a number in [0, 1] (1 is DPO on D_t, 0 on D_e), ``adaptive``, or a schedule
+            ``step:alpha,step:alpha,...``.
         alpha_prior: What ``adaptive`` uses until its interval excludes it.
-        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 4% of the tokens on them.
-        alpha_ema: Share that the averages of the estimated moments keep from one update to the next.
+        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 3% of the tokens on them.
+        alpha_ema: Share that the averages of the estimated moments keep from one look to the next; None for the
+            controller's default.
         alpha_probe_prompts: Prompts held out of training, on which the marginal gradient is estimated.
         alpha_traces_per_answer: K, traces behind each answer of the probe set.
         alpha_level: Confidence level of alpha's interval.
-        eta_l: Learning rate times smoothness: a number, or ``auto``, which measures L on the probe set at the first
-            update and follows the learning rate from there.
+        eta_l: Learning rate times smoothness at the peak learning rate: a number, or ``auto``, which measures L on the
+            probe set before the first step. Either follows the learning rate's schedule.
     """
 
     # Defaults that differ from transformers'.
@@ -53,12 +57,13 @@ class BVPOConfig(TrainingArguments):
     simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of SimPO."})
     max_length: int | None = field(default=4096, metadata={"help": "Longest sequence; longer pairs are set aside."})
     unmatched_prompts: str = field(default="error", metadata={"help": "Prompts in one set only: error or drop."})
+    allow_mismatch: bool = field(default=False, metadata={"help": "Take records of another model or template."})
     precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Take log pi_ref before the first step."})
     max_tokens: int = field(default=16_384, metadata={"help": "Padded tokens per forward."})
     alpha: float | str = field(default=0.5, metadata={"help": "Weight of the trace loss, or adaptive."})
     alpha_prior: float = field(default=0.5, metadata={"help": "alpha until the data exclude it."})
     alpha_update_steps: int | None = field(default=None, metadata={"help": "Steps between two updates of alpha."})
-    alpha_ema: float = field(default=0.8, metadata={"help": "Memory of the averaged moments."})
+    alpha_ema: float | None = field(default=None, metadata={"help": "Memory of the averaged moments."})
     alpha_probe_prompts: int = field(default=32, metadata={"help": "Prompts held out to estimate mu."})
     alpha_traces_per_answer: int = field(default=4, metadata={"help": "Traces behind each answer of the probe set."})
     alpha_level: float = field(default=0.95, metadata={"help": "Confidence level of alpha's interval."})
@@ -66,20 +71,8 @@ class BVPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.alpha = _number_or_word("--alpha", self.alpha, ADAPTIVE)
-        self.eta_l = _number_or_word("--eta-l", self.eta_l, AUTO)
-        for name, value in (("alpha", self.alpha), ("alpha_prior", self.alpha_prior)):
-            if isinstance(value, float) and not 0 <= value <= 1:
-                raise UserError(
-                    f"{_option(name)} {value:g}: alpha is a weight in [0, 1] (1 is the trace loss, 0 the empty-trace "
-                    "loss), or adaptive."
-                )
-        if isinstance(self.eta_l, float) and not 0 < self.eta_l < math.inf:
-            raise UserError(f"--eta-l {self.eta_l:g}: give a positive number, or auto.")
-        if not 0 <= self.alpha_ema < 1:
-            raise UserError(f"--alpha-ema {self.alpha_ema:g}: a share in [0, 1); 0 forgets at once.")
-        if not 0 < self.alpha_level < 1:
-            raise UserError(f"--alpha-level {self.alpha_level:g}: a confidence level in (0, 1).")
+        if self.eta_l != AUTO:
+            self.eta_l = _positive("--eta-l", self.eta_l)
         for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,12 +81,21 @@ class BVPOConfig(TrainingArguments):
             raise UserError(f"--alpha-probe-prompts {self.alpha_probe_prompts}: at least 0.")
         if self.unmatched_prompts not in ("error", "drop"):
             raise UserError(f"--unmatched {self.unmatched_prompts}: choose error or drop.")
-        self.objective()  # complains about its own settings
+        self.objective(), self.controller()  # complain about their own settings
 
     @property
     def adaptive(self) -> bool:
         """Whether alpha is estimated during the run."""
         return self.alpha == ADAPTIVE
+
+    def controller(self) -> Controller:
+        """The controller of alpha, before the first step.
+
+        Raises:
+            UserError: An alpha that is no weight, or settings the controller cannot have.
+        """
+        options = {"prior": self.alpha_prior, "level": self.alpha_level}
+        return make_controller(self.alpha, **options, **({} if self.alpha_ema is None else {"decay": self.alpha_ema}))
 
     def objective(self) -> Objective:
         """The loss of one pair.
@@ -107,15 +109,13 @@ class BVPOConfig(TrainingArguments):
         return Objective(name, self.beta, self.simpo_gamma if name == "simpo" else 0.0)
 
 
-def _number_or_word(option: str, value: float | str, word: str) -> float | str:
-    if value == word:
-        return word
+def _positive(option: str, value: float | str) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise UserError(f"{option} {value}: give a number, or {word}.") from None
-    if math.isnan(number):
-        raise UserError(f"{option} {value}: give a number, or {word}.")
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{option} {value}: give a positive number, or auto.")
     return number
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from bvpo_stats.data.records import PreferencePair, TraceRecord
+from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.checkpointing import gradient_checkpointing
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
+from bvpo_stats.model.policy import Policy
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import PromptRows, PromptSelection, as_pairs, collate_rows, join_prompts, select_prompts
+from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows
 from bvpo_stats.training.deposit import through_wrapper, with_gradient
+from bvpo_stats.training.estimator import Processes
 from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
 from bvpo_stats.training.metrics import PairMetrics
 from bvpo_stats.training.reference import DisabledAdapter, StoredReference, precompute_reference
+from bvpo_stats.training.scored import scored_gradient
+from bvpo_stats.training.setup import as_policy, check_batch, make_estimator, select_for, trainable_policy
+from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
 
 
 class BVPOTrainer(Trainer):
@@ -62,9 +69,9 @@ class BVPOTrainer(Trainer):
                 "Mixed precision by autocast is not supported; load the model in bfloat16 instead (--dtype)."
             )
         self.config = args
-        self.policy = _trainable(_as_policy(model, processing_class), peft_config)
+        self.policy = trainable_policy(as_policy(model, processing_class), peft_config)
         pairs = as_pairs(train_dataset, "train_dataset") + as_pairs(empty_dataset or (), "empty_dataset")
-        self.selection = _select(pairs, traces, args)
+        self.selection = select_for(args, pairs, traces)
         super().__init__(
             model=self.policy.model,
             args=args,
@@ -80,15 +87,51 @@ class BVPOTrainer(Trainer):
                 "GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.loss_is_scaled_for_ga = False
-        _check_batch(args, len(self.selection.train))
+        check_batch(args, len(self.selection.train))
         self._pair_model = PairModel(self.policy, args.objective(), self._reference(), args.max_tokens)
         self._metrics = PairMetrics()
+        self.estimator, self._subset = make_estimator(args, self.policy, self.selection, traces, self._processes())
+        self._alpha_in_use = self.estimator.alpha
+        self.identity = run_identity(
+            args,
+            self.policy.identity,
+            {name: tuple(w.shape) for name, w in self.policy.model.named_parameters() if w.requires_grad},
+            (*self.selection.train, *self.selection.probe),
+        )
+        self.add_callback(AlphaCallback(self))
 
     @property
     def alpha(self) -> float:
         """The weight of the trace loss in the next step."""
-        assert isinstance(self.config.alpha, float)
-        return self.config.alpha
+        return self.estimator.alpha
+
+    def train(  # type: ignore[override]  # transformers' further arguments pass through
+        self, resume_from_checkpoint: str | bool | None = None, **options: Any
+    ) -> TrainOutput:
+        """Trains, from the start or from a checkpoint, whose run goes on as if it had never stopped.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest complete one.
+            options: As `transformers.Trainer.train` takes them.
+
+        Raises:
+            UserError: No checkpoint, or one of another configuration; NaN losses or gradients (see `compute_loss`).
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            found = last_checkpoint(Path(str(self.args.output_dir)))
+            if found is None:
+                raise UserError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+            checkpoint = str(found)
+        if checkpoint is not None:
+            self.estimator.restore(load_state(Path(str(checkpoint)), self.identity))
+        return super().train(resume_from_checkpoint=checkpoint, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model (an adapter in PEFT's format), the tokenizer, and alpha's state beside them."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            save_state(Path(str(output_dir or self.args.output_dir)), self.identity, self.estimator.to_state())
 
     def compute_loss(
         self,
@@ -111,7 +154,7 @@ class BVPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry, averaged over processes."""
         if "train_runtime" not in logs:  # the entry at the very end sums the run up
-            logs |= self._metrics.take(self._summed) | {"alpha": self.alpha}
+            logs |= self._metrics.take(self._summed) | {"alpha": self._alpha_in_use} | self.estimator.log()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -123,7 +166,13 @@ class BVPOTrainer(Trainer):
         return 6 * tokens * sum(int(weight.numel()) for weight in self.policy.model.parameters())
 
     def _gradient(self, prompts: Sequence[Any]) -> StepGradient:
-        return mixed_gradient(self._pair_model, prompts, self.alpha, self._metrics.add)
+        self._alpha_in_use = self.alpha
+        if not self.estimator.wants_sums:
+            return mixed_gradient(self._pair_model, prompts, self.alpha, self._metrics.add)
+        assert self._subset is not None  # whoever wants sums has made one
+        found, sums = scored_gradient(self._pair_model, self._subset, prompts, self.alpha, self._metrics.add)
+        self.estimator.add(sums)
+        return found
 
     def _reference(self) -> Reference | None:
         if not self.config.objective().needs_reference:
@@ -137,7 +186,15 @@ class BVPOTrainer(Trainer):
         return StoredReference(dict(gather_object(list(mine.items()))))
 
     def _summed(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+        reduced = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.to(values.device)
+
+    def _processes(self) -> Processes:
+        world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
+        return Processes(
+            world.rank, world.size, world.gather, world.broadcast, self._summed if world.size > 1 else None
+        )
 
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Any:
@@ -149,48 +206,25 @@ class BVPOTrainer(Trainer):
             yield
 
 
-def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
-    if isinstance(model, Policy):
-        return model
-    if isinstance(model, str):
-        return load_policy(PolicyOptions(model=model))
-    return wrap_model(model, tokenizer)
+class AlphaCallback(TrainerCallback):
+    """Tells alpha's estimator about the steps; it runs before the step is logged and saved."""
 
+    def __init__(self, trainer: BVPOTrainer) -> None:
+        self._trainer = trainer
 
-def _trainable(policy: Policy, peft_config: Any) -> Policy:
-    """The policy with its trainable weights marked: the adapter's where there is one, else all of them."""
-    from dataclasses import replace
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The first look at the probe set, unless a checkpoint has one behind it."""
+        if state.global_step == 0:
+            with self._trainer._evaluation_mode():
+                self._trainer.estimator.begin(self._learning_rate())
 
-    from peft import get_peft_model
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The alpha of the next step."""
+        with self._trainer._evaluation_mode():
+            self._trainer.estimator.finish_step(state.global_step - 1, self._learning_rate())
 
-    model: Any = policy.model
-    if peft_config is not None:
-        if hasattr(model, "disable_adapter"):
-            raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
-        model = get_peft_model(model, peft_config)
-    if hasattr(model, "disable_adapter"):
-        if not any(weight.requires_grad for weight in model.parameters()):
-            for name, weight in model.named_parameters():
-                weight.requires_grad_("lora_" in name)
-    else:
-        model.requires_grad_(True)
-    return replace(policy, model=model.eval())
-
-
-def _select(pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord], args: BVPOConfig) -> PromptSelection:
-    joined = join_prompts(
-        pairs,
-        trace=args.alpha != 0,
-        empty=args.alpha != 1,
-        unmatched=args.unmatched_prompts,  # type: ignore[arg-type]
-    )
-    return select_prompts(joined, max_length=args.max_length)
-
-
-def _check_batch(args: BVPOConfig, prompts: int) -> None:
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.dataloader_drop_last and prompts < batch:
-        raise UserError(
-            f"There are {prompts} prompts to train on, fewer than one batch of {batch}; lower the batch size (or the "
-            "probe set), or give more pairs."
-        )
+    def _learning_rate(self) -> float:
+        """That of the step to come: the scheduler has moved on."""
+        scheduler = self._trainer.lr_scheduler
+        assert scheduler is not None
+        return float(scheduler.get_last_lr()[0])

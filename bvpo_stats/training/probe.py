@@ -1,0 +1,157 @@
+"""The probe set: prompts held out of training, on which mu, the gradient of the marginal loss, is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bvpo_stats.data.records import PreferencePair, TraceRecord
+from bvpo_stats.estimators.aggregate import aggregate
+from bvpo_stats.estimators.examples import check_identity, join_examples
+from bvpo_stats.estimators.ladder import Probe
+from bvpo_stats.estimators.marginal import SideDiagnostics
+from bvpo_stats.estimators.options import MarginalMethod, StreamOptions
+from bvpo_stats.estimators.references import check_stored_log_probs
+from bvpo_stats.estimators.selection import select_traces
+from bvpo_stats.estimators.stream import gradient_batches
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.subset import Subset
+from bvpo_stats.statistics.moments import Moments
+
+Merge = Callable[[Any], list[Any]]
+"""Every process's value, in the order of ranks, at the first process; an empty list elsewhere."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a look at the probe set gave.
+
+    Attributes:
+        method: Estimator of mu; ``none`` where there was none to use.
+        reason: One sentence.
+        moments: Moments of the gradients; None where mu could not be estimated (and in all processes but the first).
+    """
+
+    method: MarginalMethod
+    reason: str
+    moments: Moments | None
+
+
+class ProbeSet:
+    """The probe prompts with their traces, and how their gradients are taken."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        subset: Subset,
+        pairs: Sequence[PreferencePair],
+        traces: Sequence[TraceRecord],
+        options: StreamOptions,
+    ) -> None:
+        """Checks the records once; later looks take them as they are.
+
+        Args:
+            policy: The policy, at any theta.
+            subset: The weights that are trained.
+            pairs: D_t and D_e of the probe prompts.
+            traces: Their trace bank.
+            options: Objective, traces per answer, budget, seed; the method is chosen anew at each look.
+
+        Raises:
+            UserError: Records of another model or template, or whose stored log-probabilities are not the reference's.
+        """
+        self._policy, self._subset = policy, subset
+        self._pairs, self._traces = list(pairs), list(traces)
+        self._examples = join_examples(pairs, traces).examples
+        if not options.allow_mismatch:
+            check_identity(policy, self._examples)
+        check_stored_log_probs(policy, self._examples, options.checked_records)
+        self._options = replace(options, checked_records=0, allow_mismatch=True)
+
+    @property
+    def prompts(self) -> int:
+        """Number of probe prompts."""
+        return len(self._examples)
+
+    @property
+    def has_traces(self) -> bool:
+        """Whether there is a trace bank."""
+        return bool(self._traces)
+
+    def tokens(self) -> int:
+        """Tokens of one look: all pairs and the traces that are used (off the reference point)."""
+        method, _ = self._method(off_reference=True)
+        total = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in self._pairs)
+        if method == "none":
+            return total
+        for example in self._examples:
+            for _, bank in example.sides:
+                used = select_traces(bank, method, self._options.traces_per_answer)
+                total += sum(len(t.prompt_ids) + len(t.completion_ids) for t in used if t is not bank.own)
+        return total
+
+    def look(self, share: tuple[int, int] = (0, 1), merge: Merge = lambda value: [value]) -> ProbeResult:
+        """Gradients of the probe prompts at the present theta, as moments.
+
+        Args:
+            share: (rank, processes): which prompts are this process's.
+            merge: Gathers a value of every process at the first.
+        """
+        method, reason = self._method()
+        if method == "none":
+            return ProbeResult(method, reason, None)
+        mine = {example.prompt_id for example in self._examples[share[0] :: share[1]]}
+        moments: Moments | None = None
+        diagnostics: list[SideDiagnostics] = []
+        if mine:
+            batches = gradient_batches(
+                self._policy,
+                self._subset,
+                [pair for pair in self._pairs if pair.prompt_id in mine],
+                replace(self._options, method=method),
+                [trace for trace in self._traces if trace.prompt_id in mine],
+            )
+            for batch in batches:
+                moments = moments or Moments.init(tuple(batch.vectors), tuple(batch.vectors["t"]))
+                moments = moments.update(batch.vectors, batch.prompt_ids, trace2=batch.trace2)
+                diagnostics += batch.diagnostics
+        parts = merge((None if moments is None else moments.to_arrays(), diagnostics))
+        return _together(method, reason, parts)
+
+    def _method(self, off_reference: bool = False) -> tuple[MarginalMethod, str]:
+        """The first rung of the ladder that the records allow; what their weights say is seen after the pass."""
+        ladder = Probe(self._policy, self._examples, self._options)
+        reasons = []
+        methods: tuple[MarginalMethod, ...] = ("reference-point", "posterior", "prior")
+        for method in methods[1:] if off_reference else methods:
+            obstacle = ladder.obstacle(method)
+            if obstacle is None and method == "posterior" and self._fewest(method) < 2:
+                obstacle = "some answers have fewer than two posterior traces"
+            if obstacle is None:
+                return method, _WORDS[method]
+            reasons.append(obstacle)
+        return "none", f"mu is not estimable here: {'; '.join(reasons)}"
+
+    def _fewest(self, method: MarginalMethod) -> int:
+        banks = [bank for example in self._examples for _, bank in example.sides]
+        return min(len(select_traces(bank, method, self._options.traces_per_answer)) for bank in banks)
+
+
+_WORDS: dict[str, str] = {
+    "reference-point": "mu = E g_t exactly, at the reference point and temperature 1",
+    "posterior": "mu from posterior traces of each answer",
+    "prior": "mu from traces drawn regardless of the answer",
+}
+
+
+def _together(method: MarginalMethod, reason: str, parts: Sequence[Any]) -> ProbeResult:
+    moments: Moments | None = None
+    for arrays, _ in parts:
+        if arrays is not None:
+            found = Moments.from_arrays(arrays)
+            moments = found if moments is None else moments.merge(found)
+    diagnostics = [side for _, found in parts for side in found]
+    if diagnostics and aggregate(diagnostics).collapsed:
+        return ProbeResult(method, f"{reason}, whose weights have collapsed: mu is not estimable", None)
+    return ProbeResult(method, reason, moments)
