@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli import alpha_star, evaluate, figures, pairs, report, sample, tiny, traces, variance
+from bvpo_stats.cli import alpha_star, evaluate, figures, pairs, report, sample, tiny, traces, train, variance
 
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
@@ -39,6 +39,7 @@ app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
 app.command("pairs", epilog=pairs.EXAMPLES)(pairs.pairs)
 app.command("traces", epilog=traces.EXAMPLES)(traces.traces)
 app.command("alpha-star", epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
+app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("evaluate", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("figures", epilog=figures.EXAMPLES)(figures.figures)
 app.command("report", epilog=report.EXAMPLES)(report.report)

@@ -135,6 +135,19 @@ def load_policy(options: PolicyOptions) -> Policy:
     return Policy(model.to(device).eval(), tokenizer, template, identity, eos_ids)
 
 
+def on_own_device(options: PolicyOptions, local_rank: int, processes: int) -> PolicyOptions:
+    """The options with each process of a machine on its own GPU, where the choice was left to us.
+
+    Args:
+        options: What to load.
+        local_rank: Number of this process on its machine.
+        processes: Number of processes in all.
+    """
+    if processes == 1 or options.device != "auto" or not torch.cuda.is_available():
+        return options
+    return replace(options, device=f"cuda:{local_rank % torch.cuda.device_count()}")
+
+
 def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
     """A policy around a model that is loaded already; its name stands for its identity.
 

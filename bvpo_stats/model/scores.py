@@ -31,12 +31,16 @@ class ScoreOptions:
         mix: Turns scores into linear combinations of them before the sinks see them; None for one row per sequence. It
             is called once, between forward and backward, so that the weights may depend on the log-probabilities: a
             preference gradient needs no second pass.
+        weigh: From sequence log-probabilities [sequences] to the weight of each in the objective, so that the sinks
+            receive weight_i * s_i; called once, between forward and backward, like ``mix``. Where every row is made of
+            a few scores, adding those up in a sink costs less than the matrix product of ``mix``.
         names: How errors name the records; their index where not given.
         chunk_tokens: Positions per chunk of the head.
     """
 
     token_weights: Float[Tensor, "sequences targets"] | None = None
     mix: Mix | None = None
+    weigh: Callable[[Tensor], Tensor] | None = None
     names: Sequence[str] | None = None
     chunk_tokens: int | None = None
 
@@ -75,6 +79,8 @@ def score_pass(
         if options.mix is not None:
             tape.mix = options.mix(logps.detach())
         objective = logps if options.token_weights is None else sequence_logprobs(token_logps * options.token_weights)
+        if options.weigh is not None:
+            objective = objective * options.weigh(logps.detach())
         if objective.requires_grad:
             torch.autograd.grad(objective.sum(), [tape.anchor], allow_unused=True)
         tape.finish()
@@ -129,9 +135,7 @@ def check_deterministic(model: nn.Module) -> None:
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise UserError("Scores under torch.autocast are not supported; load the model in the dtype you want.")
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
+    for name, module in _training_modules(model):
         if _dropout_rate(module) > 0:
             raise UserError(f"{name}: dropout is active ({_dropout_rate(module)}); call model.eval() first.")
         if getattr(module, "gradient_checkpointing", False) and _is_reentrant(module):
@@ -139,6 +143,16 @@ def check_deterministic(model: nn.Module) -> None:
                 f"{name}: reentrant gradient checkpointing is not supported; use "
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
+
+
+def _training_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules in training mode, with their names: looked for before every pass, so without spelling all names out."""
+    found, stack = False, [model]
+    while stack and not found:
+        module = stack.pop()
+        found = module.training
+        stack.extend(child for child in module._modules.values() if child is not None)
+    return [(name, module) for name, module in model.named_modules() if module.training] if found else []
 
 
 def _dropout_rate(module: nn.Module) -> float:

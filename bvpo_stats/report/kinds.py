@@ -14,6 +14,7 @@ from bvpo_stats.studies import (
     pairs_output,
     sample_output,
     traces_report,
+    train_output,
     variance_output,
 )
 from bvpo_stats.studies.alpha_star_report import AlphaReport
@@ -54,6 +55,7 @@ KINDS: dict[str, Kind] = {
         Kind("pairs", pairs_output.present),
         Kind("traces", traces_report.present),
         Kind("alpha-star", _present_alpha_star, plots.alpha_figures),
+        Kind("train", train_output.present, plots.train_figures),
         Kind("evaluate", evaluate_output.present, plots.evaluation_figures),
     )
 }

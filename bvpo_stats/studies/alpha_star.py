@@ -21,7 +21,7 @@ from bvpo_stats.estimators.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.estimators.objectives import LOSSES, Objective
 from bvpo_stats.estimators.stream import StreamOptions, gradient_batches
 from bvpo_stats.model.optimizer_state import read_second_moments
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
 from bvpo_stats.statistics.drift import DriftBound, drift_bound
@@ -103,7 +103,9 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         pairs = load_pairs(config.inputs)
         check_groups(_prompts(pairs), config.options.groups)
         traces = load_traces(config.inputs, {pair.prompt_id for pair in pairs})
-        policy, subset, words = prepare_subset(load_policy(_placed(config.policy, world)), config.subset)
+        policy, subset, words = prepare_subset(
+            load_policy(on_own_device(config.policy, world.local_rank, world.size)), config.subset
+        )
         options = config.options
         if config.optimizer_state is not None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
@@ -269,17 +271,6 @@ def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]
         "seed": stream.seed,
         "optimizer_state": None if state is None else str(state),
     }
-
-
-def _placed(options: PolicyOptions, world: World) -> PolicyOptions:
-    """Each process on its own GPU, where the choice was left to us."""
-    if world.size == 1 or options.device != "auto":
-        return options
-    import torch
-
-    if not torch.cuda.is_available():
-        return options
-    return replace(options, device=f"cuda:{world.local_rank % torch.cuda.device_count()}")
 
 
 def _prompts(pairs: Sequence[PreferencePair]) -> int:

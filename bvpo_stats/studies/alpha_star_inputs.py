@@ -41,15 +41,26 @@ class AlphaInputs:
         Raises:
             UserError: One of them is not there.
         """
-        beside = self.pairs if self.empty_pairs is None else self.empty_pairs
-        traces = self.traces
-        if traces is None and self.pairs == EMBEDDED:
-            traces = EMBEDDED
-        return (
-            _locate(self.pairs, "thinking", "--pairs"),
-            _locate(beside, "nothinking", "--empty-pairs"),
-            None if traces is None else _locate(traces, "traces", "--traces"),
-        )
+        return self.set_path("thinking"), self.set_path("nothinking"), self.traces_path()
+
+    def set_path(self, mode: Mode) -> Path:
+        """File of D_t (``thinking``) or D_e (``nothinking``).
+
+        Raises:
+            UserError: It is not there.
+        """
+        if mode == "thinking":
+            return _locate(self.pairs, "thinking", "--pairs")
+        return _locate(self.pairs if self.empty_pairs is None else self.empty_pairs, "nothinking", "--empty-pairs")
+
+    def traces_path(self) -> Path | None:
+        """File of the trace bank; None where there is none.
+
+        Raises:
+            UserError: It is not there.
+        """
+        traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
+        return None if traces is None else _locate(traces, "traces", "--traces")
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,17 @@ def load_pairs(inputs: AlphaInputs) -> list[PreferencePair]:
     Raises:
         UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
     """
-    trace_path, empty_path, _ = inputs.paths()
-    trace_pairs = list(_pairs(trace_path, "thinking", "--pairs"))
-    empty_pairs = list(_pairs(empty_path, "nothinking", "--empty-pairs"))
-    return shared_pairs([*trace_pairs, *empty_pairs], inputs.limit)
+    return shared_pairs([*load_set(inputs, "thinking"), *load_set(inputs, "nothinking")], inputs.limit)
+
+
+def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
+    """All pairs of D_t (``thinking``) or D_e (``nothinking``).
+
+    Raises:
+        UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
+    """
+    path, option = inputs.set_path(mode), "--pairs" if mode == "thinking" else "--empty-pairs"
+    return list(_pairs(path, mode, option))
 
 
 def shared_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[PreferencePair]:
@@ -135,7 +153,7 @@ def load_traces(inputs: AlphaInputs, prompts: Iterable[str]) -> list[TraceRecord
     Raises:
         UserError: Records are missing fields.
     """
-    path = inputs.paths()[2]
+    path = inputs.traces_path()
     if path is None:
         return []
     wanted = set(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import check_finite
 from bvpo_stats.training.data import TrainingPrompt
 
-Reference = Callable[[Batch, Sequence[PreferencePair], Sequence[str]], Tensor]
-"""log pi_ref of a batch of pairs, chosen and rejected in turn."""
+Reference = Callable[[Sequence[tuple[Batch, Sequence[PreferencePair], Sequence[str]]]], list[Tensor]]
+"""log pi_ref of the rows of some batches of pairs (with their pairs and the names of their rows)."""
 
 Observe = Callable[[list[Mode], Tensor, PairLogps, PairTerms], None]
 """Told about every microbatch: sets, shares in the loss, log-probabilities, losses and rewards."""
@@ -38,6 +39,25 @@ class StepGradient:
 
     loss: Tensor
     gradients: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Pairs that go through the model together.
+
+    Attributes:
+        members: Their numbers in the list that was planned.
+        pairs: The pairs.
+        batch: Their sequences, chosen and rejected in turn.
+        names: How errors name the rows.
+        reference: log pi_ref of the rows; None where the loss has no reference.
+    """
+
+    members: list[int]
+    pairs: list[PreferencePair]
+    batch: Batch
+    names: list[str]
+    reference: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,41 +78,59 @@ class PairModel:
     max_tokens: int
     max_padding: float = 0.25
 
-    @property
+    @functools.cached_property
     def weights(self) -> list[Tensor]:
         """The parameters that are trained."""
         model: Any = self.policy.model
         return [weight for weight in model.parameters() if weight.requires_grad]
 
-    def microbatches(self, pairs: Sequence[PreferencePair]) -> list[list[int]]:
-        """Indices of the pairs that go through the model together, longest first."""
-        lengths = [len(p.prompt_ids) + len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-        owners = [index // 2 for index in range(len(lengths))]
-        batches = length_batches(lengths, max_tokens=self.max_tokens, groups=owners, max_padding=self.max_padding)
-        return [sorted({index // 2 for index in members}) for members in batches]
-
-    def batch(self, pairs: Sequence[PreferencePair]) -> tuple[Batch, list[str]]:
-        """Pairs as one padded batch, chosen and rejected in turn, and how errors name its rows."""
-        sequences, names = pair_sequences(pairs)
-        policy = self.policy
-        batch = collate(
-            sequences, pad_id=policy.pad_id, max_positions=policy.max_positions, names=names, device=policy.device
-        )
-        return batch, names
-
-    def reference_logps(self, batch: Batch, pairs: Sequence[PreferencePair], names: Sequence[str]) -> Tensor | None:
-        """Log pi_ref of a batch; None where the loss has no reference."""
-        return None if self.reference is None else self.reference(batch, pairs, names)
-
-    def terms(self, batch: Batch, policy: Tensor, reference: Tensor | None) -> tuple[PairLogps, PairTerms]:
-        """Losses and score weights of a batch of pairs.
+    def plan(self, pairs: Sequence[PreferencePair]) -> list[Microbatch]:
+        """Pairs as microbatches, longest first, with the reference's log-probabilities.
 
         Args:
-            batch: The pairs, chosen and rejected in turn.
-            policy: log pi_theta of its rows.
-            reference: log pi_ref of its rows.
+            pairs: The pairs.
+
+        Raises:
+            UserError: A sequence is empty or too long, or a log-probability is not finite; the pair is named.
         """
-        tokens = batch.completion_mask.sum(dim=1).to(policy.dtype)
+        if not pairs:
+            return []
+        sequences, names = pair_sequences(pairs)
+        batches = length_batches(
+            [len(sequence) for sequence in sequences],
+            max_tokens=self.max_tokens,
+            groups=[index // 2 for index in range(len(sequences))],
+            max_padding=self.max_padding,
+        )
+        policy, found = self.policy, []
+        for indices in batches:
+            members = sorted({index // 2 for index in indices})
+            rows = [2 * member + side for member in members for side in (0, 1)]
+            batch = collate(
+                [sequences[row] for row in rows],
+                pad_id=policy.pad_id,
+                max_positions=policy.max_positions,
+                names=[names[row] for row in rows],
+                device=policy.device,
+            )
+            found.append((members, batch, [pairs[m] for m in members], [names[row] for row in rows]))
+        reference: Sequence[Tensor | None] = [None] * len(found)
+        if self.reference is not None:
+            reference = self.reference([entry[1:] for entry in found])
+        return [
+            Microbatch(members, some, batch, some_names, logps)
+            for (members, batch, some, some_names), logps in zip(found, reference, strict=True)
+        ]
+
+    def terms(self, micro: Microbatch, policy: Tensor) -> tuple[PairLogps, PairTerms]:
+        """Losses and score weights of a microbatch.
+
+        Args:
+            micro: The pairs.
+            policy: log pi_theta of its rows.
+        """
+        tokens = micro.batch.completion_mask.sum(dim=1).to(policy.dtype)
+        reference = micro.reference
         contrast = (None, None) if reference is None else (reference[0::2], reference[1::2])
         logps = PairLogps(policy[0::2], policy[1::2], tokens[0::2], tokens[1::2], *contrast)
         return logps, self.objective(logps)
@@ -117,20 +155,17 @@ def mixed_gradient(
     weights = pair_model.weights
     gradients: list[Tensor | None] = [None] * len(weights)
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
-    for members in pair_model.microbatches(pairs):
-        some = [pairs[i] for i in members]
-        share = torch.tensor([weighted[i][1] for i in members], dtype=torch.float64, device=loss.device)
-        batch, names = pair_model.batch(some)
-        reference = pair_model.reference_logps(batch, some, names)
+    for micro in pair_model.plan(pairs):
+        share = torch.tensor([weighted[i][1] for i in micro.members], dtype=torch.float64, device=loss.device)
         with torch.enable_grad():
-            policy = sequence_logprobs(token_logprobs(pair_model.policy.model, batch))
-            check_finite(policy.detach(), names)
-            logps, terms = pair_model.terms(batch, policy, reference)
+            policy = sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch))
+            check_finite(policy.detach(), micro.names)
+            logps, terms = pair_model.terms(micro, policy)
             part = (share * terms.loss).sum()
             found = torch.autograd.grad(part, weights, allow_unused=True)
         gradients = [g if total is None else _add(total, g) for total, g in zip(gradients, found, strict=True)]
         loss += part.detach()
-        observe([pair.mode for pair in some], share, logps, terms)
+        observe([pair.mode for pair in micro.pairs], share, logps, terms)
     check_gradient(loss, gradients, prompts)
     return StepGradient(loss, gradients)
 

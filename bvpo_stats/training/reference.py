@@ -18,6 +18,9 @@ from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import log_probabilities
 
+NamedBatch = tuple[Batch, Sequence[PreferencePair], Sequence[str]]
+"""A batch of pairs, chosen and rejected in turn, the pairs, and how errors name the rows."""
+
 _CHECKED = 8  # stored values that are compared with the model
 
 
@@ -27,10 +30,10 @@ class DisabledAdapter:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def __call__(self, batch: Batch, pairs: Sequence[PreferencePair], names: Sequence[str]) -> Tensor:
-        """Log pi_ref of a batch of pairs, chosen and rejected in turn."""
-        with self._policy.reference() as model:
-            return sequence_logprobs(log_probabilities(model, batch, names=names))
+    def __call__(self, batches: Sequence[NamedBatch]) -> list[Tensor]:
+        """Log pi_ref of the rows of some batches."""
+        with self._policy.reference() as model:  # switching an adapter off and on costs as much as a small forward
+            return [sequence_logprobs(log_probabilities(model, batch, names=names)) for batch, _, names in batches]
 
 
 class StoredReference:
@@ -39,10 +42,16 @@ class StoredReference:
     def __init__(self, values: dict[tuple[str, str], tuple[float, float]]) -> None:
         self.values = values
 
-    def __call__(self, batch: Batch, pairs: Sequence[PreferencePair], names: Sequence[str]) -> Tensor:
-        """Log pi_ref of a batch of pairs, chosen and rejected in turn."""
-        found = [value for pair in pairs for value in self.values[pair.prompt_id, pair.mode]]
-        return torch.tensor(found, dtype=torch.float64, device=batch.input_ids.device)
+    def __call__(self, batches: Sequence[NamedBatch]) -> list[Tensor]:
+        """Log pi_ref of the rows of some batches, chosen and rejected in turn."""
+        return [
+            torch.tensor(
+                [value for pair in pairs for value in self.values[pair.prompt_id, pair.mode]],
+                dtype=torch.float64,
+                device=batch.input_ids.device,
+            )
+            for batch, pairs, _ in batches
+        ]
 
 
 def precompute_reference(

@@ -56,20 +56,22 @@ def trainable_policy(policy: Policy, peft_config: Any) -> Policy:
     return replace(policy, model=model.eval())
 
 
+def needed_sets(args: BVPOConfig) -> tuple[bool, bool]:
+    """Whether the loss has a trace part and an empty-trace part: alpha = 1 and alpha = 0 do without the other."""
+    controller = args.controller()
+    only = controller.alpha if isinstance(controller, FixedController) else None
+    return only != 0, only != 1
+
+
 def select_for(args: BVPOConfig, pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]) -> PromptSelection:
     """The prompts that the settings train on, and those they hold out.
 
     Raises:
         UserError: As in `join_prompts` and `select_prompts`.
     """
-    controller = args.controller()
-    only = controller.alpha if isinstance(controller, FixedController) else None
-    joined = join_prompts(
-        pairs,
-        trace=only != 0,
-        empty=only != 1,
-        unmatched=args.unmatched_prompts,  # type: ignore[arg-type]
-    )
+    trace, empty = needed_sets(args)
+    unmatched: Any = args.unmatched_prompts
+    joined = join_prompts(pairs, trace=trace, empty=empty, unmatched=unmatched)
     probe = 0
     if args.alpha == ADAPTIVE:
         spare = len(joined[0]) - global_batch(args) if args.dataloader_drop_last else len(joined[0]) // 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bvpo_stats.model.sinks import Sink
@@ -19,68 +19,72 @@ from bvpo_stats.training.observations import StepSums
 
 
 class PromptSums:
-    """Running sums; memory: two vectors of the parameters, and the trace rows of one microbatch."""
+    """Running sums; memory: two vectors of the parameters, and what `TraceRows` keep."""
 
     def __init__(self, subset: Subset) -> None:
         self._subset = subset
-        self._totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._diagonal: list[Tensor] = []  # of each microbatch and weight: D_tt, D_te, D_ee
-        self._examples, self._squares = 0.0, 0.0
+        self._trace: dict[str, Tensor] = {}
+        self._empty: dict[str, Tensor] = {}
+        self._products: dict[str, list[Tensor]] = {"tt": [], "te": [], "ee": []}
+        self._examples = 0
 
-    def trace_sink(self, rows: dict[str, Tensor]) -> Sink:
-        """Takes trace gradients, one row a prompt, and keeps them in ``rows`` for the inner products with the others.
+    def trace_sink(self, rows: dict[str, Tensor], group: int, members: Int[Tensor, " prompts"]) -> Sink:
+        """Takes the weighted scores of trace pairs, chosen and rejected in turn: their sums are the prompts' t_i.
 
         Args:
-            rows: Filled by weight.
+            rows: Where the t_i are kept for the inner products with the e_i, by weight: ``[group, *shape]``.
+            group: Prompts that share ``rows``.
+            members: Which of them these pairs belong to.
         """
 
-        def take(name: str, scores: Float[Tensor, "prompts ..."]) -> None:
-            rows[name] = scores
-            self._add(0, name, scores)
-            square = torch.linalg.vector_norm(scores, dtype=torch.float64).square()
-            self._diagonal.append(torch.stack([square, torch.zeros_like(square), torch.zeros_like(square)]))
+        def take(name: str, scores: Float[Tensor, "sequences ..."]) -> None:
+            gradients = scores[0::2] + scores[1::2]
+            if name not in rows:
+                rows[name] = torch.zeros((group, *gradients.shape[1:]), dtype=gradients.dtype, device=gradients.device)
+            rows[name][members] = gradients
+            _add(self._trace, name, gradients)
+            self._products["tt"].append(_square(gradients))
 
         return take
 
-    def empty_sink(self, rows: dict[str, Tensor]) -> Sink:
-        """Takes empty-trace gradients of the same prompts; gives each weight of ``rows`` up once it has been used.
+    def empty_sink(self, rows: dict[str, Tensor], members: Int[Tensor, " prompts"]) -> Sink:
+        """Takes the weighted scores of empty-trace pairs, likewise: the prompts' e_i.
 
         Args:
-            rows: What the trace sink kept, for the same prompts in the same order.
+            rows: The t_i of the group.
+            members: Which of the group's prompts these pairs belong to.
         """
 
-        def take(name: str, scores: Float[Tensor, "prompts ..."]) -> None:
-            self._add(1, name, scores)
-            square = torch.linalg.vector_norm(scores, dtype=torch.float64).square()
-            trace = rows.pop(name, None)
-            cross = torch.zeros_like(square) if trace is None else (trace * scores).sum(dtype=torch.float64)
-            self._diagonal.append(torch.stack([torch.zeros_like(square), cross, square]))
+        def take(name: str, scores: Float[Tensor, "sequences ..."]) -> None:
+            gradients = scores[0::2] + scores[1::2]
+            _add(self._empty, name, gradients)
+            self._products["ee"].append(_square(gradients))
+            if name in rows:
+                self._products["te"].append((gradients * rows[name][members]).sum(dtype=torch.float64))
 
         return take
 
     def count(self, prompts: int) -> None:
-        """Counts the prompts of a microbatch whose gradients the sinks have received."""
+        """Counts prompts whose gradients the sinks have received."""
         self._examples += prompts
-        self._squares += prompts
 
     def gradients(self, alpha: float) -> list[Tensor | None]:
         """(alpha S_t + (1 - alpha) S_e) / n by weight, in the weights' dtype; None for weights without gradient."""
         found: list[Tensor | None] = []
         for name, weight in self._subset.parameters.items():
-            trace, empty = (totals.get(name) for totals in self._totals)
-            parts = [share * part for share, part in ((alpha, trace), (1 - alpha, empty)) if part is not None]
-            mixed = sum(parts[1:], parts[0]) / self._examples if parts else None
-            found.append(None if mixed is None else mixed.to(weight.dtype))
+            sums = ((alpha, self._trace.get(name)), (1 - alpha, self._empty.get(name)))
+            parts = [share * part for share, part in sums if part is not None]
+            found.append(sum(parts[1:], parts[0]).div_(self._examples).to(weight.dtype) if parts else None)
         return found
 
     def merge(self, other: PromptSums) -> PromptSums:
         """Sums over both sets of prompts; takes ``other``'s over."""
-        for mine, theirs in zip(self._totals, other._totals, strict=True):
+        for mine, theirs in ((self._trace, other._trace), (self._empty, other._empty)):
             for name, total in theirs.items():
                 mine[name] = mine[name].add_(total) if name in mine else total
-        self._diagonal += other._diagonal
+        for name, products in other._products.items():
+            self._products[name] += products
         self._examples += other._examples
-        self._squares += other._squares
         return self
 
     def step_sums(self, reduce: Callable[[Tensor], Tensor] | None = None) -> StepSums:
@@ -89,32 +93,31 @@ class PromptSums:
         Args:
             reduce: Adds a tensor up over processes; None for a single one.
         """
-        device = next(iter(self._subset.parameters.values())).device
-        diagonal = torch.stack(self._diagonal).sum(0) if self._diagonal else torch.zeros(3, dtype=torch.float64)
-        counts = torch.tensor([self._examples, self._squares], dtype=torch.float64, device=device)
-        numbers = torch.cat([diagonal.to(device), counts])
-        totals = self._totals
+        weights = self._subset.parameters
+        device = next(iter(weights.values())).device
+        diagonal = [torch.stack(found).sum() if found else torch.zeros(()) for found in self._products.values()]
+        numbers = torch.tensor([*map(float, diagonal), self._examples], dtype=torch.float64, device=device)
+        trace, empty = (_flat(part, weights) for part in (self._trace, self._empty))
         if reduce is not None:
-            numbers = reduce(numbers)
-            totals = tuple(self._reduced(part, reduce) for part in totals)  # type: ignore[assignment]
-        products = [_dot(a, b) for a, b in ((totals[0], totals[0]), (totals[0], totals[1]), (totals[1], totals[1]))]
-        tt, te, ee, examples, squares = numbers.tolist()
-        return StepSums(examples, squares, (products[0], products[1], products[2]), (tt, te, ee))
-
-    def _reduced(self, part: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Every process sends every weight: one that a process did not reach counts as zero there."""
-        zero = {
-            name: torch.zeros(w.shape, dtype=torch.float64, device=w.device)
-            for name, w in self._subset.parameters.items()
-        }
-        return {name: reduce(part.get(name, zero[name])) for name in self._subset.parameters}
-
-    def _add(self, side: int, name: str, scores: Tensor) -> None:
-        total = scores.sum(0, dtype=torch.float64)
-        sums = self._totals[side]
-        sums[name] = sums[name].add_(total) if name in sums else total
+            numbers, trace, empty = reduce(numbers), reduce(trace), reduce(empty)
+        tt, te, ee, examples = numbers.tolist()
+        total = (float(trace @ trace), float(trace @ empty), float(empty @ empty))
+        return StepSums(examples, examples, total, (tt, te, ee))
 
 
-def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    products = [a[name].flatten() @ b[name].flatten() for name in a if name in b]
-    return float(torch.stack(products).sum()) if products else 0.0
+def _add(sums: dict[str, Tensor], name: str, gradients: Tensor) -> None:
+    total = gradients.sum(0, dtype=torch.float64)
+    sums[name] = sums[name].add_(total) if name in sums else total
+
+
+def _square(gradients: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradients, dtype=torch.float64).square()
+
+
+def _flat(part: dict[str, Tensor], weights: dict[str, torch.nn.Parameter]) -> Float[Tensor, " parameters"]:
+    """A sum as one vector; weights that were not reached count as zero."""
+    pieces = [
+        part[name].flatten() if name in part else torch.zeros(w.numel(), dtype=torch.float64, device=w.device)
+        for name, w in weights.items()
+    ]
+    return torch.cat(pieces)

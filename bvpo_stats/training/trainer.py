@@ -199,7 +199,8 @@ class BVPOTrainer(Trainer):
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Any:
         """Dropout off; with checkpointing, where it was asked for."""
-        self.policy.model.eval()
+        if self.policy.model.training:
+            self.policy.model.eval()
         names = ("activation_checkpointing", "gradient_checkpointing")  # the newer name, and transformers 5.20's
         wanted = any(self.args.__dict__.get(name) for name in names)
         with gradient_checkpointing(self.policy.model) if wanted else contextlib.nullcontext():

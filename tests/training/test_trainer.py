@@ -181,11 +181,11 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"alpha": 1.5}, "--alpha 1.5"),
-        ({"alpha": "-0.1"}, "--alpha -0.1"),
-        ({"alpha": "best"}, "--alpha best"),
-        ({"alpha_prior": 2.0}, "--alpha-prior 2"),
-        ({"alpha_ema": 1.0}, "--alpha-ema 1"),
+        ({"alpha": 1.5}, "alpha 1.5: must lie between 0"),
+        ({"alpha": "-0.1"}, "alpha -0.1: must lie between 0"),
+        ({"alpha": "best"}, "alpha 'best': give a number"),
+        ({"alpha_prior": 2.0, "alpha": "adaptive"}, "alpha 2.0: must lie between 0"),
+        ({"alpha_ema": 1.0, "alpha": "adaptive"}, "decays of averages"),
         ({"eta_l": 0}, "--eta-l 0"),
         ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
         ({"beta": 0.0}, "beta must be positive"),
