@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from bvpo_stats.cli import options as o
 
 from bvpo_stats.errors import UserError
+
+if TYPE_CHECKING:
+    from bvpo_stats.studies.evaluate_config import JudgeOptions
 
 EXAMPLES = """Examples:
 
@@ -21,6 +24,9 @@ bvpo-stats evaluate --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --adapter 
 
 bvpo-stats evaluate --model MODEL --data problems.jsonl --samples 8 --mode thinking
 
+bvpo-stats evaluate --task alpaca-eval --model MODEL --adapter runs/bvpo --judge reward --reward model:REWARD-MODEL
+--baseline gpt4_turbo.json
+
 bvpo-stats evaluate --engine openai --base-url http://localhost:8000/v1 --model MODEL --data aime24 --data aime25"""
 
 
@@ -31,8 +37,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Problems: embedded, aime24, aime25, amc, math-500, minerva, olympiadbench, paper (these six), or a "
-            "file or dataset with the fields `problem` and `answer`. Repeatable.",
-            show_default="embedded",
+            "file or dataset with the fields `problem` and `answer`. Repeatable. Alignment: a file or dataset of "
+            "prompts (`instruction`, `prompt`).",
+            show_default="embedded; alignment: the benchmark's own prompts",
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a dataset given as --data.", show_default="test")] = None,
@@ -67,6 +74,21 @@ def evaluate(
             help="Put under each problem; '' for nothing.",
             show_default="to reason step by step and answer in a box; nothing for the embedded model",
         ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge alignment answers here: `reward` compares rewards with --baseline.",
+            show_default="the benchmark's own tools judge the answer files",
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="For --judge reward: model:PATH, embedded, file:SCORES.jsonl or module:function."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="For --judge reward: answers to beat, in AlpacaEval's or Arena-Hard's form."),
     ] = None,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
     engine: Annotated[str, typer.Option(help="transformers, openai (any compatible server) or file.")] = "transformers",
@@ -125,9 +147,24 @@ def evaluate(
         samples_from=tuple(samples_from or ()),
         batch_size=o.batch_size(batch_size),
         shard=parse_shard(shard),
+        judge=_judge(judge, reward, baseline),
     )
     report = run(settings, output)
     if report is None:
         print(f"Shard {shard} is drawn. When all are, the same command without --shard reports.")
     else:
         print_report(report, output)
+
+
+def _judge(judge: str | None, reward: str | None, baseline: Path | None) -> JudgeOptions | None:
+    from bvpo_stats.studies.evaluate_config import JudgeOptions
+
+    if judge is None:
+        if reward is not None or baseline is not None:
+            raise UserError("--reward and --baseline are for --judge reward; add it.")
+        return None
+    if judge != "reward":
+        raise UserError(f"--judge {judge}: unknown. Choose reward, or leave it out: then the answer files are all.")
+    if reward is None or baseline is None:
+        raise UserError("--judge reward needs --reward (who scores) and --baseline (the answers to beat).")
+    return JudgeOptions(reward, baseline)

@@ -13,7 +13,7 @@ from bvpo_stats.data.prompts import EMBEDDED, prompt_from_row, source_rows
 from bvpo_stats.data.records import Prompt
 from bvpo_stats.errors import UserError
 
-Verifier = Literal["math-verify", "embedded"]
+Verifier = Literal["math-verify", "embedded", "judge"]
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 """What DeepSeek advises to add to a math problem; the paper does not print its own wording."""
@@ -64,7 +64,7 @@ class Benchmark:
         title: Column heading.
         source: Where the problems come from.
         samples: k, responses per problem and mode.
-        verifier: What decides whether an answer is correct.
+        verifier: What decides whether an answer is correct; ``judge`` where that is a matter of preference.
         problems: The problems, instruction included; ``gold`` is set.
         duplicates: Repeated rows of a preset that were left out.
     """
@@ -132,7 +132,8 @@ def _load(source: str, split: str | None, instruction: str | None, limit: int | 
     if preset is None:
         _refuse_near_presets(source)
     rows = source_rows(preset.source if preset else source, preset.split if preset else split or "test", _OPTION)
-    problems, duplicates = _distinct(((where, problem_from_row(row, where)) for where, row in rows), preset, limit)
+    found = ((where, problem_from_row(row, where)) for where, row in rows)
+    problems, duplicates = distinct(found, keep_first=preset is not None, limit=limit)
     if not problems:
         raise UserError(f"--data {source} holds no problems. A row needs the fields `problem` and `answer`.")
     wording = BOXED if instruction is None else instruction
@@ -170,26 +171,39 @@ def problem_from_row(row: dict[str, Any], where: str) -> Prompt:
     return prompt
 
 
-def _distinct(rows: Iterable[tuple[str, Prompt]], preset: Preset | None, limit: int | None) -> tuple[list[Prompt], int]:
-    """Every problem once. A user's file with a repeated problem is refused; a preset's later copies are left out."""
+def distinct(rows: Iterable[tuple[str, Prompt]], *, keep_first: bool, limit: int | None) -> tuple[list[Prompt], int]:
+    """Every prompt once.
+
+    Args:
+        rows: Place and prompt.
+        keep_first: Leave later copies out (a published benchmark, which a user cannot mend) instead of refusing them.
+        limit: Stop after so many.
+
+    Returns:
+        The prompts, and how many copies were left out.
+
+    Raises:
+        UserError: A text or an id occurs twice.
+    """
     seen: dict[str, str] = {}
-    problems: list[Prompt] = []
+    prompts: list[Prompt] = []
     duplicates = 0
-    for where, problem in rows:
-        twice = next((key for key in (problem.prompt_id, problem.prompt) if key in seen), None)
+    for where, prompt in rows:
+        names = (f"id {prompt.prompt_id}", f"text {prompt.prompt}")
+        twice = next((seen[name] for name in names if name in seen), None)
         if twice is None:
-            seen |= dict.fromkeys((problem.prompt_id, problem.prompt), where)
-            problems.append(problem)
-            if len(problems) == limit:
+            seen |= dict.fromkeys(names, where)
+            prompts.append(prompt)
+            if len(prompts) == limit:
                 break
-        elif preset is not None:
+        elif keep_first:
             duplicates += 1
         else:
             raise UserError(
-                f"{where}: the problem or its id {problem.prompt_id!r} occurs twice (first at {seen[twice]}). Remove "
-                "one: repeated problems would count as independent clusters."
+                f"{where}: the problem or its id {prompt.prompt_id!r} occurs twice (first at {twice}). Remove one: "
+                "repeated problems would count as independent clusters."
             )
-    return problems, duplicates
+    return prompts, duplicates
 
 
 def _instructed(problem: Prompt, instruction: str) -> Prompt:

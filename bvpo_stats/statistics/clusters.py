@@ -66,11 +66,29 @@ def jackknife_interval(
         if n < 2:
             return Interval(value, None, None)
         without = np.asarray(statistic((rows.sum(axis=0) - rows) / (n - 1)))
-        scale = np.log(without) if positive else without
-    if not np.isfinite(scale).all():
+        if not positive:
+            return deleted_interval(value, without, level=level)
+        found = deleted_interval(float(np.log(value)), np.log(without), level=level)
+    if found.low is None or found.high is None:
         return Interval(value, None, None)
-    spread = np.sqrt((n - 1) / n * np.sum((scale - scale.mean()) ** 2))
+    return Interval(value, float(np.exp(found.low)), float(np.exp(found.high)))
+
+
+def deleted_interval(value: float, without: Float[np.ndarray, " clusters"], *, level: float = 0.95) -> Interval:
+    """The delete-one-cluster jackknife interval of any estimate, from its values without each cluster in turn.
+
+    Args:
+        value: The estimate from all clusters.
+        without: theta_(i), the estimate without cluster i.
+        level: Confidence level.
+
+    Returns:
+        theta +- t_{N-1} sqrt(v) with v as in :func:`jackknife_interval`; no ends where a value is not finite or there
+        are fewer than two clusters.
+    """
+    n = len(without)
+    if n < 2 or not np.isfinite(without).all():
+        return Interval(value, None, None)
+    spread = np.sqrt((n - 1) / n * np.sum((without - without.mean()) ** 2))
     half = float(stats.t.ppf(0.5 + level / 2, n - 1) * spread)
-    if positive:
-        return Interval(value, value * float(np.exp(-half)), value * float(np.exp(half)))
     return Interval(value, value - half, value + half)

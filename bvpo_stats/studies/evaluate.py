@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.data.benchmarks import Benchmark, load_benchmarks
 from bvpo_stats.data.engines.base import SamplingOptions
+from bvpo_stats.data.instructions import load_instructions
 from bvpo_stats.data.jsonl import write_atomic
 from bvpo_stats.data.prompts import EMBEDDED
 from bvpo_stats.data.run_folder import open_run
+from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import content_identity, model_source
+from bvpo_stats.studies.evaluate_alignment import alignment_results
 from bvpo_stats.studies.evaluate_config import Contestant, EvaluateConfig, contestants
+from bvpo_stats.studies.evaluate_judge import load_judge
 from bvpo_stats.studies.evaluate_math import math_results
 from bvpo_stats.studies.evaluate_output import markdown
-from bvpo_stats.studies.evaluate_report import BASE, EvaluationReport
+from bvpo_stats.studies.evaluate_report import BASE, EvaluationReport, TaskResults
 from bvpo_stats.studies.evaluate_sampling import draw_responses
 from bvpo_stats.studies.evaluate_verdicts import unreadable_golds
 from bvpo_stats.studies.published import published_name, published_scores
@@ -44,24 +48,41 @@ def evaluate(config: EvaluateConfig, output: Path) -> EvaluationReport | None:
         UserError: Anything wrong with the input; see the message. What was drawn is kept.
     """
     entrants = contestants(config)
-    benchmarks = _benchmarks(config)
-    unreadable = {benchmark.name: unreadable_golds(benchmark) for benchmark in benchmarks}
-    with open_run(output, "evaluate", _identity(config, entrants, benchmarks), shard=config.shard) as folder:
-        runs = draw_responses(config, entrants, benchmarks, folder)
+    task = _math(config, entrants) if config.task == "math" else _alignment(config, entrants)
+    with open_run(output, "evaluate", _identity(config, entrants, task.benchmarks), shard=config.shard) as folder:
+        runs = draw_responses(config, entrants, task.benchmarks, folder)
         if not config.shard.whole:
             return None
-        results = math_results(config, entrants, benchmarks, unreadable, folder)
-        report = _report(config, runs, **{name: getattr(results, name) for name in results.__dataclass_fields__})
+        report = _report(config, runs, task.results(folder))
         _write(report, folder)
     return report
 
 
-def _benchmarks(config: EvaluateConfig) -> list[Benchmark]:
+@dataclass(frozen=True)
+class _Prepared:
+    """A task whose input has been checked: what to ask, and how to make results of the responses in a folder."""
+
+    benchmarks: list[Benchmark]
+    results: Callable[[Path], TaskResults]
+
+
+def _math(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
     sources = config.data or (EMBEDDED,)
     instruction = "" if config.instruction is None and config.model == EMBEDDED else config.instruction
-    return load_benchmarks(
+    benchmarks = load_benchmarks(
         sources, samples=config.samples, split=config.split, instruction=instruction, limit=config.limit
     )
+    unreadable = {benchmark.name: unreadable_golds(benchmark) for benchmark in benchmarks}
+    return _Prepared(benchmarks, lambda folder: math_results(config, entrants, benchmarks, unreadable, folder))
+
+
+def _alignment(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
+    if len(config.data) > 1:
+        raise UserError(f"--data: {config.task} takes one set of prompts, {len(config.data)} were given.")
+    source = config.data[0] if config.data else EMBEDDED if config.model == EMBEDDED else config.task
+    asked = load_instructions(config.task, source, split=config.split, limit=config.limit)
+    judge = load_judge(config, asked.benchmark, len(entrants))
+    return _Prepared([asked.benchmark], lambda folder: alignment_results(config, entrants, asked, judge, folder))
 
 
 def _identity(
@@ -101,7 +122,7 @@ def _sampling(config: EvaluateConfig) -> SamplingOptions:
     )
 
 
-def _report(config: EvaluateConfig, runs: dict[str, SampleReport], **results: Any) -> EvaluationReport:
+def _report(config: EvaluateConfig, runs: dict[str, SampleReport], results: TaskResults) -> EvaluationReport:
     base = runs[BASE]
     rows = published_scores(base.model, config.task)
     return EvaluationReport(
@@ -113,7 +134,7 @@ def _report(config: EvaluateConfig, runs: dict[str, SampleReport], **results: An
         level=config.level,
         published={"model": published_name(base.model), "scores": rows} if rows else None,
         versions=versions(),
-        **({"answer_files": {}, "reward": None, "notes": ()} | results),
+        **{part.name: getattr(results, part.name) for part in fields(results)},
     )
 
 

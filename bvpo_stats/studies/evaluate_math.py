@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +11,10 @@ import numpy as np
 from bvpo_stats.data.benchmarks import Benchmark
 from bvpo_stats.errors import UserError
 from bvpo_stats.studies.evaluate_config import Contestant, EvaluateConfig
-from bvpo_stats.studies.evaluate_report import BenchmarkFacts, Column, ResponseCounts, Scores
+from bvpo_stats.studies.evaluate_report import BenchmarkFacts, Column, TaskResults
 from bvpo_stats.studies.evaluate_sampling import check_all_answered, open_responses
 from bvpo_stats.studies.evaluate_scores import ColumnValues, add_average, differences_of, scores_of
 from bvpo_stats.studies.evaluate_verdicts import Outcomes, judge_responses
-
-
-@dataclass(frozen=True)
-class MathResults:
-    """The part of a report that the task decides."""
-
-    benchmarks: tuple[BenchmarkFacts, ...]
-    columns: tuple[Column, ...]
-    scores: Scores
-    differences: Scores
-    counts: dict[str, dict[str, dict[str, ResponseCounts]]]
 
 
 def math_results(
@@ -34,7 +23,7 @@ def math_results(
     benchmarks: Sequence[Benchmark],
     unreadable: Mapping[str, tuple[str, ...]],
     folder: Path,
-) -> MathResults:
+) -> TaskResults:
     """Checks every response on record and averages.
 
     Args:
@@ -54,7 +43,7 @@ def math_results(
     columns = [column for benchmark in asked for column in _columns(benchmark, outcomes[benchmark.name])]
     scores, differences = scores_of(columns, config.level), differences_of(columns, config.level)
     average = add_average(columns, scores, differences, config.level)
-    return MathResults(
+    return TaskResults(
         benchmarks=tuple(_facts(benchmark, unreadable[benchmark.name]) for benchmark in asked),
         columns=tuple(c.column for c in columns) + (() if average is None else (average,)),
         scores=scores,

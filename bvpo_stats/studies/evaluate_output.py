@@ -12,8 +12,9 @@ from bvpo_stats.studies.evaluate_report import BASE, EvaluationReport
 from bvpo_stats.studies.presentation import Finding, Mark, Presentation, ResultTable
 
 MODE_NAMES = {"thinking": "Thinking", "nothinking": "NoThinking"}
-_COUNTS = ("responses", "truncated", "unclosed", "empty", "timeouts", "missing", "solved")
-_COUNT_HEADS = ("Responses", "Cut", "Unclosed", "Empty", "Timeouts", "Missing", "Solved", "Tokens")
+_COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed", "empty": "Empty",
+           "timeouts": "Timeouts", "missing": "Missing", "solved": "Solved"}  # fmt: skip
+_ALWAYS = ("responses", "truncated")
 _DASH = "-"
 _MANY_CUT = 0.1
 
@@ -82,8 +83,8 @@ def _score_table(report: dict[str, Any], mode: str) -> ResultTable:
         (f"{label} - {BASE}", *(_entry(modes[mode][c["name"]], c, sign="+") for c in columns))
         for label, modes in report["differences"].items()
     ]
-    head = ("", *(f"{column['title']}, {column['metric']}" for column in columns))
-    return ResultTable(f"{MODE_NAMES[mode]} (percent, rewards apart)", head, (*rows, *_published_rows(report, mode)))
+    head = ("", *(f"{c['title']}, {c['metric']}{' (%)' if c['percent'] else ''}" for c in columns))
+    return ResultTable(MODE_NAMES[mode], head, (*rows, *_published_rows(report, mode)))
 
 
 def _published_rows(report: dict[str, Any], mode: str) -> Iterator[tuple[str, ...]]:
@@ -107,20 +108,24 @@ def _entry(entry: dict[str, Any], column: dict[str, Any], sign: str = "") -> str
 
 
 def _count_table(report: dict[str, Any]) -> ResultTable:
-    """What became of the responses."""
+    """What became of the responses; counts that are 0 throughout are left out, the truncated ones never."""
+    every = list(_each_count(report))
+    shown = [name for name in _COUNTS if name in _ALWAYS or any(counts[name] for _, counts in every)]
     rows = []
-    for where, counts in _each_count(report):
-        numbers = (_DASH if counts[name] is None else str(counts[name]) for name in _COUNTS)
+    for where, counts in every:
         mean = counts["mean_tokens"]
+        numbers = (_DASH if counts[name] is None else str(counts[name]) for name in shown)
         rows.append((where, *numbers, _DASH if mean is None else f"{mean:.1f}"))
-    return ResultTable("Responses; mean length in tokens", ("", *_COUNT_HEADS), tuple(rows))
+    head = ("", *(_COUNTS[name] for name in shown), "Tokens")
+    return ResultTable("Responses; mean length in tokens", head, tuple(rows))
 
 
 def _each_count(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for label, modes in report["counts"].items():
         for mode, benchmarks in modes.items():
             for name, counts in benchmarks.items():
-                yield f"{label}, {MODE_NAMES[mode]}, {name}", counts
+                which = f", {name}" if len(benchmarks) > 1 else ""
+                yield f"{label}, {MODE_NAMES[mode]}{which}", counts
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:

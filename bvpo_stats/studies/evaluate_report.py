@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bvpo_stats.data.engines.base import SamplingOptions
@@ -80,6 +80,20 @@ class ResponseCounts:
     solved: int | None
     mean_tokens: float | None
     mean_answer_characters: float | None
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """The part of a report that the task decides; see :class:`EvaluationReport`."""
+
+    benchmarks: tuple[BenchmarkFacts, ...]
+    columns: tuple[Column, ...]
+    scores: Scores
+    differences: Scores
+    counts: dict[str, dict[str, dict[str, ResponseCounts]]]
+    answer_files: dict[str, dict[str, str]] = field(default_factory=dict)
+    reward: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,16 @@ def test_a_run_prints_the_table_and_a_config_file_counts(random_model: Path, tmp
         (["--engine", "openai", "--model", "embedded"], ["--base-url"]),
         (["--engine", "file"], ["--samples-from"]),
         (["--samples-from", "x.jsonl"], ["--engine file"]),
+        (["--judge", "reward"], ["--reward", "--baseline"]),
+        (["--reward", "embedded"], ["--judge reward"]),
+        (["--judge", "gpt-4o"], ["--judge gpt-4o"]),
+        (["--judge", "reward", "--reward", "embedded", "--baseline", "b.json"], ["alpaca-eval and arena-hard"]),
+        (["--task", "alpaca-eval", "--samples", "2"], ["--samples 2", "one answer per prompt"]),
+        (["--task", "arena-hard", "--data", "embedded", "--data", "embedded"], ["one set of prompts"]),
+        (
+            ["--task", "alpaca-eval", "--judge", "reward", "--reward", "embedded", "--baseline", "none.json"],
+            ["--baseline none.json", "no such file"],
+        ),
         (["--engine", "file", "--samples-from", "none.jsonl"], ["none.jsonl"]),
     ],
 )
