@@ -6,7 +6,19 @@ import sys
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli import alpha_star, evaluate, figures, pairs, report, sample, tiny, traces, train, variance
+from bvpo_stats.cli import (
+    alpha_star,
+    evaluate,
+    figures,
+    pairs,
+    report,
+    sample,
+    theorems,
+    tiny,
+    traces,
+    train,
+    variance,
+)
 
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
@@ -41,6 +53,7 @@ app.command("traces", epilog=traces.EXAMPLES)(traces.traces)
 app.command("alpha-star", epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("evaluate", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("theorems", epilog=theorems.EXAMPLES)(theorems.theorems)
 app.command("figures", epilog=figures.EXAMPLES)(figures.figures)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.add_typer(tiny.app, name="tiny")
@@ -49,7 +62,8 @@ app.add_typer(tiny.app, name="tiny")
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 2 something in the input is wrong (one line on stderr), 130 interrupted, 1 a fault of ours.
+    Exit codes: 0 done, 2 something in the input is wrong (one line on stderr), 130 interrupted, 1 a fault of ours or a
+    theorem that should hold and does not.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words

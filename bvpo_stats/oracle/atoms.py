@@ -26,7 +26,7 @@ class Atoms:
     """Population of examples: a uniform prompt, then independently a D_t atom and a D_e atom of that prompt.
 
     Vectors are coordinates in an orthonormal basis of the span of all gradients, so every inner product is that of the
-    full gradients, in far fewer dimensions.
+    full gradients, in far fewer dimensions; or the full gradients themselves.
 
     Attributes:
         t: g_t of each D_t atom (y+, r+, y-, r-).
@@ -88,13 +88,16 @@ class Atoms:
         return np.tensordot(probability, values(self.t[t], self.e[e], self.m[t]), axes=1)
 
 
-def population_atoms(oracle: Oracle, objective: Objective = DPO, max_atoms: int = 200_000) -> Atoms:
+def population_atoms(
+    oracle: Oracle, objective: Objective = DPO, max_atoms: int = 200_000, *, full: bool = False
+) -> Atoms:
     """Writes out every atom of the population.
 
     Args:
         oracle: A small oracle: D_t has traces^2 atoms per prompt and pair of answers.
         objective: The preference loss.
         max_atoms: Refuses to write out more.
+        full: Keep the gradients in the coordinates of theta, as long as theta is.
 
     Raises:
         UserError: More than ``max_atoms`` D_t atoms; draw from the oracle instead (``draw_examples``).
@@ -105,7 +108,7 @@ def population_atoms(oracle: Oracle, objective: Objective = DPO, max_atoms: int 
             f"The population has {n_atoms} D_t atoms, more than {max_atoms}. Build the oracle with fewer symbols or "
             "shorter traces, or draw examples instead of writing them all out."
         )
-    oracle = shortened(oracle)
+    oracle = oracle if full else shortened(oracle)
     cells = cell_moments(oracle, objective)
     responses = trace_responses(oracle.table)
     plus, minus = (index.ravel() for index in np.indices((oracle.grammar.n_traces,) * 2))

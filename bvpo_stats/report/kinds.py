@@ -19,6 +19,7 @@ from bvpo_stats.studies import (
 )
 from bvpo_stats.studies.alpha_star_report import AlphaReport
 from bvpo_stats.studies.presentation import Presentation
+from bvpo_stats.studies.theorems import output as theorems_output
 
 Report = dict[str, Any]
 """A ``report.json``."""
@@ -55,6 +56,7 @@ KINDS: dict[str, Kind] = {
         Kind("pairs", pairs_output.present),
         Kind("traces", traces_report.present),
         Kind("alpha-star", _present_alpha_star, plots.alpha_figures),
+        Kind("theorems", theorems_output.present, plots.theorem_figures),
         Kind("train", train_output.present, plots.train_figures),
         Kind("evaluate", evaluate_output.present, plots.evaluation_figures),
     )

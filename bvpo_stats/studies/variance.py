@@ -90,7 +90,7 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
     }
     with open_run(output, "variance", identity) as folder:
         samples_path = folder / SAMPLES_FILE
-        _sample(config, policy, prompts, samples_path)
+        sample_both_modes(policy, prompts, config.sampling, samples_path, config.batch_size)
         order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
         completions = sorted(
             read_completions(samples_path), key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index)
@@ -101,15 +101,24 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
     return report
 
 
-def _sample(config: VarianceConfig, policy: Policy, prompts: list[Prompt], path: Path) -> None:
+def sample_both_modes(
+    policy: Policy, prompts: list[Prompt], sampling: SamplingOptions, path: Path, batch_size: int | None = None
+) -> None:
+    """Draws responses with and without a trace, as far as the file does not hold them yet.
+
+    Args:
+        policy: The model.
+        prompts: The questions.
+        sampling: How to draw.
+        path: ``samples.jsonl`` of the run's folder.
+        batch_size: Responses drawn at once, None for automatic.
+    """
     from bvpo_stats.data.engines.transformers_engine import TransformersEngine
 
     longest = max(len(policy.template.prompt_ids(p.prompt, "nothinking")) for p in prompts)
-    rows = automatic_batch_size(
-        config.batch_size, longest + config.sampling.max_new_tokens, policy.device.type != "cpu"
-    )
+    rows = automatic_batch_size(batch_size, longest + sampling.max_new_tokens, policy.device.type != "cpu")
     run = SamplingRun(
-        TransformersEngine(policy), policy.template, config.sampling, policy.identity, batch_size=rows, modes=MODES
+        TransformersEngine(policy), policy.template, sampling, policy.identity, batch_size=rows, modes=MODES
     )
     sample_into(path.parent, prompts, run, n_prompts=len(prompts))
 
