@@ -7,10 +7,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from bvpo_stats.plots.style import INK, PALETTE, figure
+from bvpo_stats.plots.style import INK, RED, interval_bar, legend_below, panels
 from bvpo_stats.plots.variance import COLOURS, NAMES
 
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+_PAPER = {"base": "|", "BVPO": "x"}
 
 
 def evaluation_figures(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -26,58 +27,57 @@ def evaluation_figures(report: dict[str, Any], folder: Path) -> list[Path]:
     if not report["columns"]:
         return []
     paths = [folder / "scores.png"]
-    _points(report, report["scores"], paths[0], difference=False)
+    _draw(report, "scores", paths[0])
     if report["differences"]:
         paths.append(folder / "differences.png")
-        _points(report, report["differences"], paths[-1], difference=True)
+        _draw(report, "differences", paths[-1])
     return paths
 
 
-def _points(report: dict[str, Any], scores: dict[str, Any], path: Path, *, difference: bool) -> None:
-    """One row per column of the table, one mark per model and mode, the interval as a bar."""
+def _draw(report: dict[str, Any], what: str, path: Path) -> None:
+    """A panel for each mode; in it a row for each column of the table and a mark for each model."""
     columns = [column for column in report["columns"] if column["percent"]]
-    series = [(label, mode) for label, modes in scores.items() for mode in modes]
-    step = 0.8 / max(1, len(series))
-    with figure(path, height=1.5 + max(0.55, 0.24 * len(series)) * len(columns)) as (fig, axes):
-        for number, (label, mode) in enumerate(series):
-            colour, marker = COLOURS[mode], _MARKERS[list(report["models"]).index(label) % len(_MARKERS)]
-            rows = [row + step * (number - (len(series) - 1) / 2) for row in range(len(columns))]
-            entries = [scores[label][mode][column["name"]] for column in columns]
-            _bars(axes, rows, entries, colour)
-            drawn = [(100 * e["value"], row) for row, e in zip(rows, entries, strict=True) if e["value"] is not None]
-            if drawn:
-                name = f"{label}, {NAMES[mode]}"
-                axes.plot(*zip(*drawn, strict=True), marker, color=colour, ms=6, label=name, lw=0)
-        if not difference:
-            _published(report, columns, axes)
-        else:
-            axes.axvline(0, color=INK, lw=1, ls=":")
-        axes.set_yticks(range(len(columns)), [f"{column['title']}\n{column['metric']}" for column in columns])
-        axes.set_ylim(len(columns) - 0.5, -0.5)
-        axes.margins(x=0.08)
+    entries, difference = report[what], what == "differences"
+    modes = list(next(iter(entries.values())))
+    height = 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)
+    width = 6.4 if len(modes) == 1 else 8.4
+    with panels(path, len(modes), width=width, height=height, sharex=True, sharey=True) as (figure, axes):
+        for panel, mode in zip(axes, modes, strict=True):
+            if difference:
+                panel.axvline(0, color=INK, lw=1, ls=":")
+            else:
+                _published(report, columns, mode, panel)
+            for place, label in enumerate(entries):
+                step = 0.7 / len(entries) * (place - (len(entries) - 1) / 2)
+                marker = _MARKERS[list(report["models"]).index(label) % len(_MARKERS)]
+                _marks(panel, [entries[label][mode][column["name"]] for column in columns], step, label, mode, marker)
+            panel.set_title(NAMES[mode])
+            panel.set_xlabel("Difference from the base (points)" if difference else "Score (percent)")
+            panel.margins(x=0.08)
+        axes[0].set_yticks(range(len(columns)), [f"{column['title']}\n{column['metric']}" for column in columns])
+        axes[0].set_ylim(len(columns) - 0.5, -0.6)
         level = f"{report['level']:.0%} intervals"
-        axes.set_xlabel("Difference from the base model (percentage points)" if difference else "Score (percent)")
-        axes.set_title(f"What changed, paired by prompt ({level})" if difference else f"Scores ({level})")
-        fig.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.suptitle(f"What changed, paired by prompt ({level})" if difference else f"Scores ({level})")
+        if len(entries) > 1 or report["published"]:
+            legend_below(axes[0])
 
 
-def _bars(axes: Axes, rows: list[float], entries: list[dict[str, Any]], colour: Any) -> None:
-    for row, entry in zip(rows, entries, strict=True):
-        if entry["low"] is not None:
-            ends = [100 * entry["low"], 100 * entry["high"]]
-            axes.plot(ends, [row, row], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
+def _marks(axes: Axes, cells: list[dict[str, Any]], step: float, label: str, mode: str, marker: str) -> None:
+    colour = COLOURS[mode]
+    for row, cell in enumerate(cells):
+        low, high = (None if cell[end] is None else 100 * cell[end] for end in ("low", "high"))
+        interval_bar(axes, low, high, row + step, colour=colour)
+    known = [(100 * cell["value"], row + step) for row, cell in enumerate(cells) if cell["value"] is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), marker, color=colour, ms=6, lw=0, label=label)
 
 
-def _published(report: dict[str, Any], columns: list[dict[str, Any]], axes: Axes) -> None:
-    for method, modes in ((report["published"] or {}).get("scores") or {}).items():
-        points = [
-            (modes[mode][column["name"]], row)
-            for row, column in enumerate(columns)
-            for mode in modes
-            if mode in next(iter(report["scores"].values())) and column["name"] in modes[mode]
-        ]
-        if points and method in ("base", "BVPO"):
-            marker = "|" if method == "base" else "x"
-            axes.plot(
-                *zip(*points, strict=True), marker, color=PALETTE[3], ms=10, mew=2, lw=0, label=f"paper, {method}"
-            )
+def _published(report: dict[str, Any], columns: list[dict[str, Any]], mode: str, axes: Axes) -> None:
+    """The paper's figures for its base model and for BVPO, above the measured ones."""
+    published = report["published"] or {"scores": {}}
+    for method, marker in _PAPER.items():
+        printed = published["scores"].get(method, {}).get(mode, {})
+        points = [(printed[c["name"]], row - 0.42) for row, c in enumerate(columns) if c["name"] in printed]
+        if points:
+            name = published["model"] if method == "base" else method
+            axes.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=f"{name}, paper")

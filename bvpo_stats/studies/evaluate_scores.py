@@ -65,7 +65,7 @@ def add_average(columns: Sequence[ColumnValues], scores: Scores, differences: Sc
         for mode, entries in modes.items():
             pairs = [_paired(column, label, mode) for column in shares]
             entries[AVERAGE] = average_interval([new - old for new, old in pairs], level=level)
-    return Column(AVERAGE, "Avg.", "mean of the benchmarks")
+    return Column(AVERAGE, "Avg.", "mean")
 
 
 def _each(
