@@ -54,7 +54,7 @@ TopP = Annotated[
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(help="Cut responses at this many tokens. [default: 256 embedded, else 4096]", show_default=False),
+    typer.Option(help="Cut responses at this many tokens.", show_default="256 embedded, else 4096"),
 ]
 BatchSize = Annotated[
     str, typer.Option(help="Responses drawn at once: a number or `auto`. Does not change the results.")
@@ -64,10 +64,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Template = Annotated[
     str | None,
-    typer.Option(help="Prompt protocol: r1-distill, r1-0528, qwen3 or embedded. [default: by the chat template]"),
+    typer.Option(help="Prompt protocol: r1-distill, r1-0528, qwen3 or embedded.", show_default="by the chat template"),
 ]
 EmptyTrace = Annotated[
-    str | None, typer.Option(help="Spelling of an empty trace, e.g. '<think></think>'. [default: by the protocol]")
+    str | None,
+    typer.Option(help="Spelling of an empty trace, e.g. '<think></think>'.", show_default="by the protocol"),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many prompts.")]

@@ -47,6 +47,10 @@ def draw_responses(
         assert config.policy is not None
         _with_policies(config.policy, entrants, draw)
     else:
+        if config.server is not None:
+            from bvpo_stats.data.engines.openai_engine import check_served
+
+            check_served(config.server, [e.served_model for e in entrants if e.served_model is not None])
         for entrant in entrants:
             draw(entrant, None)
     return reports

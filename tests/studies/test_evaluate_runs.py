@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from bvpo_stats.data.engines.server import ServerOptions
 from bvpo_stats.data.shards import Shard
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy, with_adapter
 from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
 from bvpo_stats.studies.evaluate_config import contestants
 from bvpo_stats.tiny.embedded import embedded_model_path, embedded_prompts
+from bvpo_stats.tiny.tokenizer import THINK_CLOSE
 from tests.cli.running import ENVIRONMENT
+from tests.data.fake_server import Call, Reply, completion, serve
+from tests.data.samples import template
 from tests.studies import killed_evaluations
 from tests.studies.adapters import save_adapter, train_adapter
 
@@ -150,3 +155,35 @@ def test_names_of_models(tmp_path: Path, adapter: Path, random_model: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither an adapter"):
         labels(tmp_path / "empty")
+
+
+def served(call: Call, number: int) -> Reply:
+    """A server of two models: ``base`` always says 3, ``tuned`` the gold answer of problems 0 to 4, then 9."""
+    prompt = call.body["prompt"]
+    text = prompt if isinstance(prompt, str) else str(template().tokenizer.decode(prompt))
+    n = int(re.findall(r"(\d+)\+1=\?", text)[0])
+    answer = "3" if call.body["model"] == "base" else f"{n if n < 5 else 9}"
+    return completion(answer if text.endswith(THINK_CLOSE) else f"so{THINK_CLOSE}{answer}")
+
+
+def test_a_server_and_its_adapters(problems: Path, random_model: Path, tmp_path: Path) -> None:
+    models = Reply(body={"data": [{"id": "base"}, {"id": "tuned"}]})
+    with serve(served, models) as server:
+        config = EvaluateConfig(
+            policy=PolicyOptions(model=str(random_model)),
+            engine="openai",
+            server=ServerOptions(server.url, served_model="base", endpoint="completions"),
+            adapters=("tuned",),
+            data=(str(problems),),
+            limit=6,
+            instruction="",
+        )
+        with pytest.raises(UserError, match="no model nobody; it offers base, tuned"):
+            evaluate(replace(config, adapters=("tuned", "nobody")), tmp_path / "none")
+        assert not server.calls
+        report = evaluate(config, tmp_path / "run")
+    assert report is not None
+    assert report.models == {"base": "base@server", "tuned": "tuned@server"}
+    for mode in ("thinking", "nothinking"):
+        assert report.scores["base"][mode]["sums"].value == pytest.approx(1 / 6)
+        assert report.scores["tuned"][mode]["sums"].value == pytest.approx(5 / 6)

@@ -214,12 +214,36 @@ def _take(arrived: queue.SimpleQueue[tuple[Request, Outcome | BaseException]]) -
             return
 
 
+def check_served(options: ServerOptions, names: Sequence[str]) -> None:
+    """Refuses names of models that the server does not list, before anything is drawn.
+
+    Args:
+        options: Where the server is.
+        names: Names of models. A server that lists none is not asked further.
+
+    Raises:
+        UserError: The server cannot be reached, or lists other models.
+    """
+    try:
+        listed = _listed_models(Server(options))
+    except (RefusedError, KeyError, TypeError):
+        return
+    unknown = [name for name in names if name not in listed]
+    if unknown and listed:
+        raise UserError(
+            f"The server at {options.base_url} has no model {', '.join(unknown)}; it offers {', '.join(listed[:8])}."
+        )
+
+
+def _listed_models(server: Server) -> list[str]:
+    return [str(entry["id"]) for entry in server.get("/v1/models")["data"]]
+
+
 def _only_model(server: Server) -> str:
     """The name of the one model that the server offers."""
     where = server.options.base_url
     try:
-        reply = server.get("/v1/models")
-        names = [str(entry["id"]) for entry in reply["data"]]
+        names = _listed_models(server)
     except RefusedError as error:
         raise UserError(f"The server at {where} does not list its models ({error}). Give --served-model.") from error
     except (KeyError, TypeError) as error:
