@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bvpo_stats.statistics.estimates import Estimates, estimates
-from bvpo_stats.statistics.intervals import Method, RatioSets, jackknife_normal, ratio_sets
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates
+from bvpo_stats.statistics.intervals import Method, RatioSets, ratio_sets
+from bvpo_stats.statistics.squared_norm import BIAS_EMPTY, BIAS_TRACE, squared_norm
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
 BAND_Z = 3.078
@@ -129,11 +130,12 @@ def collect(
         size, estimated = summary.n_prompts, estimates(summary)
         parts.append(estimated.select(0))
         for k, tau in enumerate(taus):
-            numerator, denominator = estimated.numerator(tau), estimated.denominator(tau)
-            sets[k].append(ratio_sets(numerator, denominator, summary.group_sizes, level, method))
-        for name, pairs in ends.items():
-            interval = jackknife_normal(getattr(estimated, name), summary.group_sizes, level, floor=0.0)
-            pairs.append((interval.low, interval.high))
+            found = LinearRatio.of(summary, lambda p, tau=tau: (p.numerator(tau), p.denominator(tau)))
+            parts_of = (found.numerator, found.denominator)
+            sets[k].append(ratio_sets(*parts_of, summary.group_sizes, level, method, found.interactions))
+        for name, combination in (("bias_trace_sq", BIAS_TRACE), ("bias_empty_sq", BIAS_EMPTY)):
+            interval = squared_norm(summary, combination, level)
+            ends[name].append((interval.low, interval.high))
     return Replicates(
         size=size,
         taus=tuple(taus),

@@ -9,7 +9,7 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import AlphaInterval, alpha_interval, minimiser
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     RatioSets,
     SimpleInterval,
@@ -127,7 +127,7 @@ def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> Alph
     parts = estimates(summary)
     if parts.var_trace_sampling is None:
         raise UserError("the trace-sampling share needs a second trace draw (trace2) for some examples; give it.")
-    return alpha_interval(parts.var_trace_sampling, parts.var_trace, summary, level)
+    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, None), summary, level)
 
 
 @dataclass(frozen=True)
