@@ -125,14 +125,16 @@ def collect(
     sets: list[list[RatioSets]] = [[] for _ in taus]
     parts: list[Estimates] = []
     ends: dict[str, list[tuple[Array, Array]]] = {"bias_trace_sq": [], "bias_empty_sq": []}
-    size = 0
+    size, scales = 0, np.array(taus)[:, None, None]
     for summary in summaries:
-        size, estimated = summary.n_prompts, estimates(summary)
-        parts.append(estimated.select(0))
-        for k, tau in enumerate(taus):
-            found = LinearRatio.of(summary, lambda p, tau=tau: (p.numerator(tau), p.denominator(tau)))
-            parts_of = (found.numerator, found.denominator)
-            sets[k].append(ratio_sets(*parts_of, summary.group_sizes, level, method, found.interactions))
+        size = summary.n_prompts
+        parts.append(estimates(summary).select(0))
+        found = LinearRatio.of(summary, lambda p: (p.P0 + scales * p.P1, p.Q0 + scales * p.Q1))
+        together = ratio_sets(
+            found.numerator, found.denominator, summary.group_sizes, level, method, found.interactions
+        )
+        for k in range(len(taus)):
+            sets[k].append(RatioSets(**{name: value[k] for name, value in vars(together).items()}))
         for name, combination in (("bias_trace_sq", BIAS_TRACE), ("bias_empty_sq", BIAS_EMPTY)):
             interval = squared_norm(summary, combination, level)
             ends[name].append((interval.low, interval.high))

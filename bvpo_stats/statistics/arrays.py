@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.interactions import u_centred
 from bvpo_stats.statistics.summary import WHOLE, Array, GroupSums, MomentSummary, summarise
 
 MAX_GROUPS = 256
@@ -98,7 +99,7 @@ def _block_sums(
     whole = _Grouping.of(n_prompts)
     sizes, means = whole.add(counts, -1), [whole.add(x, -2) for x in sums]
     grouped_own = own if whole.trivial else _products(means)
-    means = [x / sizes[..., None] for x in means]
+    interactions = group_interactions([x / sizes[..., None] for x in means])
     return GroupSums(
         sizes=sizes,
         squares=whole.add(counts**2, -1),
@@ -115,7 +116,7 @@ def _block_sums(
             whole.add(repeated.astype(np.float64), -1),
             whole.add(spread * repeated[..., None, None], -3)[..., None, :, :],
         ),
-        pairs=pair_products(means)[..., None, :, :],
+        interactions=None if interactions is None else interactions[..., None, :, :],
     )
 
 
@@ -151,21 +152,21 @@ def _products(vectors: list[Array]) -> Array:
     return np.stack([np.stack([(x * y).sum(axis=-1) for y in vectors], axis=-1) for x in vectors], axis=-2)
 
 
-def pair_products(means: list[Array]) -> Array:
-    """``(a_g . b_h + b_g . a_h) / 2`` of the groups g < h: p times ``[..., G, d]`` to ``[..., I, p, p]``.
+def group_interactions(means: Sequence[Array]) -> Array | None:
+    """Interactions of all pairs of members from their group means: p times ``[..., G, d]`` to ``[..., I, p, p]``.
 
-    >>> pair_products([np.array([[1.0], [2.0], [3.0]])]).ravel().tolist()
-    [2.0, 3.0, 6.0]
+    The kernel of ``U_ab`` is ``(a_g . b_h + b_g . a_h) / 2``. None for fewer than four groups.
     """
     p, n_groups = len(means), means[0].shape[-2]
-    first, second = np.triu_indices(n_groups, 1)
-    out = np.empty((*means[0].shape[:-2], len(first), p, p))
-    for a, b in product(range(p), repeat=2):
-        if b < a:
-            continue
+    if n_groups < 4:
+        return None
+    # In memory pairs come last, so that every statistic made of this reads its members in one piece.
+    out = np.empty((*means[0].shape[:-2], p, p, n_groups * (n_groups - 1) // 2))
+    for a, b in combinations_with_replacement(range(p), 2):
         gram = np.matmul(means[a], np.swapaxes(means[b], -1, -2))
-        out[..., a, b] = out[..., b, a] = (gram[..., first, second] + gram[..., second, first]) / 2
-    return out
+        symmetric = gram if a == b else (gram + np.swapaxes(gram, -1, -2)) / 2
+        out[..., a, b, :] = out[..., b, a, :] = u_centred(symmetric)
+    return np.moveaxis(out, -1, -3)
 
 
 def _sum_by_label(x: Array, labels: NDArray, n_labels: int) -> Array:
@@ -176,7 +177,8 @@ def _sum_by_label(x: Array, labels: NDArray, n_labels: int) -> Array:
 
 def _join_blocks(parts: list[GroupSums]) -> GroupSums:
     """Concatenate the block axis of parts that share their counts."""
-    axis = {"total": -3, "cross": -3, "own": -3, "diagonal": -3, "within": -3, "pairs": -3}
+    axis = {"total": -3, "cross": -3, "own": -3, "diagonal": -3, "within": -3}
+    axis |= {} if parts[0].interactions is None else {"interactions": -3}
     axis |= {"origin_dot_sum": -2, "origin_dot_weighted": -2, "origin_square": -1}
     joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=k) for name, k in axis.items()}
     draws = [part.trace_draws for part in parts if part.trace_draws is not None]

@@ -27,6 +27,7 @@ which the jackknife counts twice (Efron and Stein 1981).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,27 +46,37 @@ def pair_matrix(pairs: Float[np.ndarray, "*lead pairs"], n_groups: int) -> Float
     >>> pair_matrix(np.array([1.0, 2.0, 3.0]), 3).tolist()
     [[0.0, 1.0, 2.0], [1.0, 0.0, 3.0], [2.0, 3.0, 0.0]]
     """
-    upper = np.triu_indices(n_groups, 1)
-    full = np.zeros((*pairs.shape[:-1], n_groups, n_groups))
-    full[..., upper[0], upper[1]] = pairs
-    return full + np.swapaxes(full, -1, -2)
+    first, second = np.triu_indices(n_groups, 1)
+    where = np.full((n_groups, n_groups), len(first))  # the diagonal reads the zero at the end
+    where[first, second] = where[second, first] = np.arange(len(first))
+    padded = np.concatenate([pairs, np.zeros((*pairs.shape[:-1], 1))], axis=-1)
+    return np.take(padded, where, axis=-1)
 
 
-def u_centred(products: Float[np.ndarray, "*lead pairs"], n_groups: int) -> Float[np.ndarray, "*lead pairs"]:
-    """Removes from pairwise values all that is a sum of one term per group.
+def u_centred(products: Float[np.ndarray, "*lead groups groups"]) -> Float[np.ndarray, "*lead pairs"]:
+    """Removes from pairwise values all that is a sum of one term per group; the diagonal is ignored.
 
-    ``r_gh = x_gh - X_g / (G - 2) - X_h / (G - 2) + X / ((G - 1) (G - 2))`` with row sums ``X_g`` and total ``X`` over
-    ordered pairs (Szekely and Rizzo 2014, definition 2).
+    ``r_gh = x_gh - X_g / (G - 2) - X_h / (G - 2) + X / ((G - 1) (G - 2))`` with row sums ``X_g`` and total ``X`` off
+    the diagonal (Szekely and Rizzo 2014, definition 2).
 
-    >>> additive = np.array([0 + 1, 0 + 2, 0 + 3, 1 + 2, 1 + 3, 2 + 3.0])
-    >>> bool(np.allclose(u_centred(additive, 4), 0))
+    Args:
+        products: Symmetric.
+
+    Returns:
+        The upper triangle, row by row.
+
+    >>> alone = np.arange(4.0)
+    >>> bool(np.allclose(u_centred(alone[:, None] + alone), 0))
     True
     """
+    n_groups = products.shape[-1]
+    rows = products.sum(axis=-1) - np.diagonal(products, axis1=-2, axis2=-1)
+    own = rows / (n_groups - 2) - rows.sum(axis=-1, keepdims=True) / (2 * (n_groups - 1) * (n_groups - 2))
     first, second = np.triu_indices(n_groups, 1)
-    rows = pair_matrix(products, n_groups).sum(axis=-1)
-    total = rows.sum(axis=-1, keepdims=True)
-    own = (rows[..., first] + rows[..., second]) / (n_groups - 2)
-    return products - own + total / ((n_groups - 1) * (n_groups - 2))
+    flat = products.reshape(*products.shape[:-2], n_groups**2)
+    return (
+        np.take(flat, first * n_groups + second, axis=-1) - np.take(own, first, axis=-1) - np.take(own, second, axis=-1)
+    )
 
 
 def interaction_variance(
@@ -136,11 +147,18 @@ class DifferenceSkew:
 
     def at(self, a: Array) -> Array:
         """k12 at candidates ``[C, ...]`` or ``[...]``, shrunk by its sampling error; 0 where nothing varies."""
-        powers = np.stack([np.ones_like(a), a, a**2, a**3], axis=-1)
-        contrast = np.stack([np.ones_like(a), -a], axis=-1)
-        value = (powers * self.mean).sum(axis=-1)
-        error = np.einsum("...i,...ij,...j->...", powers, self.covariance, powers)
-        scale = np.einsum("...i,...ij,...j->...", contrast, self.spread, contrast)
+        m, c, s = self.mean, self.covariance, self.spread
+        value = _polynomial([m[..., k] for k in range(4)], a)
+        diagonals = [sum(c[..., i, k - i] for i in range(max(0, k - 3), min(3, k) + 1)) for k in range(7)]
+        error = _polynomial(diagonals, a)
+        scale = _polynomial([s[..., 0, 0], -2 * s[..., 0, 1], s[..., 1, 1]], a)
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = np.maximum(1 - error / value**2, 0.0)
             return np.nan_to_num(value * kept / scale**1.5)
+
+
+def _polynomial(coefficients: Sequence[Array], a: Array) -> Array:
+    total = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * a + coefficient
+    return total

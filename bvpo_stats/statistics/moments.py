@@ -22,7 +22,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.arrays import pair_products
+from bvpo_stats.statistics.arrays import group_interactions
 from bvpo_stats.statistics.group_moments import GroupMoments, gram, group_scalars, merge_groups, prompt_moments
 from bvpo_stats.statistics.summary import MEMBERS, WHOLE, Array, GroupSums, MomentSummary, summarise
 
@@ -167,6 +167,7 @@ class Moments:
         cross, own, diagonal, within, dotted, weighted = (np.stack(part) for part in zip(*rows, strict=True))
         # Per block, about the origin: [members, groups, d].
         group_means = [np.stack([g.means[k] - origin[k] for g in filled], axis=1) for k in range(L)]
+        interactions = [group_interactions(list(x)) for x in group_means]
         sums = GroupSums(
             sizes=sizes,
             squares=np.array([g.squares for g in filled]),
@@ -180,7 +181,7 @@ class Moments:
             origin_square=np.array([o @ o for o in origin]),
             trace_draws=(np.array([g.trace_draws[0] for g in filled]), np.stack([g.trace_draws[1] for g in filled])),
             repeats=(np.array([g.repeats[0] for g in filled]), np.stack([g.repeats[1] for g in filled])),
-            pairs=np.stack([pair_products(list(x)) for x in group_means], axis=1),
+            interactions=None if len(filled) < 4 else np.stack(interactions, axis=1),
         )
         return summarise(sums, self.members, self.blocks, self.n_prompts)
 

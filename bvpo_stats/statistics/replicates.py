@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.interactions import u_centred
 from bvpo_stats.statistics.summary import WHOLE, Array, GroupSums, MomentSummary, summarise
 
 
@@ -104,7 +105,8 @@ class Population:
         shape = (*sizes.shape, 1, p, p)
         cross, own, diagonal = np.empty(shape), np.empty(shape), np.empty(shape)
         total = np.empty((len(indices), 1, p, p))
-        pairs = np.empty((len(indices), sizes.shape[1] * (sizes.shape[1] - 1) // 2, 1, p, p))
+        n_groups = sizes.shape[1]
+        interactions = np.empty((len(indices), n_groups * (n_groups - 1) // 2, 1, p, p)) if n_groups >= 4 else None
         means = indicator / indicator.sum(axis=0)
         counts = _counts(indices, len(self.probabilities))
         for a, b in product(range(p), repeat=2):
@@ -115,8 +117,8 @@ class Population:
             diagonal[..., 0, a, b] = np.diagonal(gram)[indices] @ indicator
             products = means.T @ gram[indices[:, :, None], indices[:, None, :]] @ means
             own[..., 0, a, b] = np.diagonal(products, axis1=1, axis2=2) * sizes**2
-            upper = np.triu_indices(sizes.shape[1], 1)
-            pairs[..., 0, a, b] = (products + np.swapaxes(products, 1, 2))[:, upper[0], upper[1]] / 2
+            if interactions is not None:
+                interactions[..., 0, a, b] = u_centred((products + np.swapaxes(products, 1, 2)) / 2)
         zeros = np.zeros((*sizes.shape, 1, p))
         halved = self.trace_half_squares
         sums = GroupSums(
@@ -131,7 +133,7 @@ class Population:
             origin_dot_weighted=zeros,
             origin_square=np.zeros((len(indices), 1)),
             trace_draws=None if halved is None else (sizes, (halved[indices] @ indicator)[..., None]),
-            pairs=pairs,
+            interactions=interactions,
         )
         return summarise(sums, self.members, (WHOLE,), indices.shape[1])
 

@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.interactions import u_centred
 
 Array = NDArray[np.float64]
 
@@ -158,7 +157,7 @@ class GroupSums:
         origin_square: ``[..., L]``, ``o . o``.
         trace_draws: ``([..., G], [..., G, L])``, examples with a second trace draw, sum of ``norm(t1 - t2)^2 / 2``.
         repeats: ``([..., G], [..., G, L, p, p])``, prompts with two pairs or more, sum of their own covariances.
-        pairs: ``[..., I, L, p, p]``, for groups g < h the products of their means, ``(a_g . b_h + b_g . a_h) / 2``.
+        interactions: ``[..., I, L, p, p]``, as in `MomentSummary`.
     """
 
     sizes: Array
@@ -173,7 +172,7 @@ class GroupSums:
     origin_square: Array
     trace_draws: tuple[Array, Array] | None = None
     repeats: tuple[Array, Array] | None = None
-    pairs: Array | None = None
+    interactions: Array | None = None
 
 
 def _leave_out(per_group: Array, axis: int) -> Array:
@@ -230,12 +229,5 @@ def summarise(sums: GroupSums, members: Sequence[str], blocks: Sequence[str], n_
         n_prompts=n_prompts,
         trace_sampling=None if sums.trace_draws is None else _mean_without(sums.trace_draws, 1),
         within_prompt=None if sums.repeats is None else _mean_without(sums.repeats, 3),
-        interactions=_interactions(sums),
+        interactions=sums.interactions,
     )
-
-
-def _interactions(sums: GroupSums) -> Array | None:
-    n_groups = sums.sizes.shape[-1]
-    if sums.pairs is None or n_groups < 4:
-        return None
-    return np.moveaxis(u_centred(np.moveaxis(sums.pairs, -4, -1), n_groups), -1, -4)
