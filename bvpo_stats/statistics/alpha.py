@@ -90,6 +90,8 @@ def alpha_interval(
     needed = None
     if not identified:
         needed = prompts_needed(numerator, denominator, summary.group_sizes, summary.n_prompts, level)
+        if needed.prompts == summary.n_prompts:  # the extrapolation, plain Fieller, is satisfied; the set is not
+            needed = PromptsNeeded(summary.n_prompts + 1, True)
     shape: SetShape = "bounded" if sets.shape == BOUNDED else "complement" if sets.shape == COMPLEMENT else "whole"
     return AlphaInterval(
         value=float(minimiser(numerator[0], denominator[0])),

@@ -149,8 +149,9 @@ class DifferenceSkew:
         """k12 at candidates ``[C, ...]`` or ``[...]``, shrunk by its sampling error; 0 where nothing varies."""
         m, c, s = self.mean, self.covariance, self.spread
         value = _polynomial([m[..., k] for k in range(4)], a)
-        diagonals = [sum(c[..., i, k - i] for i in range(max(0, k - 3), min(3, k) + 1)) for k in range(7)]
-        error = _polynomial(diagonals, a)
+        # The coefficient of a^k in the variance of a polynomial is the sum of the k-th antidiagonal.
+        antidiagonals = [np.trace(c[..., ::-1], offset=3 - k, axis1=-2, axis2=-1) for k in range(7)]
+        error = _polynomial(antidiagonals, a)
         scale = _polynomial([s[..., 0, 0], -2 * s[..., 0, 1], s[..., 1, 1]], a)
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = np.maximum(1 - error / value**2, 0.0)

@@ -230,7 +230,7 @@ def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: 
         return np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
 
     def inside(candidate: Array) -> NDArray[np.bool_]:
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             studentised = (numerator - candidate * denominator) / error(candidate)
             return np.abs(undo_interaction(studentised, skew.at(candidate), n_groups)) <= q
 

@@ -167,7 +167,7 @@ class Moments:
         cross, own, diagonal, within, dotted, weighted = (np.stack(part) for part in zip(*rows, strict=True))
         # Per block, about the origin: [members, groups, d].
         group_means = [np.stack([g.means[k] - origin[k] for g in filled], axis=1) for k in range(L)]
-        interactions = [group_interactions(list(x)) for x in group_means]
+        interactions = [found for x in group_means if (found := group_interactions(list(x))) is not None]
         sums = GroupSums(
             sizes=sizes,
             squares=np.array([g.squares for g in filled]),
@@ -181,7 +181,7 @@ class Moments:
             origin_square=np.array([o @ o for o in origin]),
             trace_draws=(np.array([g.trace_draws[0] for g in filled]), np.stack([g.trace_draws[1] for g in filled])),
             repeats=(np.array([g.repeats[0] for g in filled]), np.stack([g.repeats[1] for g in filled])),
-            interactions=None if len(filled) < 4 else np.stack(interactions, axis=1),
+            interactions=np.stack(interactions, axis=1) if interactions else None,
         )
         return summarise(sums, self.members, self.blocks, self.n_prompts)
 

@@ -18,6 +18,7 @@ from bvpo_stats.statistics.intervals import (
     ratio_sets,
     t_quantile,
 )
+from bvpo_stats.statistics.squared_norm import MARGINAL, squared_norm
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
 Answer = Literal["yes", "no", "undecided"]
@@ -110,10 +111,10 @@ def error_table(
         "empty": parts.error(0.0, tau),
         "fixed": parts.error(alpha, tau),
         "alpha_star": parts.error(best, tau),
-        "zero": parts.marginal_sq,
         "shrunk_trace": parts.shrunk_error(factor, tau),
     }
-    return {name: jackknife_normal(row, summary.group_sizes, level, floor=0.0) for name, row in rows.items()}
+    table = {name: jackknife_normal(row, summary.group_sizes, level, floor=0.0) for name, row in rows.items()}
+    return table | {"zero": squared_norm(summary, MARGINAL, level)}
 
 
 def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> AlphaInterval:
