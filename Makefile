@@ -10,7 +10,7 @@ DEMO := runs/demo
 .PHONY: help setup setup-test demo test lint docs format bench acceptance figures clean
 
 help:
-	@echo "make demo        install, then measure the paper's Appendix B tables on the embedded model"
+	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
 	@echo "make test        install, then run the tests"
 	@echo "make lint        install, then ruff, the type checker and a strict build of the documentation"
 	@echo "make docs        the documentation as web pages in site/"
@@ -37,8 +37,7 @@ setup: $(STAMP)
 setup-test: $(STAMP)-test
 
 demo: setup
-	$(BIN)/bvpo-stats variance --output $(DEMO)/variance
-	@echo "Report and figures: $(DEMO)/variance/report.md"
+	$(BIN)/bvpo-stats demo --output $(DEMO)
 
 test: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 from bvpo_stats.cli import (
     alpha_star,
+    demo,
     evaluate,
     figures,
     pairs,
@@ -46,6 +48,7 @@ def root(
     """Gradient statistics for aligning large reasoning models (BVPO): how noisy are traces, and which alpha is best?"""
 
 
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("variance", epilog=variance.EXAMPLES)(variance.variance)
 app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
 app.command("pairs", epilog=pairs.EXAMPLES)(pairs.pairs)
@@ -68,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    # PEFT asks transformers for a setting by its old name; there is nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         code = app(words, prog_name="bvpo-stats", standalone_mode=False)
     except Exception as error:

@@ -11,7 +11,7 @@ from bvpo_stats.cli import options as o
 from bvpo_stats.errors import UserError
 
 if TYPE_CHECKING:
-    from bvpo_stats.training.presets import Preset
+    pass
 
 EXAMPLES = """Examples:
 
@@ -183,8 +183,7 @@ def train(
         raise UserError(f"--alpha {alpha}: --method {method} trains on D_t alone; give --alpha to --method bvpo.")
     named = find_preset(preset or (EMBEDDED if model in (None, EMBEDDED) else "lora"), method)  # type: ignore[arg-type]
     rank = _chosen(lora_r, named.lora_r)
-    settings = _settings(
-        named,
+    settings = named.settings(
         alpha=alpha,
         loss_type=loss,
         beta=beta,
@@ -235,22 +234,6 @@ def train(
     report = run_train(options, output)
     if report is not None:
         print_report(report, output)
-
-
-def _settings(named: Preset, **given: Any) -> dict[str, Any]:
-    """Fields of the trainer's settings: what was given, the preset's elsewhere."""
-    defaults = {
-        "alpha": named.alpha,
-        "loss_type": named.loss,
-        "beta": named.beta,
-        "simpo_gamma": named.gamma,
-        "learning_rate": named.learning_rate,
-        "num_train_epochs": named.epochs,
-        "lr_scheduler_type": named.scheduler,
-        "warmup_steps": named.warmup,
-        "max_length": named.max_length,
-    }
-    return {name: _chosen(given.get(name), value) for name, value in defaults.items()}
 
 
 def _chosen(given: Any, default: Any) -> Any:

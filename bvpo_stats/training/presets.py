@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import EMBEDDED
@@ -43,6 +43,21 @@ class Preset:
     warmup: float = 0.1
     max_length: int = 4096
     alpha: float = 0.5
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Fields of `bvpo_stats.training.config.BVPOConfig`: what was given, the preset's where that is None."""
+        own = {
+            "alpha": self.alpha,
+            "loss_type": self.loss,
+            "beta": self.beta,
+            "simpo_gamma": self.gamma,
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "lr_scheduler_type": self.scheduler,
+            "warmup_steps": self.warmup,
+            "max_length": self.max_length,
+        }
+        return own | {name: value for name, value in given.items() if value is not None}
 
 
 PAPER_MODELS = {
