@@ -12,9 +12,11 @@ place of U-statistics; they must fail.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import platform
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -27,20 +29,30 @@ from bvpo_stats.oracle.trace_sets import METHODS, TraceSets
 
 TEMPERATURES, DRIFTS, BETAS = (1.0, 0.8), (0.0, 0.05), (0.1, 1.0)
 SIZES = (20, 50, 200)
+Population = tuple[float, float, float]
+"""Sampling temperature, drift, beta."""
 SMALL = {"n_symbols": 2, "max_trace": 2, "n_answers": 3, "n_prompts": 2, "seed": 3}
 
 
-def all_cells(sizes: tuple[int, ...] = SIZES) -> Iterator[tuple[TraceSets, Cell]]:
-    """Every cell with its population, and the V-statistics that must fail."""
-    for temperature, drift in product(TEMPERATURES, DRIFTS):
-        oracle = build_oracle(OracleConfig(**SMALL, temperature=temperature, drift=drift))  # type: ignore[arg-type]
-        for beta in BETAS:
-            sets = TraceSets.of(oracle, beta)
-            for method, size in product(METHODS, sizes):
-                yield sets, Cell(temperature, drift, beta, method, size)
-            if drift == 0 and temperature == 1 and beta == 1:
-                for size in sizes:
-                    yield sets, Cell(temperature, drift, beta, "anchored", size, statistic="V")
+def cells_of(population: Population, sizes: tuple[int, ...] = SIZES) -> list[Cell]:
+    """The cells of one population, and the V-statistics that must fail."""
+    temperature, drift, beta = population
+    cells = [Cell(temperature, drift, beta, method, size) for method, size in product(METHODS, sizes)]
+    if drift == 0 and temperature == 1 and beta == 1:
+        cells += [Cell(temperature, drift, beta, "anchored", size, statistic="V") for size in sizes]
+    return cells
+
+
+def run_population(population: Population, replicates: int, seed: int) -> list[CellResult]:
+    """All cells of one population."""
+    temperature, drift, beta = population
+    oracle = build_oracle(OracleConfig(**SMALL, temperature=temperature, drift=drift))  # type: ignore[arg-type]
+    sets, results = TraceSets.of(oracle, beta), []
+    for cell in cells_of(population):
+        results.append(run_cell(sets, cell, replicates, seed))
+        outcome = "pass" if results[-1].passed else "FAIL"
+        print(f"{_name(cell)} [{cell.statistic}]: {outcome}, {results[-1].seconds:.0f} s", flush=True)
+    return results
 
 
 def markdown(results: list[CellResult], replicates: int) -> str:
@@ -50,8 +62,8 @@ def markdown(results: list[CellResult], replicates: int) -> str:
     lines = [
         "# Coverage and bias of alpha* on the oracle",
         "",
-        f"{replicates:,} replicates a cell, nominal level 95%, jackknife Fieller sets, leave one prompt out; K = 8 "
-        "traces an answer (multilevel: up to 1,024).",
+        f"{replicates:,} replicates a cell, nominal level 95%, jackknife Fieller sets, leave one prompt out (Wilson's "
+        "intervals for squared biases); K = 8 traces an answer (multilevel: up to 1,024).",
         f"{sum(r.passed for r in upright)} of {len(upright)} cells pass every check; "
         f"{sum(not r.passed for r in injected)} of {len(injected)} injected V-statistics fail, as they must.",
         "",
@@ -107,13 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; the results do not depend on it")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    results = []
-    for sets, cell in all_cells():
-        results.append(run_cell(sets, cell, arguments.replicates, arguments.seed))
-        outcome = "pass" if results[-1].passed else "FAIL"
-        print(f"{_name(cell)} [{cell.statistic}]: {outcome}, {results[-1].seconds:.0f} s", flush=True)
+    populations: list[Population] = list(product(TEMPERATURES, DRIFTS, BETAS))
+    task = functools.partial(run_population, replicates=arguments.replicates, seed=arguments.seed)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        results = [result for part in pool.map(task, populations) for result in part]
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "acceptance.md").write_text(markdown(results, arguments.replicates), encoding="utf-8")
     plain = {

@@ -178,7 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| shape | batch | engine | time | memory | ms | MB |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
-    for r in result["scores"]:
+    for r in result["rows"]:
         lines.append(
             f"| {r['shape']} | {r['case']} | {r['engine']} | {r['time_ratio']:.2f} | {r['memory_ratio']:.2f} "
             f"| {1000 * r['seconds']:.1f} | {r['peak_mb']:.1f} |"
@@ -205,10 +205,10 @@ def main() -> None:
     cases = cpu_cases(options.hidden)
     if torch.cuda.is_available():
         cases = cuda_cases() + [Case(**{**vars(case), "device": "cuda"}) for case in cases]
-    result: dict[str, Any] = {"machine": machine(), "scores": []}
+    result: dict[str, Any] = {"machine": machine(), "rows": []}
     for case in cases:
         rows = run_case(case, options.repeats)
-        result["scores"] += rows
+        result["rows"] += rows
         print(case.shape, case.batch, {row["engine"]: row["time_ratio"] for row in rows}, flush=True)
     result["padding"] = padding_shares()
     result["head"] = head_memory()

@@ -241,12 +241,21 @@ def _load_error(model: str, error: Exception) -> UserError:
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; no concern of the user's
-            return PeftModel.from_pretrained(model, adapter, is_trainable=False)
+            # FutureWarning: between PEFT and transformers. UserWarning: weights that find no place, refused below.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=False)
+            stored, placed = set(load_peft_weights(adapter, device="cpu")), set(get_peft_model_state_dict(adapted))
+        if stored != placed:
+            odd = min(stored ^ placed)
+            there = "the adapter has" if odd in stored else "the model has a place for"
+            raise ValueError(f"{len(stored ^ placed)} weights do not correspond, e.g. {there} {odd}.")
+        return adapted
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(

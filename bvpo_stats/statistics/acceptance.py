@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bvpo_stats.statistics.estimates import Estimates, estimates
-from bvpo_stats.statistics.intervals import Method, RatioSets, jackknife_normal, ratio_sets
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates
+from bvpo_stats.statistics.intervals import Method, RatioSets, ratio_sets
+from bvpo_stats.statistics.squared_norm import BIAS_EMPTY, BIAS_TRACE, squared_norm
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
 BAND_Z = 3.078
@@ -124,16 +125,19 @@ def collect(
     sets: list[list[RatioSets]] = [[] for _ in taus]
     parts: list[Estimates] = []
     ends: dict[str, list[tuple[Array, Array]]] = {"bias_trace_sq": [], "bias_empty_sq": []}
-    size = 0
+    size, scales = 0, np.array(taus)[:, None, None]
     for summary in summaries:
-        size, estimated = summary.n_prompts, estimates(summary)
-        parts.append(estimated.select(0))
-        for k, tau in enumerate(taus):
-            numerator, denominator = estimated.numerator(tau), estimated.denominator(tau)
-            sets[k].append(ratio_sets(numerator, denominator, summary.group_sizes, level, method))
-        for name, pairs in ends.items():
-            interval = jackknife_normal(getattr(estimated, name), summary.group_sizes, level, floor=0.0)
-            pairs.append((interval.low, interval.high))
+        size = summary.n_prompts
+        parts.append(estimates(summary).select(0))
+        found = LinearRatio.of(summary, lambda p: (p.P0 + scales * p.P1, p.Q0 + scales * p.Q1))
+        together = ratio_sets(
+            found.numerator, found.denominator, summary.group_sizes, level, method, found.interactions
+        )
+        for k in range(len(taus)):
+            sets[k].append(RatioSets(**{name: value[k] for name, value in vars(together).items()}))
+        for name, combination in (("bias_trace_sq", BIAS_TRACE), ("bias_empty_sq", BIAS_EMPTY)):
+            interval = squared_norm(summary, combination, level)
+            ends[name].append((interval.low, interval.high))
     return Replicates(
         size=size,
         taus=tuple(taus),

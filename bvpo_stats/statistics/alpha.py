@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.statistics.arrays import summary_of_arrays
-from bvpo_stats.statistics.estimates import Estimates, estimates, noise_scale
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import BOUNDED, COMPLEMENT, Method, PromptsNeeded, prompts_needed, ratio_sets
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
@@ -81,14 +81,17 @@ def minimiser(numerator: Array | float, denominator: Array | float) -> Array:
 
 
 def alpha_interval(
-    numerator: Array, denominator: Array, summary: MomentSummary, level: float = 0.95, method: Method = "fieller"
+    ratio: LinearRatio, summary: MomentSummary, level: float = 0.95, method: Method = "fieller"
 ) -> AlphaInterval:
-    """Interval of any weight that is a ratio of linear combinations of U and M, each ``[1 + G]``."""
-    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method)
+    """Interval of any weight that is a ratio of two statistics, arrays ``[1 + G]``."""
+    numerator, denominator = ratio.numerator, ratio.denominator
+    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, ratio.interactions)
     low, high, identified = sets.clipped()
     needed = None
     if not identified:
         needed = prompts_needed(numerator, denominator, summary.group_sizes, summary.n_prompts, level)
+        if needed.prompts == summary.n_prompts:  # the extrapolation, plain Fieller, is satisfied; the set is not
+            needed = PromptsNeeded(summary.n_prompts + 1, True)
     shape: SetShape = "bounded" if sets.shape == BOUNDED else "complement" if sets.shape == COMPLEMENT else "whole"
     return AlphaInterval(
         value=float(minimiser(numerator[0], denominator[0])),
@@ -148,8 +151,9 @@ def alpha_from_summary(
     method: Method = "fieller",
 ) -> AlphaStar:
     """alpha* from streamed moments; see `alpha_star`."""
-    tau, parts = noise_scale(batch_size, eta_l), estimates(summary)
-    interval = alpha_interval(parts.numerator(tau), parts.denominator(tau), summary, level, method)
+    tau = noise_scale(batch_size, eta_l)
+    ratio = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)))
+    interval = alpha_interval(ratio, summary, level, method)
     return AlphaStar(
         **vars(interval),
         batch_size=batch_size,

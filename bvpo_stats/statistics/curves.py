@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.statistics.alpha import AlphaInterval, alpha_interval, minimiser
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import Method, SimpleInterval, jackknife_normal, ratio_sets
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
@@ -41,10 +41,10 @@ def alpha_curve(
     The curve is monotone in B: a weighted average of the bias-only limit (weight ``Q0``) and the variance-only limit
     (weight ``tau Q1``) of `alpha_limits`.
     """
-    parts = estimates(summary)
     taus = np.array([noise_scale(B, eta_l) for B in batch_sizes])[:, None]
-    numerator, denominator = parts.P0 + taus * parts.P1, parts.Q0 + taus * parts.Q1
-    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method)
+    found = LinearRatio.of(summary, lambda p: (p.P0 + taus * p.P1, p.Q0 + taus * p.Q1))
+    numerator, denominator = found.numerator, found.denominator
+    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, found.interactions)
     low, high, identified = sets.clipped()
     return AlphaCurve(
         batch_size=np.asarray(batch_sizes, dtype=np.float64),
@@ -74,10 +74,10 @@ class AlphaLimits:
 
 def alpha_limits(summary: MomentSummary, *, level: float = 0.95, method: Method = "fieller") -> AlphaLimits:
     """Bias-only and variance-only limits of alpha with their intervals."""
-    parts = estimates(summary)
+    bias, variance = (LinearRatio.of(summary, pick) for pick in (lambda p: (p.P0, p.Q0), lambda p: (p.P1, p.Q1)))
     return AlphaLimits(
-        bias_only=alpha_interval(parts.P0, parts.Q0, summary, level, method),
-        variance_only=alpha_interval(parts.P1, parts.Q1, summary, level, method),
+        bias_only=alpha_interval(bias, summary, level, method),
+        variance_only=alpha_interval(variance, summary, level, method),
     )
 
 
@@ -94,8 +94,8 @@ def alpha_j(
     Raises:
         UserError: rho outside (0, 1].
     """
-    numerator, denominator = estimates(summary).alpha_j_parts(rho, batch_size)
-    return alpha_interval(numerator, denominator, summary, level, method)
+    ratio = LinearRatio.of(summary, lambda parts: parts.alpha_j_parts(rho, batch_size))
+    return alpha_interval(ratio, summary, level, method)
 
 
 def error_curve(

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, noise_scale
 from bvpo_stats.statistics.intervals import Method, jackknife_covariance, ratio_sets, t_quantile
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
@@ -159,11 +159,18 @@ def alpha_range(
         level: Confidence level.
         method: How the sets are made.
     """
-    tau, parts = noise_scale(batch_size, eta_l), estimates(summary, marginal="t")
-    numerator, denominator = parts.numerator(tau), parts.denominator(tau)
+    tau = noise_scale(batch_size, eta_l)
+    found = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)), marginal="t")
 
     def ends(shift: float) -> tuple[Array, Array]:
-        sets = ratio_sets(numerator + shift, denominator, summary.group_sizes, (1 + level) / 2, method)
+        sets = ratio_sets(
+            found.numerator + shift,
+            found.denominator,
+            summary.group_sizes,
+            (1 + level) / 2,
+            method,
+            found.interactions,
+        )
         return sets.clipped()[:2]
 
     low, high = float(ends(-bound.high)[0]), float(ends(bound.high)[1])

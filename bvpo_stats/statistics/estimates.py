@@ -13,6 +13,7 @@ the mean squared error of the paper's Theorem 2 at ``tau = 1`` (one example, eta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -157,6 +158,54 @@ class Estimates:
         """One entry of the last axis of every array, such as row 0, the whole sample."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value[..., row] for name, value in values.items() if value is not None})
+
+
+Pick = Callable[[Estimates], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class LinearRatio:
+    """Two statistics that are linear in U and M, with what their ratio's confidence set needs.
+
+    Attributes:
+        numerator: ``[..., 1 + G]``.
+        denominator: ``[..., 1 + G]``.
+        interactions: Of both, ``[..., I]`` each; None where the summary has none.
+    """
+
+    numerator: Array
+    denominator: Array
+    interactions: tuple[Array, Array] | None
+
+    @classmethod
+    def of(cls, summary: MomentSummary, pick: Pick, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
+        """``pick`` must be linear in the estimates: it is applied to the interactions too.
+
+        >>> rng = np.random.default_rng(0)
+        >>> from bvpo_stats.statistics.arrays import summary_of_arrays
+        >>> summary = summary_of_arrays({"t": rng.normal(size=(12, 3)), "e": rng.normal(size=(12, 3))})
+        >>> found = LinearRatio.of(summary, lambda p: (p.numerator(0.5), p.denominator(0.5)))
+        >>> found.numerator.shape, found.interactions[0].shape
+        ((13,), (66,))
+        """
+        rows = estimates(summary, per_block=per_block, marginal=marginal)
+        if summary.interactions is None:
+            return cls(*pick(rows), None)
+        pairs = replace(
+            summary,
+            U=summary.interactions,
+            M=np.zeros_like(summary.interactions),
+            shift=np.zeros_like(summary.interactions),
+            trace_sampling=None,
+            within_prompt=None,
+            interactions=None,
+        )
+        return cls(*pick(rows), pick(estimates(pairs, per_block=per_block, marginal=marginal)))
+
+    def block(self, k: int) -> LinearRatio:
+        """The same of one parameter block, where the block axis was kept."""
+        pairs = None if self.interactions is None else (self.interactions[0][..., k], self.interactions[1][..., k])
+        return LinearRatio(self.numerator[..., k], self.denominator[..., k], pairs)
 
 
 def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str = "m") -> Estimates:

@@ -4,10 +4,12 @@ The bootstrap is absent on purpose: resampled duplicates put the products ``a_i 
 intervals cover too little. The jackknife leaves examples out and keeps U unbiased.
 
 Methods for ratios: ``fieller`` (default), ``hall`` (its hull with the set corrected for skewness, the cautious choice
-under heavy tails) and ``delta``.
+under heavy tails) and ``delta``. Where the interactions of the groups are known, ``fieller`` takes account of the
+dependence between a U-statistic and its own standard error (see `bvpo_stats.statistics.interactions`): without that it
+covers too often at intermediate noise scales and too rarely at small ones.
 
 Sources: Fieller (1954) for the set; Busing, Meijer and van der Leeden (1999) for the delete-a-group jackknife with
-groups of unequal size; Shao and Wu (1989) for its validity; Hall (1992) for the correction.
+groups of unequal size; Shao and Wu (1989) for its validity; Helmers (1991) and Hall (1992) for the corrections.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.skewness import corrected_ends
+from bvpo_stats.statistics.interactions import MIN_GROUPS, DifferenceSkew, undo_interaction
+from bvpo_stats.statistics.skewness import corrected_ends, search_ends
 from bvpo_stats.statistics.summary import Array
 
 Method = Literal["fieller", "delta", "hall"]
@@ -204,12 +207,65 @@ def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
     return RatioSets(plain.ratio, low, high, np.where(bounded, BOUNDED, WHOLE_LINE))
 
 
+def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: float) -> RatioSets:
+    """Fieller's set with the studentised difference freed of its dependence on its own standard error.
+
+    ``{a : |h(T(a))| <= q}`` with ``T(a) = (B - a A) / se(B - a A)`` and h of
+    `bvpo_stats.statistics.interactions.undo_interaction` at the k12 of ``B - a A``: the part of it that holds the
+    estimate, or the whole line where that has no end.
+
+    Args:
+        values: (B, A), ``[..., 2, 1 + G]``.
+        interactions: Of (B, A), ``[..., 2, I]``.
+        group_sizes: ``[..., G]``.
+        q: Quantile of the studentised difference.
+    """
+    numerator, denominator, n_groups = values[..., 0, 0], values[..., 1, 0], group_sizes.shape[-1]
+    deviations, weights = _pseudo_deviations(values, group_sizes)
+    covariance = np.einsum("...kg,...lg,...g->...kl", deviations, deviations, weights)
+    skew = DifferenceSkew.of(deviations, interactions)
+
+    def error(candidate: Array) -> Array:
+        v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
+        return np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
+
+    def inside(candidate: Array) -> NDArray[np.bool_]:
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            studentised = (numerator - candidate * denominator) / error(candidate)
+            return np.abs(undo_interaction(studentised, skew.at(candidate), n_groups)) <= q
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = numerator / denominator
+        unit = error(ratio) / np.abs(denominator)
+    low, high = search_ends(ratio, unit, inside)
+    # The estimate itself has T = 0; a correction so large that it throws the estimate out says nothing.
+    bounded = (denominator > 0) & np.isfinite(low) & np.isfinite(high) & (inside(ratio) | (unit == 0))
+    low, high = np.where(bounded, low, -np.inf), np.where(bounded, high, np.inf)
+    return RatioSets(ratio, low, high, np.where(bounded, BOUNDED, WHOLE_LINE))
+
+
 def ratio_sets(
-    numerator: Array, denominator: Array, group_sizes: Array, level: float = 0.95, method: Method = "fieller"
+    numerator: Array,
+    denominator: Array,
+    group_sizes: Array,
+    level: float = 0.95,
+    method: Method = "fieller",
+    interactions: tuple[Array, Array] | None = None,
 ) -> RatioSets:
-    """Confidence sets of a ratio of U-statistics by the jackknife; numerator and denominator are ``[..., 1 + G]``."""
+    """Confidence sets of a ratio of U-statistics by the jackknife.
+
+    Args:
+        numerator: B, ``[..., 1 + G]``.
+        denominator: A, ``[..., 1 + G]``.
+        group_sizes: ``[..., G]``.
+        level: Confidence level.
+        method: ``fieller``, ``hall`` or ``delta``.
+        interactions: Those of B and A, ``[..., I]`` each, where both are linear in U and M; ``fieller`` uses them.
+    """
     values = np.stack([numerator, denominator], axis=-2)
     q = t_quantile(level, group_sizes.shape[-1])
+    if method == "fieller" and interactions is not None and group_sizes.shape[-1] >= MIN_GROUPS:
+        return interaction_sets(values, np.stack(interactions, axis=-2), group_sizes, q)
     if method == "hall":
         return hall_sets(values, group_sizes, q)
     sets = {"fieller": fieller_sets, "delta": delta_sets}

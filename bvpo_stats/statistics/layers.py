@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import AlphaInterval, alpha_interval
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     Method,
     SimpleInterval,
@@ -45,9 +45,10 @@ def layer_alphas(
     method: Method = "fieller",
 ) -> LayerAlphas:
     """Per-layer weights: the error separates over parameter blocks, so each has its own ``alpha_l = B_l / A_l``."""
-    tau, parts = noise_scale(batch_size, eta_l), estimates(summary, per_block=True)
-    B, A = parts.numerator(tau), parts.denominator(tau)
-    alphas = {name: alpha_interval(B[:, k], A[:, k], summary, level, method) for k, name in enumerate(summary.blocks)}
+    tau = noise_scale(batch_size, eta_l)
+    found = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)), per_block=True)
+    B, A = found.numerator, found.denominator
+    alphas = {name: alpha_interval(found.block(k), summary, level, method) for k, name in enumerate(summary.blocks)}
     # A block that never gets a gradient (LoRA's A at its start) has A_l = B_l = 0 and no part in the gain.
     live = ~((A == 0) & (B == 0)).all(axis=0)
     gain = None
@@ -98,7 +99,7 @@ def direction_alpha(
     te = p.trace_dot_empty + tau * p.var_cross
     top = p.trace_dot_marginal * ee - p.empty_dot_marginal * te
     other = p.empty_dot_marginal * tt - p.trace_dot_marginal * te
-    return alpha_interval(top, top + other, summary, level, method)
+    return alpha_interval(LinearRatio(top, top + other, None), summary, level, method)
 
 
 def curvature_alpha(
@@ -133,4 +134,4 @@ def curvature_alpha(
     marginal_dot_h = absolute[..., m, t] - absolute[..., m, e]
     numerator = marginal_dot_h / eta - (mixed[..., e, Ht] - mixed[..., e, He])
     denominator = mixed[..., t, Ht] - mixed[..., t, He] - mixed[..., e, Ht] + mixed[..., e, He]
-    return alpha_interval(numerator, denominator, summary, level, method)
+    return alpha_interval(LinearRatio(numerator, denominator, None), summary, level, method)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.arrays import group_interactions
 from bvpo_stats.statistics.group_moments import GroupMoments, gram, group_scalars, merge_groups, prompt_moments
 from bvpo_stats.statistics.summary import MEMBERS, WHOLE, Array, GroupSums, MomentSummary, summarise
 
@@ -164,6 +165,9 @@ class Moments:
         centres = [np.broadcast_to(o, (p, len(o))) for o in origin]
         rows = [group_scalars(g, origin, centres, total) for g in filled]
         cross, own, diagonal, within, dotted, weighted = (np.stack(part) for part in zip(*rows, strict=True))
+        # Per block, about the origin: [members, groups, d].
+        group_means = [np.stack([g.means[k] - origin[k] for g in filled], axis=1) for k in range(L)]
+        interactions = [found for x in group_means if (found := group_interactions(list(x))) is not None]
         sums = GroupSums(
             sizes=sizes,
             squares=np.array([g.squares for g in filled]),
@@ -177,6 +181,7 @@ class Moments:
             origin_square=np.array([o @ o for o in origin]),
             trace_draws=(np.array([g.trace_draws[0] for g in filled]), np.stack([g.trace_draws[1] for g in filled])),
             repeats=(np.array([g.repeats[0] for g in filled]), np.stack([g.repeats[1] for g in filled])),
+            interactions=np.stack(interactions, axis=1) if interactions else None,
         )
         return summarise(sums, self.members, self.blocks, self.n_prompts)
 

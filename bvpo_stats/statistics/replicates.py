@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.interactions import u_centred
 from bvpo_stats.statistics.summary import WHOLE, Array, GroupSums, MomentSummary, summarise
 
 
@@ -104,6 +105,9 @@ class Population:
         shape = (*sizes.shape, 1, p, p)
         cross, own, diagonal = np.empty(shape), np.empty(shape), np.empty(shape)
         total = np.empty((len(indices), 1, p, p))
+        n_groups = sizes.shape[1]
+        interactions = np.empty((len(indices), n_groups * (n_groups - 1) // 2, 1, p, p)) if n_groups >= 4 else None
+        means = indicator / indicator.sum(axis=0)
         counts = _counts(indices, len(self.probabilities))
         for a, b in product(range(p), repeat=2):
             gram = self.grams[a, b]
@@ -111,7 +115,10 @@ class Population:
             cross[..., 0, a, b] = per_example @ indicator
             total[..., 0, a, b] = per_example.sum(axis=1)
             diagonal[..., 0, a, b] = np.diagonal(gram)[indices] @ indicator
-            own[..., 0, a, b] = diagonal[..., 0, a, b] if groups is None else _own(gram, indices, labels)
+            products = means.T @ gram[indices[:, :, None], indices[:, None, :]] @ means
+            own[..., 0, a, b] = np.diagonal(products, axis1=1, axis2=2) * sizes**2
+            if interactions is not None:
+                interactions[..., 0, a, b] = u_centred((products + np.swapaxes(products, 1, 2)) / 2)
         zeros = np.zeros((*sizes.shape, 1, p))
         halved = self.trace_half_squares
         sums = GroupSums(
@@ -126,6 +133,7 @@ class Population:
             origin_dot_weighted=zeros,
             origin_square=np.zeros((len(indices), 1)),
             trace_draws=None if halved is None else (sizes, (halved[indices] @ indicator)[..., None]),
+            interactions=interactions,
         )
         return summarise(sums, self.members, (WHOLE,), indices.shape[1])
 
@@ -150,12 +158,6 @@ def _counts(indices: NDArray, outcomes: int) -> Array:
     """How often each outcome was drawn: ``[R, N] -> [R, P]``."""
     flat = (indices + outcomes * np.arange(len(indices))[:, None]).ravel()
     return np.bincount(flat, minlength=outcomes * len(indices)).reshape(len(indices), outcomes).astype(np.float64)
-
-
-def _own(gram: Array, indices: NDArray, labels: NDArray) -> Array:
-    """``S_a^g . S_b^g`` for every sample and group."""
-    its = [indices[:, labels == g] for g in range(int(labels.max()) + 1)]
-    return np.stack([gram[i[:, :, None], i[:, None, :]].sum(axis=(1, 2)) for i in its], axis=1)
 
 
 def isometric_coordinates(

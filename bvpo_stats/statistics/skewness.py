@@ -11,6 +11,8 @@ pseudo-values of ``B - a A``. Use it through `bvpo_stats.statistics.intervals.ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,35 +51,47 @@ def corrected_difference(
     return hall_transform(studentised, raw * np.sqrt(n * (n - 1)) / (n - 2), n)
 
 
-def corrected_ends(
-    numerator: Array, denominator: Array, deviations: Array, weights: Array, q: float
-) -> tuple[Array, Array]:
-    """Ends of the part of the corrected set that holds the estimate; infinite where it has no end on that side.
+def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], NDArray[np.bool_]]) -> tuple[Array, Array]:
+    """Ends of the part of a confidence set that holds the estimate; infinite where it has no end on that side.
 
-    Searches outward from B / A on the scale of the delta method's half-width, then bisects.
+    Searches outward from the estimate, then bisects.
+
+    Args:
+        ratio: The estimate, ``[...]``.
+        unit: Scale of the search, such as the delta method's standard error; 0 where there is nothing to search.
+        inside: Whether candidates ``[...]`` lie in the set.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = numerator / denominator
-        spread = deviations[..., 0, :] - ratio[..., None] * deviations[..., 1, :]
-        unit = np.sqrt((weights * spread**2).sum(axis=-1)) / np.abs(denominator)
-
-    def outside(angle: Array, side: int) -> NDArray[np.bool_]:
-        at = ratio + side * unit * np.tan(angle)
-        inside = np.abs(corrected_difference(at, numerator, denominator, deviations, weights)) <= q
-        return ~inside
-
     angles = np.linspace(0, np.pi / 2, GRID + 1)[1:-1]
     ends = []
     for side in (-1, 1):
-        crossed = np.stack([outside(np.full(np.shape(ratio), angle), side) for angle in angles])
+
+        def outside(angle: Array, side: int = side) -> NDArray[np.bool_]:
+            return ~inside(ratio + side * unit * np.tan(angle))
+
+        crossed = np.stack([outside(np.full(np.shape(ratio), angle)) for angle in angles])
         first = crossed.argmax(axis=0)
         high = angles[first]
         low = np.where(first == 0, 0.0, angles[np.maximum(first - 1, 0)])
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            out = outside(middle, side)
+            out = outside(middle)
             low, high = np.where(out, low, middle), np.where(out, middle, high)
         end = ratio + side * unit * np.tan(low)
         # Without spread there is nothing to search: the set is the ratio itself.
         ends.append(np.where(unit == 0, ratio, np.where(crossed.any(axis=0), end, side * np.inf)))
     return ends[0], ends[1]
+
+
+def corrected_ends(
+    numerator: Array, denominator: Array, deviations: Array, weights: Array, q: float
+) -> tuple[Array, Array]:
+    """Ends of the set corrected for skewness; see `search_ends`."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = numerator / denominator
+        spread = deviations[..., 0, :] - ratio[..., None] * deviations[..., 1, :]
+        unit = np.sqrt((weights * spread**2).sum(axis=-1)) / np.abs(denominator)
+
+    def inside(candidate: Array) -> NDArray[np.bool_]:
+        return np.abs(corrected_difference(candidate, numerator, denominator, deviations, weights)) <= q
+
+    return search_ends(ratio, unit, inside)

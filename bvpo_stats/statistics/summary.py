@@ -55,6 +55,9 @@ class MomentSummary:
             trace draw; None without such examples.
         within_prompt: ``[..., 1 + G, L, p, p]``, mean over the prompts with two pairs or more of their own unbiased
             covariance (trace), which estimates ``tr Cov(a, b | x)``; None without such prompts.
+        interactions: ``[..., I, L, p, p]``, for the ``I = G (G - 1) / 2`` pairs of groups g < h (row by row of the
+            upper triangle) the interaction of the two in U (see `bvpo_stats.statistics.interactions`); M has none.
+            None where they were not kept, or for fewer than four groups.
     """
 
     members: tuple[str, ...]
@@ -67,6 +70,7 @@ class MomentSummary:
     n_prompts: int
     trace_sampling: Array | None = None
     within_prompt: Array | None = None
+    interactions: Array | None = None
 
     @property
     def covariance(self) -> Array:
@@ -111,6 +115,7 @@ class MomentSummary:
             n_prompts=self.n_prompts,
             trace_sampling=None if self.trace_sampling is None else self.trace_sampling[..., keep],
             within_prompt=None if self.within_prompt is None else self.within_prompt[..., keep, :, :],
+            interactions=None if self.interactions is None else self.interactions[..., keep, :, :],
         )
 
     def to_arrays(self) -> dict[str, NDArray]:
@@ -120,7 +125,8 @@ class MomentSummary:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray]) -> MomentSummary:
         """Read what `to_arrays` wrote."""
-        optional = {name: np.asarray(arrays[name]) for name in ("trace_sampling", "within_prompt") if name in arrays}
+        names = ("trace_sampling", "within_prompt", "interactions")
+        optional = {name: np.asarray(arrays[name]) for name in names if name in arrays}
         return cls(
             members=tuple(str(s) for s in arrays["members"]),
             blocks=tuple(str(s) for s in arrays["blocks"]),
@@ -151,6 +157,7 @@ class GroupSums:
         origin_square: ``[..., L]``, ``o . o``.
         trace_draws: ``([..., G], [..., G, L])``, examples with a second trace draw, sum of ``norm(t1 - t2)^2 / 2``.
         repeats: ``([..., G], [..., G, L, p, p])``, prompts with two pairs or more, sum of their own covariances.
+        interactions: ``[..., I, L, p, p]``, as in `MomentSummary`.
     """
 
     sizes: Array
@@ -165,6 +172,7 @@ class GroupSums:
     origin_square: Array
     trace_draws: tuple[Array, Array] | None = None
     repeats: tuple[Array, Array] | None = None
+    interactions: Array | None = None
 
 
 def _leave_out(per_group: Array, axis: int) -> Array:
@@ -221,4 +229,5 @@ def summarise(sums: GroupSums, members: Sequence[str], blocks: Sequence[str], n_
         n_prompts=n_prompts,
         trace_sampling=None if sums.trace_draws is None else _mean_without(sums.trace_draws, 1),
         within_prompt=None if sums.repeats is None else _mean_without(sums.repeats, 3),
+        interactions=sums.interactions,
     )

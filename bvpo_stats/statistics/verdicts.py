@@ -9,7 +9,7 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import AlphaInterval, alpha_interval, minimiser
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     RatioSets,
     SimpleInterval,
@@ -18,6 +18,7 @@ from bvpo_stats.statistics.intervals import (
     ratio_sets,
     t_quantile,
 )
+from bvpo_stats.statistics.squared_norm import MARGINAL, squared_norm
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
 Answer = Literal["yes", "no", "undecided"]
@@ -110,10 +111,10 @@ def error_table(
         "empty": parts.error(0.0, tau),
         "fixed": parts.error(alpha, tau),
         "alpha_star": parts.error(best, tau),
-        "zero": parts.marginal_sq,
         "shrunk_trace": parts.shrunk_error(factor, tau),
     }
-    return {name: jackknife_normal(row, summary.group_sizes, level, floor=0.0) for name, row in rows.items()}
+    table = {name: jackknife_normal(row, summary.group_sizes, level, floor=0.0) for name, row in rows.items()}
+    return table | {"zero": squared_norm(summary, MARGINAL, level)}
 
 
 def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> AlphaInterval:
@@ -127,7 +128,7 @@ def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> Alph
     parts = estimates(summary)
     if parts.var_trace_sampling is None:
         raise UserError("the trace-sampling share needs a second trace draw (trace2) for some examples; give it.")
-    return alpha_interval(parts.var_trace_sampling, parts.var_trace, summary, level)
+    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, None), summary, level)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from bvpo_stats.statistics.curves import alpha_curve, alpha_j, error_curve
 from bvpo_stats.statistics.estimates import estimates, noise_scale
 from bvpo_stats.statistics.intervals import SimpleInterval, jackknife_normal
 from bvpo_stats.statistics.layers import layer_alphas
+from bvpo_stats.statistics.squared_norm import BIAS_EMPTY, BIAS_TRACE, squared_norm
 from bvpo_stats.statistics.summary import Array, MomentSummary
 from bvpo_stats.statistics.verdicts import error_table, fixed_alpha_verdict, trace_sampling_share
 from bvpo_stats.studies.alpha_star_entries import (
@@ -53,8 +54,8 @@ def tables(
     rows: dict[str, dict[str, SimpleInterval | None]] = {
         "mse": {name: errors[key] for name, key in names.items()},
         "bias_sq": {
-            "trace": _interval(parts.bias_trace_sq, summary, settings.level, floor=0.0),
-            "empty": _interval(parts.bias_empty_sq, summary, settings.level, floor=0.0),
+            "trace": squared_norm(summary, BIAS_TRACE, settings.level),
+            "empty": squared_norm(summary, BIAS_EMPTY, settings.level),
             "cross": _interval(parts.bias_cross, summary, settings.level),
         },
         "variance": {

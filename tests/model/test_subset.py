@@ -6,6 +6,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import _add_adapter
 from bvpo_stats.model.subset import LoraOptions, create_lora, linear_subset, lora_subset
 from tests.model.shapes import SHAPES, tiny_model
 
@@ -57,6 +58,15 @@ def test_a_loaded_adapter(tmp_path: Any) -> None:
     create_lora(tiny_model(), LoraOptions(r=2, seed=3)).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert lora_subset(loaded).size == lora_subset(create_lora(tiny_model(), LoraOptions(r=2))).size
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_of_a_base_of_other_depth_is_refused(tmp_path: Any, layers: int) -> None:
+    """PEFT itself loads it without an error and leaves weights out."""
+    create_lora(tiny_model("qwen2"), LoraOptions(r=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"weights do not correspond, e\.g\. .*layers\..*another base\?"):
+        _add_adapter(tiny_model("qwen2", num_hidden_layers=layers), str(tmp_path))
+    assert lora_subset(_add_adapter(tiny_model("qwen2"), str(tmp_path))).size > 0
 
 
 def test_linear_weights() -> None:
