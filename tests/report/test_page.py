@@ -14,7 +14,8 @@ import pytest
 
 from tests.cli.running import failed_politely, run
 
-COMMITTED = Path(__file__).parents[2] / "figures"
+FIGURES = Path(__file__).parents[2] / "figures"
+DONE = ("variance", "alpha-star")  # finished runs of two studies
 EVIL = '<script>alert("x")</script>&"\''
 
 
@@ -47,7 +48,8 @@ class Tags(HTMLParser):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of every condition: finished, unfinished, broken, of an old version, of an unknown study, and hostile."""
     root = tmp_path_factory.mktemp("runs")
-    shutil.copytree(COMMITTED, root / "done")
+    for name in DONE:
+        shutil.copytree(FIGURES / name, root / "done" / name)
     runs = {
         "half/run.json": {"command": "variance", "model": EVIL, "sampling": {"temperature": 0.8}},
         "old/report.json": {"study": "variance", "table3": {}},
@@ -72,7 +74,7 @@ def page(folder: Path) -> str:
 
 def test_every_run_is_on_it(page: str, folder: Path) -> None:
     text = " ".join(Tags(page).words)
-    for name in ("half", "old", "strange", "broken", *(f"done/{path.name}" for path in COMMITTED.iterdir())):
+    for name in ("half", "old", "strange", "broken", *(f"done/{name}" for name in DONE)):
         assert name in text
     assert ".hidden" not in text
     assert "No report.json yet" in text
@@ -81,14 +83,14 @@ def test_every_run_is_on_it(page: str, folder: Path) -> None:
 
 
 def test_finished_runs_show_tables_figures_configuration_and_versions(page: str) -> None:
-    report = json.loads((COMMITTED / "variance/report.json").read_text())
+    report = json.loads((FIGURES / "variance/report.json").read_text())
     tags = Tags(page)
     text = " ".join(tags.words)
     assert f"{report['table3']['logp_variance_ratio']['value']:.3f}" in text
     assert f"torch {report['versions']['torch']}" in text
     assert "sampling.temperature" in text
     images = [attributes for tag, attributes in tags.tags if tag == "img"]
-    assert len(images) == len(list(COMMITTED.rglob("*.png")))
+    assert len(images) == sum(len(list((FIGURES / name).glob("*.png"))) for name in DONE)
     assert all(image["alt"] for image in images)
 
 
