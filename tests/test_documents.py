@@ -1,0 +1,103 @@
+"""What the documents say is so: commands exist, links lead somewhere, numbers are the committed ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from bvpo_stats.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND = typer.main.get_command(app)
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] == "bvpo-stats":
+                yield words[1:]
+
+
+def report(study: str) -> dict[str, Any]:
+    return json.loads((ROOT / "figures" / study / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_commands_parse(path: Path) -> None:
+    """Every option that a document shows is one that the command takes."""
+    for name, *rest in command_lines(path.read_text(encoding="utf-8")):
+        command = COMMAND.commands[name]  # type: ignore[attr-defined]
+        try:
+            command.make_context(name, list(rest), resilient_parsing=False)
+        except click.ClickException as error:  # pragma: no cover - the failure that this test is for
+            pytest.fail(f"{path.name}: bvpo-stats {name} {' '.join(rest)}: {error.format_message()}")
+
+
+def test_readme_shows_every_command() -> None:
+    for name in COMMAND.commands:  # type: ignore[attr-defined]
+        assert name == "tiny" or f"`{name}`" in README or f"bvpo-stats {name}" in README, name
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "ARCHITECTURE.md"], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    made = ("commands.md", "api/", "architecture.md", "changelog.md", "notebooks/")  # pages of docs/hooks/pages.py
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http", *made)):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert shown <= targets
+
+
+def test_numbers_of_alpha_star() -> None:
+    found = report("alpha-star")
+    star, single, share = found["alpha_star"], found["curve"][0], found["trace_sampling_share"]
+    assert (found["batch_size"], found["eta_l"], found["seed"], single["batch_size"]) == (128, 1, 0, 1)
+    assert f"{star['value']:.3f} ({star['low']:.3f} to {star['high']:.3f})" in README
+    assert f"{single['alpha']:.2f} ({single['low']:.2f} to {single['high']:.2f})" in README
+    assert f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})" in README
+    verdict = found["verdict"]
+    assert (verdict["beats_trace"], verdict["beats_empty"]) == ("yes", "yes")
+    assert found["mse"]["zero"] < found["mse"]["alpha_star"]  # "as it does for the embedded model at B = 128"
+
+
+def test_numbers_of_appendix_b() -> None:
+    found = report("variance")
+    assert (found["n_prompts"], found["n_samples"], found["seed"]) == (200, 2000, 0)
+    rows = {
+        "Variance ratio (log p), Thinking / NoThinking": (found["table3"]["logp_variance_ratio"], "{:.3g}"),
+        "Variance ratio (length)": (found["table3"]["length_variance_ratio"], "{:.1f}"),
+        "Mean length ratio": (found["table4"]["mean_length_ratio"], "{:.2f}"),
+        "NLL Think (nats per token)": (found["table4"]["nll_think"], "{:.3f}"),
+        "NLL No": (found["table4"]["nll_no"], "{:.3f}"),
+        "% increase of NLL": (found["table4"]["percent_increase"], "{:.1f}"),
+        "Trace token share": (found["table5"]["trace_token_share"], "{:.3f}"),
+        "NLL trace / NLL answer": (found["table5"]["nll_ratio"], "{:.3f}"),
+    }
+    for label, (cell, form) in rows.items():
+        value, low, high = (form.format(cell[key]) for key in ("value", "low", "high"))
+        assert f"| {label} | {value} | {low} to {high} |" in README, label
+
+
+def test_numbers_of_the_theorems() -> None:
+    checks = [check for topic in report("theorems")["topics"] for check in topic["checks"]]
+    should = [check for check in checks if check["should_hold"]]
+    holding = [check for check in should if check["verdict"] != "fails"]
+    loose = [check for check in should if check["verdict"] == "loose"]
+    strong = [check for check in checks if not check["should_hold"] and check["verdict"] == "fails"]
+    words = f"{len(holding)} of {len(should)} that should, {len(loose)} of them loosely; {len(strong)} sentences"
+    assert words in README
