@@ -103,3 +103,13 @@ def test_numbers_of_the_theorems() -> None:
     strong = [check for check in checks if not check["should_hold"] and check["verdict"] == "fails"]
     words = f"{len(holding)} of {len(should)} that should, {len(loose)} of them loosely; {len(strong)} sentences"
     assert words in README
+
+
+def test_numbers_of_the_evaluation() -> None:
+    found = report("evaluate")
+    assert (found["sampling"]["temperature"], found["sampling"]["seed"]) == (0.6, 0)
+    for mode, label in (("thinking", "Thinking"), ("nothinking", "NoThinking")):
+        accuracy, reward = (found["scores"]["base"][mode][name] for name in ("embedded", "embedded_reward"))
+        percent, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("value", "low", "high"))
+        grades = f"{reward['value']:.3f} ({reward['low']:.3f} to {reward['high']:.3f})"
+        assert f"| {label} | {percent} ({low} to {high}) | {grades} |" in README
