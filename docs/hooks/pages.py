@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav = list(config.nav or [])
     nav.append({"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]})
     nav.append({"Commands": "commands.md"})
-    nav.append({"API reference": [{name: f"api/{name}.md"} for name in _parts()]})
+    nav.append({"API": [{name: f"api/{name}.md"} for name in _parts()]})
     nav.append({"Project": [{title: name.lower()} for title, name in DOCUMENTS.items()]})
     config.nav = nav
     return config
