@@ -78,7 +78,8 @@ def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _stable(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if not key.startswith(_TIMING)}
+    """A log entry without its times, in an order that a checkpoint (which sorts) does not change."""
+    return {key: value for key, value in sorted(entry.items()) if not key.startswith(_TIMING)}
 
 
 def _tenth(history: list[dict[str, Any]]) -> int:
