@@ -118,7 +118,7 @@ def train(
     alpha_update_steps: Annotated[
         int | None,
         typer.Option(
-            help="adaptive: steps between two looks at the probe set. [default: 3% of the tokens]", show_default=False
+            help="adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", show_default=False
         ),
     ] = None,
     alpha_ema: Annotated[

@@ -35,7 +35,7 @@ class BVPOConfig(TrainingArguments):
         alpha: Weight of the trace loss: a number in [0, 1] (1 is DPO on D_t, 0 on D_e), ``adaptive``, or a schedule
             ``step:alpha,step:alpha,...``.
         alpha_prior: What ``adaptive`` uses until its interval excludes it.
-        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 3% of the tokens on them.
+        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 2% of the tokens on them.
         alpha_ema: Share that the averages of the estimated moments keep from one look to the next; None for the
             controller's default.
         alpha_probe_prompts: Prompts held out of training, on which the marginal gradient is estimated.

@@ -15,7 +15,7 @@ from bvpo_stats.training.probe import ProbeSet
 from bvpo_stats.training.step_size import StepSize
 from bvpo_stats.training.sums import PromptSums
 
-PROBE_SHARE = 0.03
+PROBE_SHARE = 0.02
 """Share of a step's tokens that a look at the probe set may cost per step, where the cadence is left to us."""
 
 
@@ -172,6 +172,6 @@ def default_update_steps(probe_tokens: int, step_tokens: float) -> int:
     """Steps between two looks at the probe set that keep them at :data:`PROBE_SHARE` of the tokens.
 
     >>> default_update_steps(30_000, 50_000)
-    20
+    30
     """
     return max(1, math.ceil(probe_tokens / (PROBE_SHARE * max(step_tokens, 1.0))))

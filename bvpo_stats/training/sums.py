@@ -34,14 +34,17 @@ class PromptSums:
         Args:
             rows: Where the t_i are kept for the inner products with the e_i, by weight: ``[group, *shape]``.
             group: Prompts that share ``rows``.
-            members: Which of them these pairs belong to.
+            members: Which of them these pairs belong to, in rising order.
         """
 
         def take(name: str, scores: Float[Tensor, "sequences ..."]) -> None:
             gradients = scores[0::2] + scores[1::2]
-            if name not in rows:
-                rows[name] = torch.zeros((group, *gradients.shape[1:]), dtype=gradients.dtype, device=gradients.device)
-            rows[name][members] = gradients
+            if len(members) == group:  # members are in rising order
+                rows[name] = gradients
+            else:
+                if name not in rows:
+                    rows[name] = gradients.new_zeros((group, *gradients.shape[1:]))
+                rows[name][members] = gradients
             _add(self._trace, name, gradients)
             self._products["tt"].append(_square(gradients))
 
@@ -59,8 +62,9 @@ class PromptSums:
             gradients = scores[0::2] + scores[1::2]
             _add(self._empty, name, gradients)
             self._products["ee"].append(_square(gradients))
-            if name in rows:
-                self._products["te"].append((gradients * rows[name][members]).sum(dtype=torch.float64))
+            if (trace := rows.get(name)) is not None:
+                theirs = trace if len(members) == len(trace) else trace[members]
+                self._products["te"].append((gradients * theirs).sum(dtype=torch.float64))
 
         return take
 
