@@ -327,7 +327,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds per case")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds per case")
     parser.add_argument("--hidden", type=int, nargs="*", default=[256], help="hidden sizes of the random models")
     parser.add_argument("--pairs", default="embedded", help="pairs of the embedded model")
     parser.add_argument("--traces", default=None, help="their trace bank")
