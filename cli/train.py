@@ -121,6 +121,9 @@ def train(
             help="adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", show_default=False
         ),
     ] = None,
+    alpha_sums_steps: Annotated[
+        int, typer.Option(help="adaptive: one step in so many forms its gradients prompt by prompt, for the variances.")
+    ] = 4,
     alpha_ema: Annotated[
         float | None,
         typer.Option(help="adaptive: what averages keep from look to look. [default: 0.8]", show_default=False),
@@ -199,6 +202,7 @@ def train(
         "precompute_ref_log_probs": precompute_ref_logps,
         "alpha_prior": alpha_prior,
         "alpha_update_steps": alpha_update_steps,
+        "alpha_sums_steps": alpha_sums_steps,
         "alpha_ema": alpha_ema,
         "alpha_probe_prompts": alpha_probe_prompts,
         "alpha_traces_per_answer": alpha_traces_per_answer,

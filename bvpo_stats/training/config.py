@@ -36,6 +36,8 @@ class BVPOConfig(TrainingArguments):
             ``step:alpha,step:alpha,...``.
         alpha_prior: What ``adaptive`` uses until its interval excludes it.
         alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 2% of the tokens on them.
+        alpha_sums_steps: One step in so many forms its gradients prompt by prompt, for the variances: on small models
+            this costs up to a tenth of a step.
         alpha_ema: Share that the averages of the estimated moments keep from one look to the next; None for the
             controller's default.
         alpha_probe_prompts: Prompts held out of training, on which the marginal gradient is estimated.
@@ -63,6 +65,7 @@ class BVPOConfig(TrainingArguments):
     alpha: float | str = field(default=0.5, metadata={"help": "Weight of the trace loss, or adaptive."})
     alpha_prior: float = field(default=0.5, metadata={"help": "alpha until the data exclude it."})
     alpha_update_steps: int | None = field(default=None, metadata={"help": "Steps between two updates of alpha."})
+    alpha_sums_steps: int = field(default=4, metadata={"help": "Steps between two that feed the variances."})
     alpha_ema: float | None = field(default=None, metadata={"help": "Memory of the averaged moments."})
     alpha_probe_prompts: int = field(default=32, metadata={"help": "Prompts held out to estimate mu."})
     alpha_traces_per_answer: int = field(default=4, metadata={"help": "Traces behind each answer of the probe set."})
@@ -73,7 +76,7 @@ class BVPOConfig(TrainingArguments):
         super().__post_init__()
         if self.eta_l != AUTO:
             self.eta_l = _positive("--eta-l", self.eta_l)
-        for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "max_length"):
+        for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} {value}: at least 1.")

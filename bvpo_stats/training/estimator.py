@@ -50,6 +50,7 @@ class AlphaEstimator:
         *,
         probe: ProbeSet | None = None,
         update_steps: int = 1,
+        sums_steps: int = 1,
         measure: Callable[[], float] | None = None,
     ) -> None:
         """Before the first step.
@@ -61,6 +62,7 @@ class AlphaEstimator:
             processes: The run's processes.
             probe: The probe set; None for none.
             update_steps: Steps between two looks at it.
+            sums_steps: Steps between two that form their gradients prompt by prompt.
             measure: Measures the smoothness L, where eta L is not given.
         """
         self.controller, self.step_size = controller, step_size
@@ -68,6 +70,7 @@ class AlphaEstimator:
         self.mu = "no probe set"
         self._batch_size, self._processes = batch_size, processes
         self._probe, self.update_steps, self._measure = probe, update_steps, measure
+        self._sums_steps = sums_steps
         self._sums: PromptSums | None = None
         self._own_seconds, self._started = 0.0, time.perf_counter()
 
@@ -78,8 +81,13 @@ class AlphaEstimator:
 
     @property
     def wants_sums(self) -> bool:
-        """Whether steps should form per-prompt gradients."""
+        """Whether per-prompt gradients are of use at all."""
         return self.controller.wants_data and self._probe is not None
+
+    @property
+    def collects(self) -> bool:
+        """Whether the coming step should form them."""
+        return self.wants_sums and (self.controller.record.step + 1) % self._sums_steps == 0
 
     def add(self, sums: PromptSums) -> None:
         """Takes the sums of a part of the step (one call per accumulated batch)."""

@@ -147,7 +147,11 @@ def make_estimator(
     )
     steps = args.alpha_update_steps or default_update_steps(probe.tokens(), _step_tokens(args, selection.train))
     estimator = AlphaEstimator(
-        *common, probe=probe, update_steps=steps, measure=_smoothness(args, policy, subset, selection.probe)
+        *common,
+        probe=probe,
+        update_steps=steps,
+        sums_steps=args.alpha_sums_steps,
+        measure=_smoothness(args, policy, subset, selection.probe),
     )
     if not probe.has_traces:
         _say(

@@ -17,9 +17,9 @@ STATE_FILE = "alpha_state.json"
 _TRAINER_STATE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
 _DECISIVE = (
     "beta", "loss_type", "simpo_gamma", "max_length", "alpha", "alpha_prior", "alpha_update_steps", "alpha_ema",
-    "alpha_probe_prompts", "alpha_traces_per_answer", "alpha_level", "eta_l", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
-    "max_steps", "optim", "seed", "data_seed", "dataloader_drop_last",
+    "alpha_sums_steps", "alpha_probe_prompts", "alpha_traces_per_answer", "alpha_level", "eta_l", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "num_train_epochs", "max_steps", "optim", "seed", "data_seed", "dataloader_drop_last",
 )  # fmt: skip
 """Settings that decide the trajectory; what only decides speed, memory or logging is left out."""
 

@@ -167,7 +167,7 @@ class BVPOTrainer(Trainer):
 
     def _gradient(self, prompts: Sequence[Any]) -> StepGradient:
         self._alpha_in_use = self.alpha
-        if not self.estimator.wants_sums:
+        if not self.estimator.collects:
             return mixed_gradient(self._pair_model, prompts, self.alpha, self._metrics.add)
         assert self._subset is not None  # whoever wants sums has made one
         found, sums = scored_gradient(self._pair_model, self._subset, prompts, self.alpha, self._metrics.add)

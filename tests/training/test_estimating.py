@@ -60,7 +60,8 @@ def test_variances_from_the_steps_are_the_oracles(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     thinking, nothinking = draw_pairs(oracle, 600, rng)
     args = settings(tmp_path, alpha="adaptive", alpha_probe_prompts=24, learning_rate=1e-12, max_steps=18,
-                    per_device_train_batch_size=32, alpha_update_steps=1000, logging_steps=100)  # fmt: skip
+                    per_device_train_batch_size=32, alpha_update_steps=1000, alpha_sums_steps=1,
+                    logging_steps=100)  # fmt: skip
     trainer = BVPOTrainer(oracle.policy, args, thinking, nothinking)
     trainer.train()
     exact = exact_moments(oracle, Objective("dpo", 0.1))
@@ -165,3 +166,9 @@ def test_traces_of_another_model_are_refused(random_model: Path, tmp_path: Path)
     policy = adapted(random_model)
     with pytest.raises(UserError, match="was sampled by"):
         BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), thinking, nothinking, traces=traces)
+
+
+def test_one_step_in_so_many_feeds_the_variances(random_model: Path, tmp_path: Path) -> None:
+    trainer = adaptive(random_model, tmp_path, max_steps=5, alpha_sums_steps=2)
+    trainer.train()
+    assert trainer.estimator.controller.steps.steps == 3  # steps 0, 2 and 4
