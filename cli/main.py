@@ -12,6 +12,7 @@ from bvpo_stats.cli import (
     demo,
     evaluate,
     figures,
+    oracle_training,
     pairs,
     report,
     sample,
@@ -56,6 +57,7 @@ app.command("traces", epilog=traces.EXAMPLES)(traces.traces)
 app.command("alpha-star", epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("evaluate", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("oracle-training", epilog=oracle_training.EXAMPLES)(oracle_training.oracle_training)
 app.command("theorems", epilog=theorems.EXAMPLES)(theorems.theorems)
 app.command("figures", epilog=figures.EXAMPLES)(figures.figures)
 app.command("report", epilog=report.EXAMPLES)(report.report)

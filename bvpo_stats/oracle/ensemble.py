@@ -1,7 +1,7 @@
 """Many copies of an oracle's policy at once, each at its own theta: what training it many times over needs.
 
-All sequences of all copies go through the real model in one pass. Every sequence carries its own copy of the LoRA
-parameters, so that one backward pass over the summed log-probabilities leaves each sequence's gradient: its score.
+All traces of all copies go through the real model in one pass. Every sequence carries its own copy of the LoRA
+parameters, so that a backward pass over the summed log-probabilities leaves each sequence's gradient: its score.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import logsumexp
 from torch import Tensor
 from torch.func import functional_call, vmap
@@ -21,7 +21,7 @@ from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.oracle.build import Oracle
 
-_SEQUENCES_AT_ONCE = 4096
+_SEQUENCES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,32 @@ class Copies:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """An oracle with all of its sequences in one batch.
+    """An oracle with all of its traces in one batch.
+
+    Answers are single tokens and the end of the sequence is certain after them, so one sequence ending in the closing
+    tag yields the log-probabilities of all of its answers.
 
     Attributes:
         oracle: Language, base model, reference and data laws.
-        batch: Every sequence: by prompt, trace, answer.
+        batch: Every prompt and trace, closing tag included: by prompt, trace.
+        last: Position of the closing tag in each.
     """
 
     oracle: Oracle
     batch: Batch
+    last: Int[Tensor, " sequences"]
 
     @classmethod
     def of(cls, oracle: Oracle) -> Ensemble:
         """Lists the sequences."""
         grammar = oracle.grammar
         sequences = [
-            TokenSequence(grammar.prompt_ids(prompt), grammar.completion_ids(trace, answer))
+            TokenSequence(grammar.prompt_ids(prompt), (*trace, grammar.close_id))
             for prompt in range(grammar.n_prompts)
             for trace in grammar.traces()
-            for answer in range(grammar.n_answers)
         ]
-        return cls(oracle, collate(sequences, pad_id=grammar.pad_id))
+        last = torch.tensor([len(sequence) - 1 for sequence in sequences])
+        return cls(oracle, collate(sequences, pad_id=grammar.pad_id), last)
 
     def at(self, thetas: Float[np.ndarray, "copies parameters"]) -> Copies:
         """Scores every sequence at each theta; the same numbers as `bvpo_stats.oracle.at`, copy by copy."""
@@ -77,8 +82,9 @@ class Ensemble:
 
     def _score(
         self, thetas: Float[Tensor, "copies parameters"]
-    ) -> tuple[Float[np.ndarray, " sequences"], Float[np.ndarray, "sequences parameters"]]:
+    ) -> tuple[Float[np.ndarray, "sequences answers"], Float[np.ndarray, "sequences answers parameters"]]:
         model: Any = self.oracle.policy.model
+        answers = torch.tensor(list(self.oracle.grammar.answer_ids))
         weights = lora_subset(model).parameters
         own = thetas.repeat_interleave(len(self.batch), dim=0).requires_grad_()
         pieces = own.split([weight.numel() for weight in weights.values()], dim=1)
@@ -87,13 +93,16 @@ class Ensemble:
             for (name, weight), piece in zip(weights.items(), pieces, strict=True)
         }
 
-        def logp(theta: dict[str, Tensor], ids: Tensor, completion: Tensor) -> Tensor:
-            output: Any = functional_call(model, theta, kwargs={"input_ids": ids[None, :-1], "use_cache": False})
-            found = torch.log_softmax(output.logits[0], dim=-1).gather(1, ids[1:, None]).squeeze(1)
-            return (found * completion).sum()
+        def joint(theta: dict[str, Tensor], ids: Tensor, in_trace: Tensor, last: Tensor) -> Tensor:
+            output: Any = functional_call(model, theta, kwargs={"input_ids": ids[None], "use_cache": False})
+            found = torch.log_softmax(output.logits[0], dim=-1)
+            trace = (found[:-1].gather(1, ids[1:, None]).squeeze(1) * in_trace).sum()
+            return trace + found.index_select(0, last[None])[0].index_select(0, answers)
 
-        ids, completion = (x.repeat(len(thetas), 1) for x in (self.batch.input_ids, self.batch.completion_mask))
+        parts = (self.batch.input_ids, self.batch.completion_mask.to(own.dtype), self.last)
+        repeated = (part.repeat(len(thetas), *([1] * (part.ndim - 1))) for part in parts)
         with plain_attention(model), torch.enable_grad():
-            joint = vmap(logp)(named, ids, completion.to(own.dtype))
-            (scores,) = torch.autograd.grad(joint.sum(), own)
-        return joint.detach().numpy(), scores.numpy()
+            values = vmap(joint)(named, *repeated)
+            columns = values.sum(dim=0)
+            scores = [torch.autograd.grad(column, own, retain_graph=True)[0] for column in columns]
+        return values.detach().numpy(), torch.stack(scores, dim=1).numpy()

@@ -11,6 +11,7 @@ from bvpo_stats import plots
 from bvpo_stats.studies import (
     alpha_star_output,
     evaluate_output,
+    oracle_training_output,
     pairs_output,
     sample_output,
     traces_report,
@@ -59,6 +60,7 @@ KINDS: dict[str, Kind] = {
         Kind("theorems", theorems_output.present, plots.theorem_figures),
         Kind("train", train_output.present, plots.train_figures),
         Kind("evaluate", evaluate_output.present, plots.evaluation_figures),
+        Kind("oracle-training", oracle_training_output.present, plots.oracle_training_figures),
     )
 }
 
