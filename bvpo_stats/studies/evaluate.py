@@ -97,9 +97,7 @@ def _identity(
         "benchmarks": {b.name: {"problems": b.fingerprint, "samples": b.samples} for b in benchmarks},
     }
     if config.engine != "file":
-        identity |= {
-            name: value for name, value in asdict(_sampling(config)).items() if name != "samples"
-        }  # each benchmark has its own k
+        identity |= _sampling(config)
     return identity
 
 
@@ -112,14 +110,10 @@ def _content(config: EvaluateConfig, entrant: Contestant) -> str:
     return content_identity(model, model_source(model), None)
 
 
-def _sampling(config: EvaluateConfig) -> SamplingOptions:
-    return SamplingOptions(
-        samples=1,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.tokens,
-        seed=config.seed,
-    )
+def _sampling(config: EvaluateConfig) -> dict[str, Any]:
+    """How responses are drawn, the number of them apart: each benchmark has its own."""
+    options = SamplingOptions(1, config.temperature, config.top_p, config.tokens, config.seed)
+    return {name: value for name, value in asdict(options).items() if name != "samples"}
 
 
 def _report(config: EvaluateConfig, runs: dict[str, SampleReport], results: TaskResults) -> EvaluationReport:

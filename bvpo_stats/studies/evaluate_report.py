@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bvpo_stats.data.engines.base import SamplingOptions
 from bvpo_stats.statistics.clusters import Interval
 
 BASE = "base"
@@ -105,7 +104,7 @@ class EvaluationReport:
         engine: Name of the sampling engine.
         models: Identity of each model by label; ``base`` first.
         template: Name of the prompt protocol.
-        sampling: Sampling options, ``samples`` apart (each benchmark has its own); None for responses from elsewhere.
+        sampling: Temperature, top-p, cut-off and seed; None for responses from elsewhere.
         level: Confidence level of the intervals.
         benchmarks: What was asked.
         columns: The figures of merit, in order; none where judging is left to others.
@@ -123,7 +122,7 @@ class EvaluationReport:
     engine: str
     models: dict[str, str]
     template: str
-    sampling: SamplingOptions | None
+    sampling: dict[str, float] | None
     level: float
     benchmarks: tuple[BenchmarkFacts, ...]
     columns: tuple[Column, ...]
@@ -139,3 +138,10 @@ class EvaluationReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as it stands in ``report.json``."""
         return {"study": "evaluate", **asdict(self)}
+
+    def _repr_html_(self) -> str:
+        """The tables, for notebooks."""
+        from bvpo_stats.studies import presentation
+        from bvpo_stats.studies.evaluate_output import present
+
+        return presentation.html(present(self.to_dict()))

@@ -164,6 +164,7 @@ def test_avg_at_k_and_the_paired_difference_by_hand(problems: str, tmp_path: Pat
     assert saved["differences"]["tuned"]["thinking"]["problems"]["value"] == pytest.approx(0.25)
     assert (tmp_path / "run" / "figures" / "differences.png").stat().st_size > 10_000
     assert "tuned - base" in (tmp_path / "run" / "report.md").read_text()
+    assert "<td>tuned - base</td>" in report._repr_html_()
 
 
 def test_one_response_each_is_pass_at_1_and_both_modes_count_apart(problems: str, tmp_path: Path) -> None:
