@@ -22,6 +22,8 @@ bvpo-stats alpha-star --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --pairs 
 bvpo-stats alpha-star --model base --adapter checkpoint-200 --pairs runs/pairs --traces runs/traces --eta-l auto
 --learning-rate 1e-5 --optimizer-state checkpoint-200
 
+accelerate launch --num-processes 4 -m bvpo_stats.cli.main alpha-star --model ... --pairs runs/pairs
+
 torchrun --nproc-per-node 4 -m bvpo_stats.cli.main alpha-star --model ... --pairs runs/pairs"""
 
 
@@ -87,7 +89,8 @@ def alpha_star(
 ) -> None:
     """Find the optimal weight of the trace gradient for a model, a batch size and a step size, with its interval.
 
-    Batch size, step size and level may change from call to call: the same folder answers at once.
+    Batch size, step size and level may change from call to call: the same folder answers at once. Started by
+    torchrun or accelerate launch, the processes (on one GPU each) share the prompts and one of them reports.
     """
     from bvpo_stats.estimators.objectives import LOSSES, Objective
     from bvpo_stats.estimators.stream import StreamOptions

@@ -22,7 +22,6 @@ from bvpo_stats.estimators.options import StreamOptions
 from bvpo_stats.estimators.passes import Passes
 from bvpo_stats.estimators.plans import LogProbs, Planner, PromptPlan, RowRules, Sequences, prompt_rows
 from bvpo_stats.estimators.references import at_reference, check_stored_log_probs
-from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.checks import check_scores
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
@@ -118,23 +117,28 @@ def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOption
 
 
 def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) -> Iterator[list[int]]:
-    """Prompts that go through the model together: within the budget of tokens and the memory for their gradients."""
-    lengths: list[int] = []
-    owners: list[int] = []
-    for number, example in enumerate(examples):
-        planner = Planner(rules)
-        planner.add(example)
-        sequences = planner.sequences().sequences
-        lengths += [len(sequence) for sequence in sequences]
-        owners += [number] * len(sequences)
+    """Prompts whose gradients are formed together, longest first: as many as the budget of tokens holds.
+
+    Their sequences need not share a rectangle (`Passes.run` sorts them by length), so padding is no concern here; the
+    memory for their gradients is.
+    """
     per_prompt = (len(rules.members) + 1) * passes.layout.size * np.dtype(passes.layout.dtype).itemsize
     most = max(1, _ROW_BYTES // per_prompt)
-    for batch in length_batches(
-        lengths, max_tokens=passes.forwards.max_tokens, groups=owners, max_padding=passes.forwards.max_padding
-    ):
-        members = list(dict.fromkeys(owners[i] for i in batch))
-        for start in range(0, len(members), most):
-            yield members[start : start + most]
+    lengths = []
+    for example in examples:
+        planner = Planner(rules)
+        planner.add(example)
+        lengths.append([len(sequence) for sequence in planner.sequences().sequences])
+    batch: list[int] = []
+    tokens = 0
+    for number in sorted(range(len(examples)), key=lambda i: (-max(lengths[i]), i)):
+        if batch and (len(batch) == most or tokens + sum(lengths[number]) > passes.forwards.max_tokens):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(number)
+        tokens += sum(lengths[number])
+    if batch:
+        yield batch
 
 
 def _microbatch(

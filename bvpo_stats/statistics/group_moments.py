@@ -150,6 +150,32 @@ def prompt_moments(vectors: Sequence[Array], halved: Array | None) -> GroupMomen
     )
 
 
+def singles_moments(vectors: Sequence[Array], halved: Array | None) -> GroupMoments:
+    """Moments of n prompts with one pair each; ``vectors`` per block ``[p, n, d]``, ``halved`` ``[n, L]``.
+
+    The same as merging the prompts one by one, in a few operations on whole arrays.
+    """
+    members, n = vectors[0].shape[:2]
+    zero = np.zeros((len(vectors), members, members))
+    if n == 1:
+        means, scatter = tuple(x[:, 0] for x in vectors), zero
+    else:
+        means = tuple(x.mean(axis=1) for x in vectors)
+        spread = [(x - mean[:, None, :]).reshape(members, -1) for x, mean in zip(vectors, means, strict=True)]
+        scatter = np.stack([gram(x, x) for x in spread])
+    return GroupMoments(
+        size=float(n),
+        squares=float(n),
+        prompts=n,
+        means=means,
+        uneven=None,
+        scatter=scatter,
+        within=scatter,  # one pair a prompt: the prompt's sum is the example
+        trace_draws=(0.0, np.zeros(len(vectors))) if halved is None else (float(n), halved.sum(axis=0)),
+        repeats=(0.0, zero),
+    )
+
+
 def group_scalars(
     group: GroupMoments, origin: list[Array], centres: list[Array], total: list[Array]
 ) -> tuple[Array, ...]:

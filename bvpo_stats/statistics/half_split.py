@@ -1,4 +1,4 @@
-"""Half-split agreement: alpha with mu from either half of the traces."""
+"""Half-split agreement: does alpha depend on which half of the traces mu comes from?"""
 
 from __future__ import annotations
 
@@ -13,41 +13,52 @@ from bvpo_stats.statistics.summary import MomentSummary
 
 @dataclass(frozen=True)
 class HalfSplit:
-    """alpha from two disjoint halves of the traces behind mu.
+    """Unclipped alpha with mu from one half of the traces, against the other half.
 
     Attributes:
-        first: Unclipped alpha with mu from the first half.
-        second: Likewise from the second.
-        difference: ``first - second``.
-        standard_error: Jackknife standard error of the difference.
-        agrees: Whether the difference lies within its interval around zero.
+        difference: Of the two.
+        low: Lower end of its interval.
+        high: Upper end.
+        agrees: Whether the interval holds zero.
     """
 
-    first: float
-    second: float
     difference: float
-    standard_error: float
+    low: float
+    high: float
     agrees: bool
 
 
 def half_split(
     summary: MomentSummary,
+    halves: MomentSummary,
     *,
-    first: str = "m1",
-    second: str = "m2",
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
 ) -> HalfSplit:
-    """Compare alpha with mu from each half of the traces (members ``m1`` and ``m2`` of the summary).
+    """Compares alpha with mu from either half of the traces.
+
+    mu enters alpha through ``h . mu`` alone, h = E t - E e, and linearly, so the two differ by
+
+        alpha_1 - alpha_2 = h . E(m1 - m2) / A,
+
+    a U-statistic of the members ``h`` (t - e) and ``d`` (m1 - m2) over A. The interval is the jackknife's for the
+    numerator; whether it holds zero does not depend on A.
 
     Two halves of K/2 traces have the same bias, so agreement does not prove its absence; disagreement proves that the
     halves differ by more than the prompts explain, as collapsed weights do.
+
+    Args:
+        summary: Moments of ``t`` and ``e``, for A.
+        halves: Moments of ``h`` and ``d`` over the same examples; fewer groups will do.
+        batch_size: Examples per optimizer step.
+        eta_l: Learning rate times smoothness.
+        level: Confidence level.
     """
-    tau = noise_scale(batch_size, eta_l)
-    halves = [estimates(summary, marginal=name) for name in (first, second)]
-    a, b = (half.numerator(tau) / half.denominator(tau) for half in halves)
-    error = float(np.sqrt(jackknife_covariance((a - b)[None], summary.group_sizes)[0, 0]))
-    difference = float(a[0] - b[0])
-    agrees = abs(difference) <= t_quantile(level, summary.n_groups) * error
-    return HalfSplit(float(a[0]), float(b[0]), difference, error, bool(agrees))
+    h, d = halves.index("h"), halves.index("d")
+    products = (halves.U + halves.shift)[..., h, d].sum(axis=-1)
+    A = float(estimates(summary).denominator(noise_scale(batch_size, eta_l))[0])
+    error = float(np.sqrt(jackknife_covariance(products[None], halves.group_sizes)[0, 0]))
+    q = t_quantile(level, halves.n_groups)
+    ends = sorted((float(products[0]) + side * q * error) / A for side in (-1, 1))
+    return HalfSplit(float(products[0]) / A, ends[0], ends[1], ends[0] <= 0 <= ends[1])

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.arrays import group_interactions
-from bvpo_stats.statistics.group_moments import GroupMoments, gram, group_scalars, merge_groups, prompt_moments
+from bvpo_stats.statistics.group_moments import (
+    GroupMoments,
+    gram,
+    group_scalars,
+    merge_groups,
+    prompt_moments,
+    singles_moments,
+)
 from bvpo_stats.statistics.summary import MEMBERS, WHOLE, Array, GroupSums, MomentSummary, summarise
 
 DEFAULT_GROUPS = 20
@@ -86,6 +93,11 @@ class Moments:
         return sum(g.prompts for g in self.groups if g is not None)
 
     @property
+    def n_second_draws(self) -> int:
+        """Examples seen with a second trace draw."""
+        return round(sum(g.trace_draws[0] for g in self.groups if g is not None))
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by mean vectors (everything that scales with the number of parameters)."""
         held = [x for g in self.groups if g is not None for x in (*g.means, *(g.uneven or ()))]
@@ -109,19 +121,27 @@ class Moments:
         if missing:
             raise UserError(f"gradients of {', '.join(missing)} are missing; give all of {', '.join(self.members)}.")
         parts = {name: self._split(name, vectors[name], len(prompts)) for name in self.members}
-        stacked = [np.stack([parts[name][k] for name in self.members]) for k in range(len(self.blocks))]
         halved = None
         if trace2 is not None:
             second = self._split("trace2", trace2, len(prompts))
-            halved = np.stack([((x - y) ** 2).sum(-1) / 2 for x, y in zip(parts["t"], second, strict=True)], axis=-1)
+            halved = np.stack([_half_square(x, y) for x, y in zip(parts["t"], second, strict=True)], axis=-1)
         rows: dict[Hashable, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(row)
-        groups = list(self.groups)
+        # Prompts with one pair are added by group, all at once; the others one by one.
+        units: dict[tuple[str, Hashable], tuple[int, list[int]]] = {}
         for prompt, its in rows.items():
-            one = prompt_moments([x[:, its] for x in stacked], None if halved is None else halved[its])
-            g = group_of(prompt, len(groups))
-            groups[g] = merge_groups(groups[g], one)
+            g = group_of(prompt, len(self.groups))
+            key = ("group", g) if len(its) == 1 else ("prompt", prompt)
+            units.setdefault(key, (g, []))[1].extend(its)
+        groups = list(self.groups)
+        for (kind, _), (g, its) in units.items():
+            moments_of = singles_moments if kind == "group" else prompt_moments
+            chosen = [
+                np.stack([parts[name][k][its] for name in self.members], dtype=np.float64)
+                for k in range(len(self.blocks))
+            ]
+            groups[g] = merge_groups(groups[g], moments_of(chosen, None if halved is None else halved[its]))
         return replace(self, groups=tuple(groups))
 
     def merge(self, other: Moments) -> Moments:
@@ -209,13 +229,13 @@ class Moments:
         groups = tuple(GroupMoments.from_arrays(part, len(blocks)) if part else None for part in found)
         return cls(members, blocks, groups)
 
-    def _split(self, name: str, value: Vectors, n: int) -> list[Array]:
-        """One float64 array ``[n, d]`` per block, checked."""
+    def _split(self, name: str, value: Vectors, n: int) -> list[NDArray]:
+        """One array ``[n, d]`` per block, checked, in the float type that it came in."""
         given = value if isinstance(value, Mapping) else {WHOLE: value}
         missing = [block for block in self.blocks if block not in given]
         if missing:
             raise UserError(f"gradient {name!r} lacks the parameter blocks {', '.join(missing)}; give every block.")
-        arrays = [np.asarray(given[block], dtype=np.float64) for block in self.blocks]
+        arrays = [np.asarray(given[block]) for block in self.blocks]
         for block, array in zip(self.blocks, arrays, strict=True):
             if array.ndim != 2 or array.shape[0] != n:
                 raise UserError(f"gradient {name!r}, block {block!r}: shape {array.shape}, expected [{n} examples, d].")
@@ -226,3 +246,9 @@ class Moments:
                     "(float16 overflows) and check that record."
                 )
         return arrays
+
+
+def _half_square(first: NDArray, second: NDArray) -> Array:
+    """``norm(x - y)^2 / 2`` row by row, in float64."""
+    difference = np.subtract(first, second, dtype=np.float64)
+    return np.asarray(np.einsum("ij,ij->i", difference, difference) / 2)

@@ -35,6 +35,7 @@ from bvpo_stats.studies.alpha_star_inputs import (
     load_traces,
     prepare_subset,
     shared_pairs,
+    theta_words,
 )
 from bvpo_stats.studies.alpha_star_marginal import bias_warnings, marginal_entry
 from bvpo_stats.studies.alpha_star_output import markdown
@@ -218,7 +219,7 @@ def _report(
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
-        subset=run.words,
+        subset=theta_words(policy, subset, run.words),
         n_parameters=subset.size,
         seed=options.stream.seed,
         curvature=measured,
@@ -227,7 +228,9 @@ def _report(
     measurements = Measured(
         state.moments.finalize(),
         marginal_entry(choice, state.diagnostics),
+        n_second_draws=state.moments.n_second_draws,
         adam=None if state.adam is None else state.adam.finalize(),
+        halves=None if state.halves is None else state.halves.finalize(),
         drift=_drift_bound(policy, subset, pairs, run, state.moments) if choice.rung == "small drift" else None,
     )
     return analyse(measurements, settings, context)

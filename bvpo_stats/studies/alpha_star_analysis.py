@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bvpo_stats.errors import UserError
@@ -34,13 +34,17 @@ class Measured:
     Attributes:
         summary: Moments of ``t``, ``e`` and, unless at the reference point, ``m``.
         marginal: Where mu came from.
+        n_second_draws: Examples with a second trace draw.
         adam: The same moments in Adam's metric, where an optimizer state was given.
+        halves: Moments of ``t - e`` and of the difference of m from either half of the traces, where there are halves.
         drift: Bound on g_t's bias, where mu is not estimable and the drift is small.
     """
 
     summary: MomentSummary
     marginal: Marginal
+    n_second_draws: int = 0
     adam: MomentSummary | None = None
+    halves: MomentSummary | None = None
     drift: DriftBound | None = None
 
 
@@ -58,8 +62,8 @@ def analyse(measured: Measured, settings: AlphaSettings, context: AlphaContext) 
     summary, marginal = measured.summary, measured.marginal
     known = marginal.estimable
     values, spread = tables(summary, settings, known)
-    if "m1" in summary.members:
-        marginal = _with_half_split(summary, marginal, settings)
+    if measured.halves is not None:
+        marginal = replace(marginal, half_split=_half_split(summary, measured.halves, settings))
     weights = _weights(measured, settings)
     layers, gain = layers_and_gain(summary, settings) if known else ([], None)
     found = _warnings(summary, marginal, weights["alpha_star"], values)
@@ -83,6 +87,7 @@ def analyse(measured: Measured, settings: AlphaSettings, context: AlphaContext) 
         bias_sq=values["bias_sq"],
         variance=values["variance"],
         trace_sampling_share=sampling_share(summary, settings.level),
+        n_second_draws=measured.n_second_draws,
         uncertainty=spread,
         curve=curve_points(summary, settings) if known else [],
         parabola=parabola(summary, settings) if known else {},
@@ -127,10 +132,9 @@ def _range(measured: Measured, settings: AlphaSettings) -> AlphaRange | None:
     )
 
 
-def _with_half_split(summary: MomentSummary, marginal: Marginal, settings: AlphaSettings) -> Marginal:
-    split = half_split(summary, batch_size=settings.batch_size, eta_l=settings.eta_l, level=settings.level)
-    plain = {name: finite(value) if isinstance(value, float) else value for name, value in vars(split).items()}
-    return Marginal(**{**vars(marginal), "half_split": plain})
+def _half_split(summary: MomentSummary, halves: MomentSummary, settings: AlphaSettings) -> dict[str, Any]:
+    split = half_split(summary, halves, batch_size=settings.batch_size, eta_l=settings.eta_l, level=settings.level)
+    return {name: finite(value) if isinstance(value, float) else value for name, value in vars(split).items()}
 
 
 def _warnings(

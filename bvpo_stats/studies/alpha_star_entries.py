@@ -168,7 +168,7 @@ class Marginal:
         k_hat: Pareto tail index (median over answers); None where K < 25 is too few for a fit.
         k_threshold: What it must stay below.
         certified_share: Share of answers whose weights pass their tests; None where no test could be made.
-        half_split: Unclipped alpha from either half of the traces, and whether the two agree.
+        half_split: Unclipped alpha from one half of the traces less that from the other; its interval; do they agree?
         answers: Per answer: ``ess`` and ``anchor_gap``, for the figure.
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 from bvpo_stats.data.jsonl import read_jsonl
 from bvpo_stats.data.records import Mode, PreferencePair, TraceRecord, from_dict
 from bvpo_stats.errors import UserError
+from bvpo_stats.estimators.references import at_reference
 from bvpo_stats.model.policy import EMBEDDED, Policy
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
 
@@ -98,6 +99,19 @@ def prepare_subset(policy: Policy, options: SubsetOptions) -> tuple[Policy, Subs
     targets = options.lora.targets if isinstance(options.lora.targets, str) else ", ".join(options.lora.targets)
     words = f"fresh LoRA adapter, rank {options.lora.r}, on {targets}"
     return replace(policy, model=model), lora_subset(model), words
+
+
+def theta_words(policy: Policy, subset: Subset, words: str) -> str:
+    """What theta is, and what the start of LoRA means for it: the gradient of A is B' times something, so zero.
+
+    Args:
+        policy: The policy at theta.
+        subset: The parameters theta.
+        words: What they are.
+    """
+    if at_reference(policy) and any(".lora_A." in name for name in subset.parameters):
+        return f"{words} (with B = 0, so that only the B half has a gradient yet and A has none)"
+    return words
 
 
 def _chosen(params: Sequence[str]) -> str:

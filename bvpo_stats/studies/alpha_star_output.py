@@ -124,15 +124,17 @@ def _diagnostics(report: AlphaReport) -> list[_Row]:
         rows.append(_Row("largest weight (median)", f"{m.largest_weight:.2f}", ""))
     if m.anchor_gap is not None and m.log_traces is not None:
         rows.append(_Row("anchor gap J (median, nats)", f"{m.anchor_gap:.2f}", f"log K = {m.log_traces:.2f}"))
-    if m.k_threshold is not None:
-        k_hat = "too few traces" if m.k_hat is None else f"{m.k_hat:.2f}"
-        rows.append(_Row("Pareto k-hat (median)", k_hat, f"certified below {m.k_threshold:.2f}"))
+    if m.k_hat is not None and m.k_threshold is not None:
+        rows.append(_Row("Pareto k-hat (median)", f"{m.k_hat:.2f}", f"certified below {m.k_threshold:.2f}"))
+    elif m.k_threshold is not None:
+        rows.append(_Row("Pareto k-hat", "-", "needs 25 traces or more"))
     if m.certified_share is not None:
         rows.append(_Row("answers with certified weights", f"{m.certified_share:.0%}", ""))
     if m.half_split is not None:
-        first, second = (number(m.half_split[name]) for name in ("first", "second"))
-        agrees = "the halves agree" if m.half_split["agrees"] else "the halves DISAGREE"
-        rows.append(_Row("alpha_unc from half the traces", f"{first} / {second}", agrees))
+        split = m.half_split
+        agrees = "the halves agree" if split["agrees"] else "the halves DISAGREE"
+        interval = f"{number(split['low'])} to {number(split['high'])}: {agrees}"
+        rows.append(_Row("alpha_unc, one half of the traces less the other", number(split["difference"]), interval))
     return rows
 
 
@@ -147,6 +149,12 @@ def notes(report: AlphaReport) -> list[str]:
         "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
         f"mu: {report.marginal.reason}",
     ]
+    if 0 < report.n_second_draws < report.n_examples:
+        lines.append(
+            f"The trace-sampling part rests on the {report.n_second_draws} of {report.n_examples} examples of which "
+            "both answers came up again among the samples. Their second traces are exact draws, but their answers are "
+            "likelier than the others'."
+        )
     if report.curvature is not None:
         parts = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in report.curvature.items())
         lines.append(f"eta L was measured: {parts}.")

@@ -54,6 +54,7 @@ class AlphaReport:
         bias_sq: ``trace``: norm(b_t)^2, ``empty``: norm(b_e)^2, ``cross``: b_t . b_e.
         variance: Per example: ``trace``, ``empty``, ``cross`` and ``trace_sampling`` (Theorem 1's part of ``trace``).
         trace_sampling_share: ``trace_sampling / trace``.
+        n_second_draws: Examples behind ``trace_sampling``: those with a second trace draw for both answers.
         uncertainty: Standard errors and intervals of ``mse``, ``bias_sq`` and ``variance``, by the same names.
         curve: alpha* over batch sizes.
         parabola: ``alpha``, ``value``, ``low``, ``high`` of the error over alpha.
@@ -89,6 +90,7 @@ class AlphaReport:
     bias_sq: dict[str, float | None]
     variance: dict[str, float | None]
     trace_sampling_share: Weight | None
+    n_second_draws: int
     uncertainty: dict[str, dict[str, Uncertainty]]
     curve: list[CurvePoint]
     parabola: dict[str, list[float]]

@@ -23,6 +23,7 @@ from bvpo_stats.statistics.weight_diagnostics import WeightDiagnostics
 
 MOMENTS_FILE = "moments.npz"
 _SAVE_EVERY_SECONDS = 30.0
+_HALVES_GROUPS = 5  # enough for a test of one number, at a quarter of the memory
 _SAVE_SHARE = 20.0  # a save may take one part in so many of the time
 
 
@@ -33,12 +34,14 @@ class PassState:
     Attributes:
         moments: Moments of the gradients; None before the first batch.
         adam: The same in Adam's metric, where there is one.
+        halves: Moments of ``h = t - e`` and ``d = m1 - m2``, m from either half of the traces, where there are halves.
         done: Prompts that are in them.
         diagnostics: Trace weights of those prompts.
     """
 
     moments: Moments | None = None
     adam: Moments | None = None
+    halves: Moments | None = None
     done: frozenset[str] = frozenset()
     diagnostics: tuple[SideDiagnostics, ...] = ()
 
@@ -50,15 +53,22 @@ class PassState:
             groups: Jackknife groups.
             metric: Block to the diagonal of Adam's metric.
         """
-        members, blocks = tuple(batch.vectors), tuple(batch.vectors["t"])
+        vectors = batch.vectors
+        members, blocks = tuple(name for name in vectors if name not in ("m1", "m2")), tuple(vectors["t"])
         moments = self.moments or Moments.init(members, blocks, groups)
         adam = self.adam
         if metric is not None:
-            scaled = {name: _scaled(vectors, metric) for name, vectors in batch.vectors.items()}
+            scaled = {name: _scaled(vectors[name], metric) for name in members}
             adam = (adam or Moments.init(members, blocks, groups)).update(scaled, batch.prompt_ids)
+        halves = self.halves
+        if "m1" in vectors:
+            contrasts = {"h": _difference(vectors["t"], vectors["e"]), "d": _difference(vectors["m1"], vectors["m2"])}
+            halves = halves or Moments.init(("h", "d"), blocks, _HALVES_GROUPS)
+            halves = halves.update(contrasts, batch.prompt_ids)
         return PassState(
-            moments=moments.update(batch.vectors, batch.prompt_ids, trace2=batch.trace2),
+            moments=moments.update(vectors, batch.prompt_ids, trace2=batch.trace2),
             adam=adam,
+            halves=halves,
             done=self.done | set(batch.prompt_ids),
             diagnostics=(*self.diagnostics, *batch.diagnostics),
         )
@@ -68,6 +78,7 @@ class PassState:
         return PassState(
             moments=_merged(self.moments, other.moments),
             adam=_merged(self.adam, other.adam),
+            halves=_merged(self.halves, other.halves),
             done=self.done | other.done,
             diagnostics=(*self.diagnostics, *other.diagnostics),
         )
@@ -78,7 +89,7 @@ class PassState:
             "done": np.array(json.dumps(sorted(self.done))),
             "diagnostics": np.array(json.dumps([asdict(entry) for entry in self.diagnostics])),
         }
-        for name, moments in (("moments", self.moments), ("adam", self.adam)):
+        for name, moments in (("moments", self.moments), ("adam", self.adam), ("halves", self.halves)):
             if moments is not None:
                 arrays |= {f"{name}:{key}": value for key, value in moments.to_arrays().items()}
         return arrays
@@ -86,15 +97,14 @@ class PassState:
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray]) -> PassState:
         """Reads what `to_arrays` wrote."""
-        parts: dict[str, dict[str, NDArray]] = {"moments": {}, "adam": {}}
+        parts: dict[str, dict[str, NDArray]] = {"moments": {}, "adam": {}, "halves": {}}
         for key, value in arrays.items():
             name, separator, rest = key.partition(":")
             if separator:
                 parts[name][rest] = value
         rows = json.loads(str(arrays["diagnostics"]))
         return cls(
-            moments=Moments.from_arrays(parts["moments"]) if parts["moments"] else None,
-            adam=Moments.from_arrays(parts["adam"]) if parts["adam"] else None,
+            **{name: Moments.from_arrays(part) for name, part in parts.items() if part},
             done=frozenset(json.loads(str(arrays["done"]))),
             diagnostics=tuple(
                 SideDiagnostics(**{**row, "weights": WeightDiagnostics(**row["weights"])}) for row in rows
@@ -173,6 +183,10 @@ def block_metric(subset: Subset, second_moments: dict[str, NDArray], epsilon: fl
     for name, (block, offset, size) in layout.places.items():
         metric[block][offset : offset + size] = adam_metric(second_moments[name], epsilon)
     return metric
+
+
+def _difference(first: dict[str, NDArray], second: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {block: first[block] - second[block] for block in first}
 
 
 def _scaled(vectors: dict[str, NDArray], metric: dict[str, NDArray]) -> dict[str, NDArray]:

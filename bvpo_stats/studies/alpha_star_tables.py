@@ -24,6 +24,7 @@ from bvpo_stats.studies.alpha_star_settings import AlphaSettings
 
 PAPER_ALPHA = 0.5
 _PARABOLA_POINTS = 41
+_ZEROS = (np.zeros(()),) * 4
 
 
 def curve_batch_sizes(n_prompts: int, batch_size: float) -> list[float]:
@@ -67,6 +68,9 @@ def tables(
             else _interval(parts.var_trace_sampling, summary, settings.level, floor=0.0),
         },
     }
+    if summary.reference_point:
+        # b_t = 0 by theory there; what arithmetic leaves of it is rounding.
+        rows["bias_sq"] |= dict.fromkeys(("trace", "cross"), SimpleInterval(*_ZEROS, settings.level))
     if not known:
         rows["mse"] = dict.fromkeys(rows["mse"])
         rows["bias_sq"] = dict.fromkeys(rows["bias_sq"])

@@ -1,0 +1,282 @@
+"""Where the time and the memory of ``bvpo-stats alpha-star`` go, on the embedded model and its pairs.
+
+    python benchmarks/alpha_star.py
+
+Each case runs in a process of its own, on one thread. Times are CPU seconds of the process, which hold on a busy
+machine. `model` is everything inside forward and backward passes less the combining of scores there; the target is 80%
+of the run, reading the records and loading the model not counted. Memory is the growth of the process's peak over what
+it held before the pass. Needs of a 1.5B model follow from its shapes; its activations from one of its layers, run
+here. Writes ``alpha_star.md`` and ``alpha_star.json`` next to this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import machine, peak_bytes
+
+TARGET = 0.8
+GROUPS = 20
+CASES = (
+    ("theta_ref, no traces needed", 256, 0.0),
+    ("8 traces per answer", 64, 0.02),
+    ("8 traces per answer", 256, 0.02),
+)
+SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+LAYERS, VOCABULARY, RANK = 28, 151_936, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        name: What it is.
+        prompts: Prompts.
+        sequences: Sequences run through the model.
+        tokens: Their tokens.
+        method: Estimator of mu that the ladder chose.
+        seconds: CPU seconds of the run, records in memory and model loaded, to the report.
+        model: Of these, forward and backward passes.
+        combining: Scores into gradients.
+        moments: Gradients into moments.
+        rest: Everything else: planning, weights, the report.
+        loading: CPU seconds to import, read the records and load the model, not in ``seconds``.
+        parameters: d.
+        computed_bytes: What moments take by formula.
+        moment_bytes: What they took.
+        growth_bytes: Growth of the peak resident memory.
+    """
+
+    name: str
+    prompts: int
+    sequences: int
+    tokens: int
+    method: str
+    seconds: float
+    model: float
+    combining: float
+    moments: float
+    rest: float
+    loading: float
+    parameters: int
+    computed_bytes: int
+    moment_bytes: int
+    growth_bytes: int
+
+    @property
+    def model_share(self) -> float:
+        """Share of forward and backward passes."""
+        return self.model / self.seconds
+
+
+class Stopwatch:
+    """CPU seconds inside some functions, by replacing them where they are looked up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, owner: Any, name: str, label: str) -> None:
+        """Counts every call of ``owner.name`` under a label."""
+        original: Callable[..., Any] = getattr(owner, name)
+        self.seconds.setdefault(label, 0.0)
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            begin = time.process_time()
+            try:
+                return original(*arguments, **keywords)
+            finally:
+                self.seconds[label] += time.process_time() - begin
+
+        setattr(owner, name, timed)
+
+
+def run_case(name: str, prompts: int, drift: float) -> Case:
+    """One estimate in this process."""
+    from bvpo_stats.estimators import forwards, passes, references, stream
+    from bvpo_stats.estimators.stream import StreamOptions
+    from bvpo_stats.model.capture import Tape
+    from bvpo_stats.model.policy import PolicyOptions, load_policy
+    from bvpo_stats.studies import alpha_star as study
+    from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions, load_pairs, load_traces, prepare_subset
+    from bvpo_stats.studies.alpha_star_state import PassState
+
+    torch.set_num_threads(1)
+    inputs = AlphaInputs(limit=prompts)
+    pairs = load_pairs(inputs)
+    traces = load_traces(inputs, {pair.prompt_id for pair in pairs})
+    policy, subset, _ = prepare_subset(load_policy(PolicyOptions(device="cpu")), SubsetOptions())
+    generator = torch.Generator().manual_seed(0)
+    for key, weight in subset.parameters.items():
+        if "lora_B" in key and drift:
+            weight.data += drift * torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
+    watch, count = Stopwatch(), [0, 0]
+    for owner, function in ((passes, "score_pass"), (forwards, "log_probabilities"), (stream, "check_scores"),
+                            (forwards, "completion_logprobs"), (references, "completion_logprobs")):  # fmt: skip
+        watch.watch(owner, function, "model")
+    watch.watch(Tape, "_emit", "combining")
+    watch.watch(PassState, "add", "moments")
+    kept: list[PassState] = []
+    add = PassState.add
+
+    def keep(self: PassState, *arguments: Any) -> PassState:
+        kept[:] = [add(self, *arguments)]
+        return kept[0]
+
+    PassState.add = keep  # type: ignore[method-assign]
+    scores = passes.score_pass
+
+    def counted(model: Any, theta: Any, batch: Any, *arguments: Any) -> Any:
+        count[0] += len(batch)
+        count[1] += int(batch.attention_mask.sum())
+        return scores(model, theta, batch, *arguments)
+
+    passes.score_pass = counted
+    options = study.AlphaOptions(stream=StreamOptions(traces_per_answer=8, half_splits=True), groups=GROUPS)
+    loading, before = time.process_time(), _peak_resident()
+    report = study.estimate_alpha_star(policy, pairs, traces=traces, subset=subset, options=options)
+    seconds, growth = time.process_time() - loading, _peak_resident() - before
+    spent, state = watch.seconds, kept[0]
+    vectors = (2 if drift == 0 else 3) * GROUPS + (0 if drift == 0 else 2 * 5)
+    held = [moments.nbytes for moments in (state.moments, state.halves) if moments is not None]
+    model = spent["model"] - spent["combining"]
+    return Case(name, report.n_prompts, *count, report.marginal.method, seconds, model, spent["combining"],
+                spent["moments"], seconds - spent["model"] - spent["moments"], loading, subset.size,
+                8 * vectors * subset.size, sum(held), growth)  # fmt: skip
+
+
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def larger_model() -> dict[str, float]:
+    """What a 1.5B model (Qwen2.5's shapes, rank-16 LoRA on all linear layers) needs, from shapes and from one layer."""
+    h, f = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    kv = h // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
+    parameters = LAYERS * RANK * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    weights = VOCABULARY * h + LAYERS * (2 * h * h + 2 * h * kv + 3 * h * f)
+    tokens = 256
+    one, two = (_layer_peak(layers, tokens) for layers in (1, 2))
+    per_token = (two - one) / tokens
+    budget = 16_384
+    vector = 8 * parameters
+    return {
+        "lora_parameters": parameters,
+        "model_parameters": weights,
+        "weights_gb": 2 * weights / 1e9,
+        "activation_bytes_per_token_and_layer": per_token,
+        "activations_gb_at_16384_tokens": per_token * LAYERS * budget / 1e9,
+        "activations_gb_at_4096_tokens": per_token * LAYERS * 4096 / 1e9,
+        "moments_gb_with_traces": (3 * GROUPS + 10) * vector / 1e9,
+        "moments_gb_at_theta_ref": 2 * GROUPS * vector / 1e9,
+        "cpu_seconds_per_prompt_in_moments": _moment_seconds(parameters),
+    }
+
+
+def _layer_peak(layers: int, tokens: int) -> int:
+    """Peak bytes of scores over a bfloat16 model of so many layers of the larger model's width."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from bvpo_stats.model.batching import TokenSequence, collate
+    from bvpo_stats.model.scores import score_pass
+    from bvpo_stats.model.subset import LoraOptions, create_lora, lora_subset
+
+    config = Qwen2Config(**SHAPE, num_hidden_layers=layers, vocab_size=64, tie_word_embeddings=True)
+    model = create_lora(Qwen2ForCausalLM(config).bfloat16().eval(), LoraOptions(r=RANK))
+    subset = lora_subset(model)
+    batch = collate([TokenSequence((1,), tuple(2 + number % 60 for number in range(tokens - 1)))])
+    return peak_bytes(lambda: score_pass(model, subset, batch, [lambda name, scores: None]))
+
+
+def _moment_seconds(parameters: int) -> float:
+    """CPU seconds to add one prompt's t, e and m to moments of that many parameters."""
+    from bvpo_stats.statistics.moments import Moments
+
+    vectors = {name: np.ones((1, parameters), dtype=np.float32) for name in ("t", "e", "m")}
+    moments = Moments.init(groups=2).update(vectors, ["a"]).update(vectors, ["b"])
+    begin = time.process_time()
+    moments.update(vectors, ["c"])
+    return time.process_time() - begin
+
+
+def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any]) -> str:
+    """The tables."""
+    met = all(case.model_share >= TARGET for case in cases if case.prompts == 256)
+    lines = [
+        "# Time and memory of alpha-star", "",
+        "On the embedded model and its pairs, one thread, CPU seconds; from records in memory to the report.", "",
+        "| case | prompts | sequences | tokens | mu | seconds | model | combining | moments | rest |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for case in cases:
+        shares = [x / case.seconds for x in (case.model, case.combining, case.moments, case.rest)]
+        numbers = " | ".join(f"{share:.1%}" for share in shares)
+        lines.append(f"| {case.name} | {case.prompts} | {case.sequences:,} | {case.tokens:,} | {case.method} | "
+                     f"{case.seconds:.1f} | {numbers} |")  # fmt: skip
+    lines += [
+        "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; {'met' if met else 'MISSED'}. "
+        f"Import, records and model take {cases[0].loading:.1f} s before.", "",
+        "| case | prompts | d | moments by formula | moments held | growth of the peak |", "|---|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for case in cases:
+        sizes = " | ".join(f"{x / 1e6:.0f} MB" for x in (case.computed_bytes, case.moment_bytes, case.growth_bytes))
+        lines.append(f"| {case.name} | {case.prompts} | {case.parameters:,} | {sizes} |")
+    lines += [
+        "", "By formula: 8 bytes x d x (3 G with traces, 2 G at theta_ref, and 10 for the half-split test), G = 20.",
+        "", "## A 1.5B model on one GPU: computed, not measured", "",
+        f"- theta, rank-{RANK} LoRA on all linear layers: {larger['lora_parameters']:,.0f} parameters.",
+        f"- GPU: weights in bfloat16 {larger['weights_gb']:.1f} GB, activations "
+        f"{larger['activations_gb_at_16384_tokens']:.0f} GB at 16,384 tokens a forward (the default of --max-tokens), "
+        f"{larger['activations_gb_at_4096_tokens']:.1f} GB at 4,096 "
+        f"({larger['activation_bytes_per_token_and_layer'] / 1e3:.0f} kB per token and layer, by the allocator's "
+        "account of one such layer on this machine); less with gradient checkpointing.",
+        f"- Main memory: moments {larger['moments_gb_with_traces']:.1f} GB with traces, "
+        f"{larger['moments_gb_at_theta_ref']:.1f} GB at theta_ref, whatever the number of prompts, and at most 1 GB "
+        "for the gradients of one microbatch, some copies of it in float64 besides.",
+        f"- Adding a prompt to the moments takes {larger['cpu_seconds_per_prompt_in_moments']:.1f} CPU seconds.",
+        "", "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + ".", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the cases and writes the results; with ``--case`` one of them, printed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=int, help="run this case only and print it as JSON")
+    parser.add_argument("--larger", action="store_true", help="print the needs of the larger model only")
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(asdict(run_case(*CASES[options.case]))))
+        return
+    if options.larger:
+        torch.set_num_threads(1)
+        print(json.dumps(larger_model()))
+        return
+    cases = [Case(**_child("--case", str(number))) for number in range(len(CASES))]
+    larger, setting, here = _child("--larger"), machine(), Path(__file__).parent
+    plain = {"cases": [{**asdict(case), "model_share": case.model_share} for case in cases], "larger_model": larger,
+             "machine": setting}  # fmt: skip
+    (here / "alpha_star.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    text = markdown(cases, larger, setting)
+    (here / "alpha_star.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _child(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
