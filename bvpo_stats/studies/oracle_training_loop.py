@@ -102,11 +102,17 @@ METHODS = (
     *FIXED,
     ADAPTIVE,
     Method("adaptive, error", "estimated", criterion="error"),
+    Method("adaptive, error, L = spectral norm", "estimated", criterion="error", curvature="norm"),
+    Method("adaptive, error, eta L = 1", "estimated", criterion="error", curvature="one"),
     Method("exact", "exact"),
     Method("exact, error", "exact", criterion="error"),
     Method("exact, error, L = spectral norm", "exact", criterion="error", curvature="norm"),
 )
-"""Five fixed weights; alpha estimated and exact, by either criterion; and exact with the worst-case L."""
+"""Five fixed weights; alpha estimated and exact, by either criterion; and with the worst-case L, or none at all.
+
+With the spectral norm the estimated alpha is that of the trainer with ``eta_l="auto"``, with ``eta L = 1`` that of its
+default.
+"""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,11 @@ class _Exact:
 
     def alphas(self, view: View) -> Array:
         parts, method = view.moments.parts, self._method
-        eta_l = method.eta_l_factor * _eta_l(method.curvature, view, lambda: exact_noise_curvature(self._setting, view))
+
+        def exact_curvature() -> Array:
+            return view.norm if method.curvature == "norm" else exact_noise_curvature(self._setting, view)
+
+        eta_l = method.eta_l_factor * _eta_l(method.curvature, view, exact_curvature)
         found = []
         for k, rho in enumerate(eta_l):
             numerator, denominator, _ = ratio_parts(
@@ -242,9 +252,7 @@ class _Estimated:
 
 
 def _eta_l(curvature: Curvature, view: View, measured: Callable[[], Array]) -> Array:
-    if curvature == "one":
-        return np.ones(len(view.norm))
-    return view.eta * measured()
+    return np.ones(len(view.norm)) if curvature == "one" else view.eta * measured()
 
 
 def exact_noise_curvature(setting: Setting, view: View) -> Float[np.ndarray, " copies"]:

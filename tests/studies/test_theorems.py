@@ -14,10 +14,10 @@ from bvpo_stats.oracle.acceptance_cells import v_statistics
 from bvpo_stats.studies.theorems import (
     Ground,
     TheoremConfig,
-    appendix_b,
     batch_size,
     checks,
     convergence,
+    log_probabilities,
     optimal_alpha,
     step_size,
     trace_bias,
@@ -171,17 +171,17 @@ def test_the_marginal_notices_an_anchor_that_is_none(monkeypatch, ground) -> Non
 
 
 def test_appendix_b_on_the_oracle_notices_a_wrong_divisor(monkeypatch, ground) -> None:
-    honest = appendix_b.question_variances
-    monkeypatch.setattr(appendix_b, "question_variances", lambda oracle: honest(oracle) * [0.8, 1.0, 1.0, 1.0])
-    assert "Five responses" in alarms(appendix_b.appendix_b(ground))
+    honest = log_probabilities.question_variances
+    monkeypatch.setattr(log_probabilities, "question_variances", lambda oracle: honest(oracle) * [0.8, 1.0, 1.0, 1.0])
+    assert "Five responses" in alarms(log_probabilities.appendix_b(ground))
 
 
 @pytest.mark.slow
 def test_the_embedded_model_is_measured() -> None:
-    measured = appendix_b.embedded_variances(12, seed=0)
+    measured = log_probabilities.embedded_variances(12, seed=0)
     assert measured.shape == (12, 4)
     assert (measured[:, 2:] > 0).all()
-    again = appendix_b.embedded_variances(12, seed=0)
+    again = log_probabilities.embedded_variances(12, seed=0)
     np.testing.assert_allclose(measured, again, rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "appendix_b": "appendix_b",
+    "appendix_b": "log_probabilities",
     "batch_scaling": "batch_size",
     "check_theorems": "run",
     "drift": "trace_bias",

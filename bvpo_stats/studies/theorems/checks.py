@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Verdict = Literal["holds", "holds with limits", "loose", "fails"]
@@ -127,3 +128,15 @@ class TopicReport:
     def alarms(self) -> tuple[Check, ...]:
         """Claims that should have held and do not."""
         return tuple(check for check in self.checks if check.alarming)
+
+    def plot(self, folder: Path) -> list[Path]:
+        """Draws the topic's figures into a folder."""
+        from bvpo_stats.plots import theorem_figures
+
+        return theorem_figures({"topics": [asdict(self)]}, folder)
+
+    def _repr_html_(self) -> str:
+        from bvpo_stats.studies import presentation
+        from bvpo_stats.studies.theorems.output import present_topic
+
+        return presentation.html(present_topic(asdict(self)))

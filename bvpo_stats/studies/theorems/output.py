@@ -41,6 +41,17 @@ def present(report: dict[str, Any]) -> Presentation:
     )
 
 
+def present_topic(topic: dict[str, Any]) -> Presentation:
+    """One topic of it, remarks in a column of their own.
+
+    Args:
+        topic: An entry of ``topics`` in ``report.json``.
+    """
+    head = ("Claim", "Quantity", "Measured", "Should be", "Verdict", "Remark")
+    rows = tuple((*_row(check)[:-1], check["note"]) for check in topic["checks"])
+    return Presentation(title=topic["title"], tables=(ResultTable(topic["title"], head, rows, (1, 4, 5)),))
+
+
 def _findings(report: dict[str, Any]) -> list[Finding]:
     checks = [check for topic in report["topics"] for check in topic["checks"]]
     firm = [check for check in checks if check["should_hold"]]

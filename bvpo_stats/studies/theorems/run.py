@@ -12,11 +12,11 @@ from bvpo_stats.data.run_folder import open_run
 from bvpo_stats.progress import progress
 from bvpo_stats.studies import presentation
 from bvpo_stats.studies.report_file import to_json, versions
-from bvpo_stats.studies.theorems.appendix_b import appendix_b
 from bvpo_stats.studies.theorems.batch_size import batch_scaling
 from bvpo_stats.studies.theorems.checks import Check, TopicReport
 from bvpo_stats.studies.theorems.convergence import theorem3
 from bvpo_stats.studies.theorems.ground import Ground, TheoremConfig
+from bvpo_stats.studies.theorems.log_probabilities import appendix_b
 from bvpo_stats.studies.theorems.optimal_alpha import proposition1, theorem2
 from bvpo_stats.studies.theorems.output import present
 from bvpo_stats.studies.theorems.step_size import theorem4
