@@ -58,8 +58,9 @@ def _findings(report: dict[str, Any]) -> list[Finding]:
         verb = "is at or below" if holds else "is above"
         found.append(
             Finding(
-                f"eta L = {entry['eta_l']:g}: the estimated alpha {verb} the best fixed one "
-                f"({entry['best_fixed']}), difference {_interval(difference, '+.4f')}; its ratio to the paper's 0.5 is {_interval(ratio, '.3f')}.",
+                f"eta L = {entry['eta_l']:g}: the estimated alpha {verb} the best fixed one ({entry['best_fixed']}), "
+                f"difference {_interval(difference, '+.4f')}; "
+                f"its ratio to the paper's 0.5 is {_interval(ratio, '.3f')}.",
                 "holds" if holds else "fails",
             )
         )
