@@ -65,6 +65,7 @@ $(STAMP)-bench: $(STAMP)-test
 
 bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
+	$(BIN)/python benchmarks/training.py
 
 acceptance: setup
 	$(BIN)/python benchmarks/acceptance.py

@@ -63,13 +63,13 @@ def embedded_case(inputs: AlphaInputs) -> Case:
 
 
 def synthetic_case(hidden: int, prompts: int = 16, batch_size: int = 8) -> Case:
-    """A Qwen2 shape with random weights; traces of 100 to 400 tokens, answers of 20 to 60, by a log-uniform law."""
+    """A Qwen2 shape with random weights; traces of 50 to 200 tokens, answers of 10 to 30, by a log-uniform law."""
     embedded = load_policy(PolicyOptions(device="cpu"))
 
     def build() -> Policy:
         torch.manual_seed(0)
         config = Qwen2Config(
-            vocab_size=8192,
+            vocab_size=4096,
             hidden_size=hidden,
             intermediate_size=4 * hidden,
             num_hidden_layers=4,
@@ -90,14 +90,14 @@ def synthetic_case(hidden: int, prompts: int = 16, batch_size: int = 8) -> Case:
 
 
 def _tokens(rng: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
-    return tuple(rng.integers(10, 8000, size=int(low * (high / low) ** rng.random())).tolist())
+    return tuple(rng.integers(10, 4000, size=int(low * (high / low) ** rng.random())).tolist())
 
 
 def _pair(rng: np.random.Generator, number: int, mode: str, policy: Policy) -> PreferencePair:
     sides = []
     for _ in range(2):
-        trace = _tokens(rng, 100, 400) if mode == "thinking" else _tokens(rng, 2, 3)
-        sides.append(((*trace, *_tokens(rng, 20, 60)), len(trace)))
+        trace = _tokens(rng, 50, 200) if mode == "thinking" else _tokens(rng, 2, 3)
+        sides.append(((*trace, *_tokens(rng, 10, 30)), len(trace)))
     (chosen, first), (rejected, second) = sides
     return PreferencePair(
         prompt_id=f"q{number}",
@@ -105,7 +105,7 @@ def _pair(rng: np.random.Generator, number: int, mode: str, policy: Policy) -> P
         prompt="",
         chosen="",
         rejected="",
-        prompt_ids=tuple(np.random.default_rng(number).integers(10, 8000, size=40).tolist()),
+        prompt_ids=tuple(np.random.default_rng(number).integers(10, 4000, size=40).tolist()),
         chosen_ids=chosen,
         rejected_ids=rejected,
         chosen_answer_start=first,
@@ -127,7 +127,7 @@ def _bank(rng: np.random.Generator, pair: PreferencePair, side: str) -> list[Tra
     own, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_answer_start")
     records = []
     for index in range(4):
-        completion = (*_tokens(rng, 100, 400), *own[start:]) if index else own
+        completion = (*_tokens(rng, 50, 200), *own[start:]) if index else own
         records.append(
             TraceRecord(
                 prompt_id=pair.prompt_id,
@@ -346,9 +346,9 @@ def main() -> None:
     for case in cases:
         result["cases"].append(run_case(case, options.rounds))
         print(json.dumps(result["cases"][-1]), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "training.md").write_text(markdown(result))
+        options.output.mkdir(parents=True, exist_ok=True)  # case by case, so that nothing measured is lost
+        (options.output / "training.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.output / "training.md").write_text(markdown(result))
     print(markdown(result))
 
 
