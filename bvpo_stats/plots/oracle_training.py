@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bvpo_stats.plots.style import INK, PALETTE, figure
+from bvpo_stats.plots.style import INK, PALETTE, band, figure, panels
 
 _ESTIMATED, _EXACT = "adaptive", "exact"
 
@@ -55,22 +55,21 @@ def _against_paper(report: dict[str, Any], path: Path) -> None:
 
 
 def _alphas(report: dict[str, Any], path: Path) -> None:
-    """Estimated alpha over steps with its range over seeds, beside the exact one's mean."""
-    with figure(path) as (fig, axes):
-        for entry, colour in zip(report["results"], PALETTE, strict=False):
-            ours = entry["methods"].get(_ESTIMATED)
-            if ours is None:
-                continue
-            curve = ours["curves"]
-            axes.fill_between(curve["step"], curve["alpha_low"], curve["alpha_high"], color=colour, alpha=0.12, lw=0)
-            axes.plot(curve["step"], curve["alpha"], color=colour, lw=1.8, label=f"estimated, ηL = {entry['eta_l']:g}")
+    """Estimated alpha over steps with its range over seeds, beside the exact one's mean; a panel for each step size."""
+    entries = [entry for entry in report["results"] if _ESTIMATED in entry["methods"]]
+    with panels(path, len(entries), width=3.0 * len(entries) + 0.6, height=3.2, sharey=True) as (fig, axes):
+        for entry, one in zip(entries, axes, strict=True):
+            curve = entry["methods"][_ESTIMATED]["curves"]
+            band(one, curve["step"], curve["alpha_low"], curve["alpha_high"], colour=PALETTE[0])
+            one.plot(curve["step"], curve["alpha"], color=PALETTE[0], lw=2, label="estimated (range over seeds)")
             exact = entry["methods"].get(_EXACT)
             if exact is not None:
-                axes.plot(exact["curves"]["step"], exact["curves"]["alpha"], color=colour, lw=1.2, ls="--",
-                          label=f"exact, ηL = {entry['eta_l']:g}")  # fmt: skip
-        axes.axhline(0.5, color=INK, lw=1, ls="-.")
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("Step")
-        axes.set_ylabel("alpha")
-        axes.set_title("alpha over training: mean over seeds, shaded their range")
-        fig.legend(loc="outside lower center", ncols=3, fontsize=8)
+                one.plot(exact["curves"]["step"], exact["curves"]["alpha"], color=PALETTE[1], lw=1.2, ls="--",
+                         label="exact")  # fmt: skip
+            one.axhline(0.5, color=INK, lw=1, ls="-.", label="paper's 0.5")
+            one.set_ylim(-0.02, 1.02)
+            one.set_xlabel("Step")
+            one.set_title(f"ηL = {entry['eta_l']:g}")
+        axes[0].set_ylabel("alpha, mean over seeds")
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=3)
