@@ -68,7 +68,9 @@ bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/training.py
 
 acceptance: setup
-	$(BIN)/python benchmarks/acceptance.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/acceptance.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/oracle_training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/embedded_training.py
 
 clean:
 	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -128,8 +128,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{s['seeds']} seeds a method, {s['steps']} steps of {s['batch_size']} prompts, AdamW, peak learning rate "
         f"{s['learning_rate']:g} (cosine, 10% warm-up), LoRA of rank 16; otherwise the methods' presets. "
         f"Trained on pairs of prompts that the benchmark does not ask; {s['problems']} held-out problems, "
-        f"{s['samples']} responses each at temperature {s['temperature']}. Accuracies in %. Intervals: by problem for the untrained model, over seeds "
-        "(t, 2 degrees of freedom) for the means below it.",
+        f"{s['samples']} responses each at temperature {s['temperature']}. Accuracies in %. "
+        "Intervals: by problem for the untrained model, over seeds (t, 2 degrees of freedom) for the means below it.",
         "",
         "| | " + " | ".join(labels) + " | final alpha |",
         "|---|" + "--:|" * (len(labels) + 1),

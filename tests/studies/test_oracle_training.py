@@ -60,8 +60,8 @@ def test_goals_by_hand():
             "method": method,
             "seed": seed,
             "grad_sq": grad_sq,
-            "grad_sq_curve": [1.0],
-            "alpha_curve": [0.5],
+            "grad_sq_curve": [1.0] * 10,
+            "alpha_curve": [0.5] * 10,
         }
 
     values = {"alpha = 0.5": (1.0, 1.2), "alpha = 1": (0.9, 1.0), "adaptive": (0.8, 0.95)}
