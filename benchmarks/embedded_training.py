@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/embedded-training"), help="runs; kept, to resume from")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--figures", type=Path, default=Path("figures/embedded_training"))
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -72,4 +72,4 @@ def _alphas(report: dict[str, Any], path: Path) -> None:
             one.set_title(f"ηL = {entry['eta_l']:g}")
         axes[0].set_ylabel("alpha, mean over seeds")
         handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=3)
+        fig.legend(handles, labels, loc="outside lower center", ncols=3 if len(entries) > 1 else 1)

@@ -102,7 +102,7 @@ def preset(name: str, method: Method) -> Preset:
         loss, beta, gamma = "simpo", _SIMPO_BETA, _SIMPO_GAMMA
     if name == EMBEDDED:
         # A model of a million weights takes small batches and large steps; its sequences have tens of tokens.
-        return Preset(EMBEDDED, loss, beta, gamma, 1e-3, lora_r=16, batch_size=32, max_length=512, alpha=alpha)
+        return Preset(EMBEDDED, loss, beta, gamma, 1e-4, lora_r=16, batch_size=32, max_length=512, alpha=alpha)
     if name == "lora":
         # An adapter takes steps ten times as large as full fine-tuning, as TRL's documentation has it for DPO.
         return Preset(None, loss, beta, gamma, 10 * _LEARNING_RATE, lora_r=16, alpha=alpha)
