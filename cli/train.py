@@ -131,7 +131,8 @@ def train(
     alpha_probe_prompts: Annotated[int, typer.Option(help="adaptive: prompts held out to estimate mu.")] = 32,
     alpha_traces_per_answer: Annotated[int, typer.Option(help="adaptive: traces behind each probe answer.")] = 4,
     eta_l: Annotated[
-        str, typer.Option(help="adaptive: eta L at the peak learning rate, or `auto` to measure L.")
+        str,
+        typer.Option(help="adaptive: eta L at the peak learning rate, or `auto`: L is the curvature along the noise."),
     ] = "1",
     unmatched: Annotated[
         str | None,

@@ -110,8 +110,8 @@ METHODS = (
 )
 """Five fixed weights; alpha estimated and exact, by either criterion; and with the worst-case L, or none at all.
 
-With the spectral norm the estimated alpha is that of the trainer with ``eta_l="auto"``, with ``eta L = 1`` that of its
-default.
+The trainer's choices are ``error``: with the noise curvature for ``eta_l="auto"`` (measured once, at its start), with
+``eta L = 1`` by default.
 """
 
 

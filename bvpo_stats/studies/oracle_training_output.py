@@ -126,8 +126,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         "with L = tr(H Sigma) / tr Sigma, the curvature that the noise meets: H is the Gauss-Newton Hessian of L_m, "
         "estimated on the same probe, Sigma = Cov(g_t - g_e). exact: the same from exact moments at every step.",
         "error: Theorem 4's alpha(tau), tau = eta L / B, in place of the descent bound, with that L or with the "
-        "spectral norm, the L of Theorem 3 (the trainer with eta_l auto), or with eta L taken for 1 whatever the "
-        "step (the trainer's default).",
+        "spectral norm, the L of Theorem 3, or with eta L taken for 1 whatever the step (the trainer's default).",
+        "adaptive, error: what the trainer does with eta_l auto, except that it measures L once, at its start.",
         "Theorem 3's bound with L the largest spectral norm met; it supposes eta L <= 1.",
     ]
 

@@ -44,7 +44,8 @@ class BVPOConfig(TrainingArguments):
         alpha_traces_per_answer: K, traces behind each answer of the probe set.
         alpha_level: Confidence level of alpha's interval.
         eta_l: Learning rate times smoothness at the peak learning rate: a number, or ``auto``, which measures L on the
-            probe set before the first step. Either follows the learning rate's schedule.
+            probe set before the first step, as the curvature that the gradient noise meets
+            (`bvpo_stats.estimators.noise_curvature`). Either follows the learning rate's schedule.
     """
 
     # Defaults that differ from transformers'.

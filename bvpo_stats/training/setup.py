@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.curvature import CurvatureOptions, measure_curvature
+from bvpo_stats.estimators.curvature import CurvatureOptions
+from bvpo_stats.estimators.noise_curvature import noise_curvature
 from bvpo_stats.estimators.options import StreamOptions
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
 from bvpo_stats.model.subset import Subset, lora_subset
@@ -167,8 +168,8 @@ def _smoothness(
     if args.eta_l != AUTO:
         return None
     pairs = [pair for prompt in prompts for pair in prompt.pairs]
-    options = CurvatureOptions(args.learning_rate, n_pairs=len(prompts), tolerance=0.01, seed=args.seed)
-    return lambda: measure_curvature(policy, subset, pairs, args.objective(), options).largest_eigenvalue
+    options = CurvatureOptions(args.learning_rate, n_pairs=len(prompts), seed=args.seed)
+    return lambda: noise_curvature(policy, subset, pairs, args.objective(), options)
 
 
 def _step_tokens(args: BVPOConfig, prompts: Sequence[TrainingPrompt]) -> float:

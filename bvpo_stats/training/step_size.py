@@ -14,7 +14,7 @@ class StepSize:
     Attributes:
         eta_l: ``eta L`` at the peak learning rate; it shrinks with the schedule.
         peak: Peak learning rate.
-        smoothness: L where it was measured (largest Hessian eigenvalue); then ``eta_l`` is not looked at.
+        smoothness: L where it was measured (the curvature along the gradient noise); then ``eta_l`` is not looked at.
 
     >>> StepSize(eta_l=1.0, peak=0.1).at(0.05), StepSize(peak=0.1, smoothness=30.0).at(0.1)
     (0.5, 3.0)

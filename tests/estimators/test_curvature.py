@@ -1,6 +1,8 @@
 """Hessian-vector products and the largest eigenvalue, against a dense Hessian from differences of the score engine's
 gradients: another code path, with the chunked head and hooks instead of double backward."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from bvpo_stats.errors import UserError
 from bvpo_stats.estimators.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature
 from bvpo_stats.estimators.gradients import GradientOptions, pair_gradients
+from bvpo_stats.estimators.noise_curvature import noise_curvature
 from bvpo_stats.estimators.objectives import Objective
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.oracle import OracleConfig, build_oracle, draw_pairs
@@ -81,3 +84,33 @@ def test_a_concave_loss_is_refused(policy_and_pairs, monkeypatch):
 def test_a_learning_rate_must_be_positive(rate):
     with pytest.raises(UserError, match="learning-rate"):
         CurvatureOptions(learning_rate=rate)
+
+
+def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, monkeypatch):
+    """sum v'Hv / sum norm(v)^2 prompt by prompt; and from random signs, unbiased in numerator and denominator."""
+    policy, pairs = policy_and_pairs
+    subset, objective = lora_subset(policy.model, ["layers.0.self_attn.v_proj"]), Objective(beta=1.0)
+    dense = dense_hessian(policy, subset, pairs, objective)
+    options = CurvatureOptions(learning_rate=0.5, max_tokens=20)
+    rows, gradients = pair_gradients(policy.model, subset, pairs, GradientOptions(objective=objective))
+    values = {(row.prompt_id, row.mode): g for row, g in zip(rows, gradients.double().numpy(), strict=True)}
+    ids = list(dict.fromkeys(row.prompt_id for row in rows))
+    assert len(ids) == N_PAIRS
+    noise = np.array([values[i, "thinking"] - values[i, "nothinking"] for i in ids])
+    noise = noise - noise.mean(axis=0)
+    exact = np.einsum("ij,jk,ik->", noise, dense, noise) / (noise**2).sum()
+    assert noise_curvature(policy, subset, pairs, objective, options) == pytest.approx(exact, rel=1e-5)
+    monkeypatch.setattr("bvpo_stats.estimators.noise_curvature.PRODUCTS", 2)
+    drawn = [noise_curvature(policy, subset, pairs, objective, replace(options, seed=seed)) for seed in range(30)]
+    assert np.std(drawn) > 0
+    ends = np.linalg.eigvalsh(dense)
+    assert ends[0] <= min(drawn)
+    assert max(drawn) <= ends[-1]
+    assert abs(np.mean(drawn) - exact) < 4 * np.std(drawn) / np.sqrt(30) + 0.1 * abs(exact)
+
+
+def test_noise_curvature_needs_both_kinds_of_pairs(policy_and_pairs):
+    policy, pairs = policy_and_pairs
+    subset = lora_subset(policy.model, ["layers.0.self_attn.v_proj"])
+    with pytest.raises(UserError, match="both a D_t and a D_e pair"):
+        noise_curvature(policy, subset, pairs[:N_PAIRS], Objective(), CurvatureOptions(learning_rate=1.0))
