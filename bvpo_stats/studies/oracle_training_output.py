@@ -127,7 +127,9 @@ def _notes(report: dict[str, Any]) -> list[str]:
         "estimated on the same probe, Sigma = Cov(g_t - g_e). exact: the same from exact moments at every step.",
         "error: Theorem 4's alpha(tau), tau = eta L / B, in place of the descent bound, with that L or with the "
         "spectral norm, the L of Theorem 3, or with eta L taken for 1 whatever the step (the trainer's default).",
-        "adaptive, error: what the trainer does with eta_l auto, except that it measures L once, at its start.",
+        "adaptive, error: the criterion of the trainer. With eta_l auto that measures L once, at its start, and with "
+        "the full Hessian of the D_t loss in place of the Gauss-Newton one of L_m, which gives another, often larger, "
+        "L.",
         "Theorem 3's bound with L the largest spectral norm met; it supposes eta L <= 1.",
     ]
 
