@@ -205,16 +205,15 @@ def main() -> None:
     cases = cpu_cases(options.hidden)
     if torch.cuda.is_available():
         cases = cuda_cases() + [Case(**{**vars(case), "device": "cuda"}) for case in cases]
-    result: dict[str, Any] = {"machine": machine(), "rows": []}
+    options.output.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": machine(), "rows": [], "padding": padding_shares(), "head": head_memory()}
     for case in cases:
         rows = run_case(case, options.repeats)
         result["rows"] += rows
         print(case.shape, case.batch, {row["engine"]: row["time_ratio"] for row in rows}, flush=True)
-    result["padding"] = padding_shares()
-    result["head"] = head_memory()
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "scores.md").write_text(markdown(result))
+        # After every case: an interrupted run keeps what it has measured.
+        (options.output / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.output / "scores.md").write_text(markdown(result))
     print(markdown(result))
 
 
