@@ -22,6 +22,7 @@ PACKAGE = ROOT / "bvpo_stats"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARTS = ("statistics", "model", "data", "estimators", "oracle", "studies", "training", "plots", "report", "tiny")
 DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Changelog": "CHANGELOG.md"}
+_NOTEBOOK_LINK = re.compile(r"\]\((\w+)\.ipynb")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -82,6 +83,7 @@ def notebook(path: Path) -> dict[str, str | bytes]:
     where = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
     body, resources = MarkdownExporter().from_notebook_node(content, resources=where)
     pictures = {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
+    body = _NOTEBOOK_LINK.sub(r"](\1.md", body)  # its neighbours are pages here, not notebooks
     return {f"notebooks/{path.stem}.md": body, **pictures}
 
 
