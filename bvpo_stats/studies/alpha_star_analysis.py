@@ -158,7 +158,10 @@ def _warnings(
             "error rewards small vectors; raise the batch size before you compare directions."
         )
     if marginal.half_split is not None and not marginal.half_split["agrees"]:
-        found.append("The two halves of the traces give different alphas: the weights behind mu have collapsed.")
+        found.append(
+            "The two halves of the traces give different alphas: mu depends on which traces were drawn. Look at the "
+            "effective sizes, and make a bank with more traces."
+        )
     return found
 
 
