@@ -66,9 +66,12 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
 
 def _check_contents(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / RUN_FILE
+    # Listed before run.json is looked for: a run writes run.json first, so if it is still missing after other files
+    # were seen, they are no run's. The other way round, a shard that starts meanwhile would look like a stranger.
+    strangers = folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir())
     if path.exists():
         _check_same_run(folder, path, identity)
-    elif folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir()):
+    elif strangers:
         raise UserError(
             f"--output {folder} is not empty and holds no run of bvpo-stats. Nothing was overwritten; name a new "
             "folder."

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,23 @@ def test_shards_that_start_at_the_same_moment_set_the_folder_up_once(tmp_path: P
         thread.join()
     assert faults == []
     assert json.loads((folder / "run.json").read_text()) == {"command": "sample", "seed": 0, "modes": ["thinking"]}
+
+
+def test_a_shard_that_sets_the_folder_up_while_another_looks_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, listing = tmp_path / "run", Path.iterdir
+
+    def listed_late(path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", listing)
+        with open_run(folder, "sample", IDENTITY, shard=Shard(2, 2)):
+            pass
+        return listing(path)
+
+    folder.mkdir()
+    monkeypatch.setattr(Path, "iterdir", listed_late)
+    with open_run(folder, "sample", IDENTITY, shard=Shard(1, 2)) as run:
+        assert (run / "run.json").exists()
 
 
 def test_a_process_repairs_its_own_files_only(tmp_path: Path) -> None:
