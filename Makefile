@@ -66,6 +66,7 @@ $(STAMP)-bench: $(STAMP)-test
 bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/alpha_star.py
 
 acceptance: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/acceptance.py
