@@ -148,17 +148,18 @@ class DifferenceSkew:
     def at(self, a: Array) -> Array:
         """k12 at candidates ``[C, ...]`` or ``[...]``, shrunk by its sampling error; 0 where nothing varies."""
         m, c, s = self.mean, self.covariance, self.spread
-        value = _polynomial([m[..., k] for k in range(4)], a)
+        value = polynomial([m[..., k] for k in range(4)], a)
         # The coefficient of a^k in the variance of a polynomial is the sum of the k-th antidiagonal.
         antidiagonals = [np.trace(c[..., ::-1], offset=3 - k, axis1=-2, axis2=-1) for k in range(7)]
-        error = _polynomial(antidiagonals, a)
-        scale = _polynomial([s[..., 0, 0], -2 * s[..., 0, 1], s[..., 1, 1]], a)
+        error = polynomial(antidiagonals, a)
+        scale = polynomial([s[..., 0, 0], -2 * s[..., 0, 1], s[..., 1, 1]], a)
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = np.maximum(1 - error / value**2, 0.0)
             return np.nan_to_num(value * kept / scale**1.5)
 
 
-def _polynomial(coefficients: Sequence[Array], a: Array) -> Array:
+def polynomial(coefficients: Sequence[Array], a: Array) -> Array:
+    """``sum_k c_k a^k`` by Horner's rule, for coefficients ``[...]`` and points that broadcast against them."""
     total = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         total = total * a + coefficient

@@ -5,8 +5,9 @@ intervals cover too little. The jackknife leaves examples out and keeps U unbias
 
 Methods for ratios: ``fieller`` (default), ``hall`` (its hull with the set corrected for skewness, the cautious choice
 under heavy tails) and ``delta``. Where the interactions of the groups are known, ``fieller`` takes account of the
-dependence between a U-statistic and its own standard error (see `bvpo_stats.statistics.interactions`): without that it
-covers too often at intermediate noise scales and too rarely at small ones.
+dependence between a U-statistic and its own standard error (see `bvpo_stats.statistics.interactions` and
+`bvpo_stats.statistics.second_order`): without that it covers too often at intermediate noise scales and too rarely at
+small ones.
 
 Sources: Fieller (1954) for the set; Busing, Meijer and van der Leeden (1999) for the delete-a-group jackknife with
 groups of unequal size; Shao and Wu (1989) for its validity; Helmers (1991) and Hall (1992) for the corrections.
@@ -24,6 +25,7 @@ from scipy import stats
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.interactions import MIN_GROUPS, DifferenceSkew, undo_interaction
+from bvpo_stats.statistics.second_order import DifferenceSecondOrder
 from bvpo_stats.statistics.skewness import corrected_ends, search_ends
 from bvpo_stats.statistics.summary import Array
 
@@ -210,9 +212,10 @@ def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
 def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: float) -> RatioSets:
     """Fieller's set with the studentised difference freed of its dependence on its own standard error.
 
-    ``{a : |h(T(a))| <= q}`` with ``T(a) = (B - a A) / se(B - a A)`` and h of
-    `bvpo_stats.statistics.interactions.undo_interaction` at the k12 of ``B - a A``: the part of it that holds the
-    estimate, or the whole line where that has no end.
+    ``{a : |h(T(a))| <= q(a)}`` with ``T(a) = (B - a A) / se(B - a A)``, h of
+    `bvpo_stats.statistics.interactions.undo_interaction` at the k12 of ``B - a A`` and q(a) the quantile of
+    `bvpo_stats.statistics.second_order`: the part of it that holds the estimate, or the whole line where that has no
+    end.
 
     Args:
         values: (B, A), ``[..., 2, 1 + G]``.
@@ -224,15 +227,18 @@ def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: 
     deviations, weights = _pseudo_deviations(values, group_sizes)
     covariance = np.einsum("...kg,...lg,...g->...kl", deviations, deviations, weights)
     skew = DifferenceSkew.of(deviations, interactions)
+    second = DifferenceSecondOrder.of(deviations, interactions, group_sizes)
 
     def error(candidate: Array) -> Array:
         v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
         return np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
 
     def inside(candidate: Array) -> NDArray[np.bool_]:
+        standard_error, k12 = error(candidate), skew.at(candidate)
+        bound = second.quantile(candidate, standard_error**2, k12, n_groups, q)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            studentised = (numerator - candidate * denominator) / error(candidate)
-            return np.abs(undo_interaction(studentised, skew.at(candidate), n_groups)) <= q
+            studentised = (numerator - candidate * denominator) / standard_error
+            return np.abs(undo_interaction(studentised, k12, n_groups)) <= bound
 
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = numerator / denominator
