@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.mixing import Mixture
 from bvpo_stats.model.sinks import Sink
 from bvpo_stats.model.subset import LinearSite, LoraSite, Subset
 
@@ -36,7 +37,7 @@ class Tape:
         anchor: An input of every captured layer, so that backward reaches it whether or not weights require gradients;
             ``torch.autograd.grad`` with respect to it runs exactly the nodes that lead to captured layers.
         sinks: Receivers of complete scores.
-        mix: Optional linear map of sequences to rows, applied before the sinks: [rows, sequences].
+        mix: Optional linear map of sequences to rows, applied before the sinks.
         counting: True during the forward pass. Off in backward, where checkpointing runs layers a second time.
         uses: Outstanding uses per weight; a weight used twice is complete after two contributions.
         partial: Scores of weights with outstanding uses.
@@ -45,7 +46,7 @@ class Tape:
     sequences: int
     anchor: Tensor
     sinks: Sequence[Sink]
-    mix: Float[Tensor, "rows sequences"] | None = None
+    mix: Mixture | None = None
     counting: bool = True
     uses: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Tensor] = field(default_factory=dict)
@@ -73,8 +74,7 @@ class Tape:
 
     def _emit(self, name: str, scores: Tensor) -> None:
         if self.mix is not None:
-            mixed = self.mix.to(scores.dtype) @ scores.flatten(1)
-            scores = mixed.unflatten(1, scores.shape[1:])
+            scores = self.mix(scores)
         for sink in self.sinks:
             sink(name, scores)
 

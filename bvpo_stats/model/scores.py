@@ -14,6 +14,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.capture import Tape, captured
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
+from bvpo_stats.model.mixing import Mixture
 from bvpo_stats.model.sinks import Sink
 from bvpo_stats.model.subset import Subset
 
@@ -32,8 +33,8 @@ class ScoreOptions:
             is called once, between forward and backward, so that the weights may depend on the log-probabilities: a
             preference gradient needs no second pass.
         weigh: From sequence log-probabilities [sequences] to the weight of each in the objective, so that the sinks
-            receive weight_i * s_i; called once, between forward and backward, like ``mix``. Where every row is made of
-            a few scores, adding those up in a sink costs less than the matrix product of ``mix``.
+            receive weight_i * s_i; called once, between forward and backward, like ``mix``. For sums over scores that
+            a sink forms itself.
         names: How errors name the records; their index where not given.
         chunk_tokens: Positions per chunk of the head.
     """
@@ -77,7 +78,7 @@ def score_pass(
         check_finite(logps, options.names)
         tape.counting = False
         if options.mix is not None:
-            tape.mix = options.mix(logps.detach())
+            tape.mix = Mixture.of(options.mix(logps.detach()))
         objective = logps if options.token_weights is None else sequence_logprobs(token_logps * options.token_weights)
         if options.weigh is not None:
             objective = objective * options.weigh(logps.detach())
