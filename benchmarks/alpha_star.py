@@ -29,10 +29,13 @@ from measure import machine, peak_bytes
 TARGET = 0.8
 GROUPS = 20
 CASES = (
-    ("theta_ref, no traces needed", 256, 0.0),
-    ("8 traces per answer", 64, 0.02),
-    ("8 traces per answer", 256, 0.02),
+    ("theta_ref, no traces needed", 256, 0.0, 16_384),
+    ("8 traces per answer", 64, 0.02, 16_384),
+    ("8 traces per answer", 256, 0.02, 16_384),
+    ("8 traces per answer", 64, 0.02, 4096),
+    ("8 traces per answer", 256, 0.02, 4096),
 )
+"""Name, prompts, distance from theta_ref, budget of tokens per forward."""
 SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
 LAYERS, VOCABULARY, RANK = 28, 151_936, 16
 
@@ -44,6 +47,7 @@ class Case:
     Attributes:
         name: What it is.
         prompts: Prompts.
+        budget: Tokens per forward, at most.
         sequences: Sequences run through the model.
         tokens: Their tokens.
         method: Estimator of mu that the ladder chose.
@@ -61,6 +65,7 @@ class Case:
 
     name: str
     prompts: int
+    budget: int
     sequences: int
     tokens: int
     method: str
@@ -102,7 +107,7 @@ class Stopwatch:
         setattr(owner, name, timed)
 
 
-def run_case(name: str, prompts: int, drift: float) -> Case:
+def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
     from bvpo_stats.estimators import forwards, passes, references, stream
     from bvpo_stats.estimators.stream import StreamOptions
@@ -143,7 +148,8 @@ def run_case(name: str, prompts: int, drift: float) -> Case:
         return scores(model, theta, batch, *arguments)
 
     passes.score_pass = counted
-    options = study.AlphaOptions(stream=StreamOptions(traces_per_answer=8, half_splits=True), groups=GROUPS)
+    stream_options = StreamOptions(traces_per_answer=8, half_splits=True, max_tokens=budget)
+    options = study.AlphaOptions(stream=stream_options, groups=GROUPS)
     loading, before = time.process_time(), _peak_resident()
     report = study.estimate_alpha_star(policy, pairs, traces=traces, subset=subset, options=options)
     seconds, growth = time.process_time() - loading, _peak_resident() - before
@@ -151,7 +157,7 @@ def run_case(name: str, prompts: int, drift: float) -> Case:
     vectors = (2 if drift == 0 else 3) * GROUPS + (0 if drift == 0 else 2 * 5)
     held = [moments.nbytes for moments in (state.moments, state.halves) if moments is not None]
     model = spent["model"] - spent["combining"]
-    return Case(name, report.n_prompts, *count, report.marginal.method, seconds, model, spent["combining"],
+    return Case(name, report.n_prompts, budget, *count, report.marginal.method, seconds, model, spent["combining"],
                 spent["moments"], seconds - spent["model"] - spent["moments"], loading, subset.size,
                 8 * vectors * subset.size, sum(held), growth)  # fmt: skip
 
@@ -215,23 +221,26 @@ def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any
     met = all(case.model_share >= TARGET for case in cases if case.prompts == 256)
     lines = [
         "# Time and memory of alpha-star", "",
-        "On the embedded model and its pairs, one thread, CPU seconds; from records in memory to the report.", "",
-        "| case | prompts | sequences | tokens | mu | seconds | model | combining | moments | rest |",
-        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|",
+        "On the embedded model and its pairs, one thread, CPU seconds; from records in memory to the report. "
+        "`budget`: tokens a forward, at most.", "",
+        "| case | prompts | budget | sequences | tokens | mu | seconds | model | combining | moments | rest |",
+        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for case in cases:
         shares = [x / case.seconds for x in (case.model, case.combining, case.moments, case.rest)]
         numbers = " | ".join(f"{share:.1%}" for share in shares)
-        lines.append(f"| {case.name} | {case.prompts} | {case.sequences:,} | {case.tokens:,} | {case.method} | "
-                     f"{case.seconds:.1f} | {numbers} |")  # fmt: skip
+        lines.append(f"| {case.name} | {case.prompts} | {case.budget:,} | {case.sequences:,} | {case.tokens:,} | "
+                     f"{case.method} | {case.seconds:.1f} | {numbers} |")  # fmt: skip
     lines += [
-        "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; {'met' if met else 'MISSED'}. "
+        "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; "
+        f"{'met' if met else 'MISSED'}. "
         f"Import, records and model take {cases[0].loading:.1f} s before.", "",
-        "| case | prompts | d | moments by formula | moments held | growth of the peak |", "|---|--:|--:|--:|--:|--:|",
+        "| case | prompts | budget | d | moments by formula | moments held | growth of the peak |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for case in cases:
         sizes = " | ".join(f"{x / 1e6:.0f} MB" for x in (case.computed_bytes, case.moment_bytes, case.growth_bytes))
-        lines.append(f"| {case.name} | {case.prompts} | {case.parameters:,} | {sizes} |")
+        lines.append(f"| {case.name} | {case.prompts} | {case.budget:,} | {case.parameters:,} | {sizes} |")
     lines += [
         "", "By formula: 8 bytes x d x (3 G with traces, 2 G at theta_ref, and 10 for the half-split test), G = 20.",
         "", "## A 1.5B model on one GPU: computed, not measured", "",

@@ -72,5 +72,6 @@ class BlockRows:
         self.blocks[block][:, offset : offset + size] += scores.flatten(1).cpu().numpy()
 
     def take(self, rows: list[int]) -> dict[str, Float[np.ndarray, "rows parameters"]]:
-        """Some rows of every block."""
-        return {block: values[rows] for block, values in self.blocks.items()}
+        """Some rows of every block; a view where they follow each other."""
+        chosen = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
+        return {block: values[chosen] for block, values in self.blocks.items()}

@@ -150,10 +150,12 @@ def _microbatch(
     if check:
         shortest = sorted(range(len(sequences.sequences)), key=lambda i: len(sequences.sequences[i]))
         check_scores(forwards.policy.model, passes.subset, forwards.batch(sequences, shortest[:_CHECKED_SEQUENCES]))
+    # A member's rows lie together, so that they can be given out without a copy.
     places: list[tuple[int, str]] = [
         (number, member)
+        for member in (*rules.members, "t2")
         for number, plan in enumerate(plans)
-        for member in (*rules.members, *(() if plan.second is None else ("t2",)))
+        if member != "t2" or plan.second is not None
     ]
     diagnostics: list[list[SideDiagnostics]] = []
 

@@ -127,52 +127,65 @@ def _dense(group: GroupMoments) -> Sequence[Array | float]:
     return [0.0] * len(group.means) if group.uneven is None else group.uneven
 
 
-def prompt_moments(vectors: Sequence[Array], halved: Array | None) -> GroupMoments:
-    """Moments of all pairs of one prompt; ``vectors`` per block ``[p, n, d]``, ``halved`` ``[n, L]``."""
-    members, n = vectors[0].shape[:2]
-    zero = np.zeros((len(vectors), members, members))
-    scatter = zero
-    means = tuple(x.mean(axis=1) for x in vectors)
-    if n > 1:
-        spread = [(x - mean[:, None, :]).reshape(members, -1) for x, mean in zip(vectors, means, strict=True)]
-        scatter = np.stack([gram(x, x) for x in spread])
+def prompt_moments(vectors: Sequence[Sequence[NDArray]], halved: Array | None) -> GroupMoments:
+    """Moments of the n >= 2 pairs of one prompt; ``vectors`` per block and member ``[n, d]``, ``halved`` ``[n, L]``."""
+    blocks = [np.stack(block, dtype=np.float64) for block in vectors]
+    members, n = blocks[0].shape[:2]
+    means = tuple(x.mean(axis=1) for x in blocks)
+    spread = [(x - mean[:, None, :]).reshape(members, -1) for x, mean in zip(blocks, means, strict=True)]
+    scatter = np.stack([gram(x, x) for x in spread])
     return GroupMoments(
         size=float(n),
         squares=float(n * n),
         prompts=1,
         means=means,
         # About its own mean a single prompt has S^c - n_c mean = 0.
-        uneven=None if n == 1 else tuple(np.zeros_like(mean) for mean in means),
+        uneven=tuple(np.zeros_like(mean) for mean in means),
         scatter=scatter,
-        within=zero,
-        trace_draws=(0.0, np.zeros(len(vectors))) if halved is None else (float(n), halved.sum(axis=0)),
-        repeats=(0.0, zero) if n == 1 else (1.0, scatter / (n - 1)),
+        within=np.zeros_like(scatter),
+        trace_draws=(0.0, np.zeros(len(blocks))) if halved is None else (float(n), halved.sum(axis=0)),
+        repeats=(1.0, scatter / (n - 1)),
     )
 
 
-def singles_moments(vectors: Sequence[Array], halved: Array | None) -> GroupMoments:
-    """Moments of n prompts with one pair each; ``vectors`` per block ``[p, n, d]``, ``halved`` ``[n, L]``.
+def add_singles(group: GroupMoments | None, vectors: Sequence[Sequence[NDArray]], halved: Array | None) -> GroupMoments:
+    """Adds n prompts with one pair each; ``vectors`` per block and member ``[n, d]``, ``halved`` ``[n, L]``.
 
-    The same as merging the prompts one by one, in a few operations on whole arrays.
+    The same as merging them one by one, in one pass over the vectors. With ``delta = x - mean`` about the old mean,
+    ``s = sum delta`` and N examples before,
+
+        mean' = mean + s / (N + n),    scatter' = scatter + sum delta.delta - s.s / (N + n).
     """
-    members, n = vectors[0].shape[:2]
-    zero = np.zeros((len(vectors), members, members))
-    if n == 1:
-        means, scatter = tuple(x[:, 0] for x in vectors), zero
-    else:
-        means = tuple(x.mean(axis=1) for x in vectors)
-        spread = [(x - mean[:, None, :]).reshape(members, -1) for x, mean in zip(vectors, means, strict=True)]
-        scatter = np.stack([gram(x, x) for x in spread])
+    members, n = len(vectors[0]), len(vectors[0][0])
+    if group is None:  # any point near the examples will do to count from
+        zero = np.zeros((len(vectors), members, members))
+        starts = tuple(np.stack([x[0] for x in block], dtype=np.float64) for block in vectors)
+        group = GroupMoments(0.0, 0.0, 0, starts, None, zero, zero, (0.0, np.zeros(len(vectors))), (0.0, zero))
+    size = group.size + n
+    deltas = [np.empty((members, n, mean.shape[1])) for mean in group.means]
+    for block, mean, delta in zip(vectors, group.means, deltas, strict=True):
+        for x, centre, out in zip(block, mean, delta, strict=True):
+            np.subtract(x, centre, out=out)
+    sums = [delta.sum(axis=1) for delta in deltas]
+    own = np.stack([gram(x, x) for x in (delta.reshape(members, -1) for delta in deltas)])
+    squares = np.stack([gram(s, s) for s in sums])
+    within = group.within + own + ((group.squares + n) / size - 2) / size * squares
+    uneven = group.uneven
+    if uneven is not None:
+        mixed = np.stack([gram(s, r) for s, r in zip(sums, uneven, strict=True)]) / size
+        within = within - mixed - np.swapaxes(mixed, -1, -2)
+        uneven = tuple(r + (1 - (group.squares + n) / size) * s for r, s in zip(uneven, sums, strict=True))
+    draws = (0.0, 0.0) if halved is None else (float(n), halved.sum(axis=0))
     return GroupMoments(
-        size=float(n),
-        squares=float(n),
-        prompts=n,
-        means=means,
-        uneven=None,
-        scatter=scatter,
-        within=scatter,  # one pair a prompt: the prompt's sum is the example
-        trace_draws=(0.0, np.zeros(len(vectors))) if halved is None else (float(n), halved.sum(axis=0)),
-        repeats=(0.0, zero),
+        size=size,
+        squares=group.squares + n,
+        prompts=group.prompts + n,
+        means=tuple(mean + s / size for mean, s in zip(group.means, sums, strict=True)),
+        uneven=uneven,
+        scatter=group.scatter + own - squares / size,
+        within=within,
+        trace_draws=(group.trace_draws[0] + draws[0], group.trace_draws[1] + draws[1]),
+        repeats=group.repeats,
     )
 
 

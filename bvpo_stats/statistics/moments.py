@@ -25,11 +25,11 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.arrays import group_interactions
 from bvpo_stats.statistics.group_moments import (
     GroupMoments,
+    add_singles,
     gram,
     group_scalars,
     merge_groups,
     prompt_moments,
-    singles_moments,
 )
 from bvpo_stats.statistics.summary import MEMBERS, WHOLE, Array, GroupSums, MomentSummary, summarise
 
@@ -136,12 +136,12 @@ class Moments:
             units.setdefault(key, (g, []))[1].extend(its)
         groups = list(self.groups)
         for (kind, _), (g, its) in units.items():
-            moments_of = singles_moments if kind == "group" else prompt_moments
-            chosen = [
-                np.stack([parts[name][k][its] for name in self.members], dtype=np.float64)
-                for k in range(len(self.blocks))
-            ]
-            groups[g] = merge_groups(groups[g], moments_of(chosen, None if halved is None else halved[its]))
+            chosen = [[parts[name][k][its] for name in self.members] for k in range(len(self.blocks))]
+            draws = None if halved is None else halved[its]
+            if kind == "group":
+                groups[g] = add_singles(groups[g], chosen, draws)
+            else:
+                groups[g] = merge_groups(groups[g], prompt_moments(chosen, draws))
         return replace(self, groups=tuple(groups))
 
     def merge(self, other: Moments) -> Moments:
@@ -239,7 +239,8 @@ class Moments:
         for block, array in zip(self.blocks, arrays, strict=True):
             if array.ndim != 2 or array.shape[0] != n:
                 raise UserError(f"gradient {name!r}, block {block!r}: shape {array.shape}, expected [{n} examples, d].")
-            if not np.isfinite(array).all():
+            # The sum is quick, and finite only if all are; large finite numbers may overflow it.
+            if not np.isfinite(array.sum()) and not np.isfinite(array).all():
                 row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
                 raise UserError(
                     f"gradient {name!r} of example {row} of the batch is not finite; run in float32 or bfloat16 "

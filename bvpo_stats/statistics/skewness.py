@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bvpo_stats.statistics.summary import Array
 
-GRID, BISECTIONS = 64, 50
+GRID, BISECTIONS = 64, 40
 
 
 def hall_transform(studentised: Array, skewness: Array, n: int) -> Array:
@@ -59,16 +59,17 @@ def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], NDArray[np.
     Args:
         ratio: The estimate, ``[...]``.
         unit: Scale of the search, such as the delta method's standard error; 0 where there is nothing to search.
-        inside: Whether candidates ``[...]`` lie in the set.
+        inside: Whether candidates ``[...]`` or ``[C, ...]`` lie in the set.
     """
     angles = np.linspace(0, np.pi / 2, GRID + 1)[1:-1]
+    grid = angles.reshape(-1, *(1,) * np.ndim(ratio))
     ends = []
     for side in (-1, 1):
 
         def outside(angle: Array, side: int = side) -> NDArray[np.bool_]:
             return ~inside(ratio + side * unit * np.tan(angle))
 
-        crossed = np.stack([outside(np.full(np.shape(ratio), angle)) for angle in angles])
+        crossed = outside(grid)
         first = crossed.argmax(axis=0)
         high = angles[first]
         low = np.where(first == 0, 0.0, angles[np.maximum(first - 1, 0)])
