@@ -18,7 +18,8 @@ mean vectors. The distribution function of ``T = (theta_hat - theta) / se`` is t
 The part of k12 is undone by Hall's (1992) monotone cubic, here ``T + c (1 + T^2) + c^2 T^3 / 3`` with
 ``c = k12 / (2 sqrt(G))``. The part of k3 is left to Student's t: estimates of third moments of psi from some dozens of
 examples do more harm than good (see `bvpo_stats.statistics.intervals.hall_sets`). k12 is shrunk toward zero by its own
-sampling error, positive-part as James and Stein do, so that it acts where it is real.
+sampling error, positive-part as James and Stein do, so that it acts where it is real; what that leaves is part of the
+next order, `bvpo_stats.statistics.second_order`.
 
 **Second-order variance.** ``E r^2`` gives the variance of the degenerate part, ``2 E r^2 / (N (N - 1))`` for examples,
 which the jackknife counts twice (Efron and Stein 1981).
@@ -99,6 +100,21 @@ def interaction_variance(
     return (interactions**2).sum(axis=-1) / (expected * (n_groups - 3) / (n_groups - 1))
 
 
+def shrunk(value: Array, noise: Array) -> tuple[Array, Array]:
+    """James and Stein's positive part, ``value - noise / value`` or 0, and its derivative in the value.
+
+    Args:
+        value: An estimate.
+        noise: Its sampling variance.
+
+    >>> [x.tolist() for x in shrunk(np.array([2.0, 0.5]), np.array(1.0))]
+    [[1.5, 0.0], [1.25, 0.0]]
+    """
+    real = value**2 > noise
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(real, value - noise / value, 0.0), np.where(real, 1 + noise / value**2, 0.0)
+
+
 def undo_interaction(studentised: Array, skew: Array, n_groups: int) -> Array:
     """``T + c (1 + T^2) + c^2 T^3 / 3`` with ``c = k12 / (2 sqrt(G))``: monotone, and closer to Student's t than T.
 
@@ -145,17 +161,16 @@ class DifferenceSkew:
         spread = np.einsum("...ig,...jg->...ij", influences, influences) / n_groups
         return cls(mean, covariance, spread)
 
-    def at(self, a: Array) -> Array:
-        """k12 at candidates ``[C, ...]`` or ``[...]``, shrunk by its sampling error; 0 where nothing varies."""
+    def at(self, a: Array) -> tuple[Array, Array]:
+        """k12 at candidates ``[C, ...]`` or ``[...]`` and its sampling variance; 0 where nothing varies."""
         m, c, s = self.mean, self.covariance, self.spread
-        value = polynomial([m[..., k] for k in range(4)], a)
         # The coefficient of a^k in the variance of a polynomial is the sum of the k-th antidiagonal.
         antidiagonals = [np.trace(c[..., ::-1], offset=3 - k, axis1=-2, axis2=-1) for k in range(7)]
-        error = polynomial(antidiagonals, a)
         scale = polynomial([s[..., 0, 0], -2 * s[..., 0, 1], s[..., 1, 1]], a)
         with np.errstate(invalid="ignore", divide="ignore"):
-            kept = np.maximum(1 - error / value**2, 0.0)
-            return np.nan_to_num(value * kept / scale**1.5)
+            value = polynomial([m[..., k] for k in range(4)], a) / scale**1.5
+            error = np.maximum(polynomial(antidiagonals, a), 0.0) / scale**3
+        return np.nan_to_num(value, posinf=0, neginf=0), np.nan_to_num(error, posinf=0)
 
 
 def polynomial(coefficients: Sequence[Array], a: Array) -> Array:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.interactions import MIN_GROUPS, DifferenceSkew, undo_interaction
+from bvpo_stats.statistics.interactions import MIN_GROUPS, DifferenceSkew, shrunk, undo_interaction
 from bvpo_stats.statistics.second_order import DifferenceSecondOrder
 from bvpo_stats.statistics.skewness import corrected_ends, search_ends
 from bvpo_stats.statistics.summary import Array
@@ -238,7 +238,7 @@ def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: 
         bound = second.quantile(candidate, standard_error**2, k12, n_groups, q)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             studentised = (numerator - candidate * denominator) / standard_error
-            return np.abs(undo_interaction(studentised, k12, n_groups)) <= bound
+            return np.abs(undo_interaction(studentised, shrunk(*k12)[0], n_groups)) <= bound
 
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = numerator / denominator

@@ -239,8 +239,9 @@ class Moments:
         for block, array in zip(self.blocks, arrays, strict=True):
             if array.ndim != 2 or array.shape[0] != n:
                 raise UserError(f"gradient {name!r}, block {block!r}: shape {array.shape}, expected [{n} examples, d].")
-            # The sum is quick, and finite only if all are; large finite numbers may overflow it.
-            if not np.isfinite(array.sum()) and not np.isfinite(array).all():
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = array.sum()  # quick, and finite only if all are; large finite numbers may overflow it
+            if not np.isfinite(total) and not np.isfinite(array).all():
                 row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
                 raise UserError(
                     f"gradient {name!r} of example {row} of the batch is not finite; run in float32 or bfloat16 "

@@ -6,14 +6,18 @@ limit in which means of groups are Gaussian. With ``a`` the unit vector of the l
 the interactions, both in units of the standard deviation of the linear part,
 
     T  = (x + (e'He - tr H) / 2) / norm(a + He),    e ~ N(0, I),    x = a'e,
-    T' = T + h1_hat (1 + T^2) / 2 + h1_hat^2 T^3 / 12,              h1 = a'Ha,
+    T' = T + f (1 + T^2) / 2 + f^2 T^3 / 12,
 
-h1_hat being h1 as seen from ``a + He``. The two-sided tail of T' is, up to terms of third order in H, that of
+where f estimates ``h1 = a'Ha`` as seen from ``a + He``, shrunk, with slope f' in it, and with an independent error of
+variance n. With ``h2 = a'H^2 a`` and ``s = tr H^2`` the two-sided tail of T' is, to second order in H, that of
 
-    x + x (-s / 4 + 3 h2 / 2 - 7 h1^2 / 4) + x^3 (h2 / 2 - 11 h1^2 / 12),    h2 = a'H^2 a,    s = tr H^2.
+    x + x [h2 / 2 - s / 4 - f^2 / 4 + f' (h2 - 3 f^2 / 2)] + x^3 [7 f^2 / 12 - h2 / 2 + f' (h2 - 3 f^2 / 2)]
+      + n (x^5 - 2 x^3 - 3 x) / 8.
 
-To see it, expand T' to second order in H and average over what is orthogonal to a. There the first-order part of T' is
-``(w'Hw - E w'Hw) / 2``, independent of x, which acts on the tail by half its variance ``(s - 2 h2 + h1^2) / 2``.
+To see it, expand T' and average over what is orthogonal to a. There the first-order part of T' is
+``(w'Hw - E w'Hw) / 2``, independent of x, which acts on the tail by half its variance ``(s - 2 h2 + h1^2) / 2``. The
+error ``e(x) = delta (1 + x^2) / 2`` is the same at both tails, which act together by ``E[e^2 q / 2 - e e']``. f stands
+for h1 throughout.
 
 The term in s is Efron and Stein's (1981): the jackknife counts the variance of the interactions twice. The terms in h2
 act against it: where one direction carries all, its estimate is no independent yardstick.
@@ -33,31 +37,38 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from bvpo_stats.statistics.interactions import interaction_variance, pair_matrix, polynomial
+from bvpo_stats.statistics.interactions import interaction_variance, pair_matrix, polynomial, shrunk
 
 Array = NDArray[np.float64]
 
 
-def tail_quantile(q: float, skew_sq: Array, chain: Array, square: Array) -> Array:
+def tail_quantile(q: float, skew: Array, noise: Array, chain: Array, square: Array) -> Array:
     """Quantile of ``|T'|`` where a normal (or Student) variable has q: ``q (1 - kappa)``.
 
-        kappa = s / 4 - 3 h2 / 2 + 7 h1^2 / 4 - q^2 (h2 / 2 - 11 h1^2 / 12)
+        kappa = s / 4 - h2 / 2 + f^2 / 4 - f' (h2 - 3 f^2 / 2)
+                - q^2 [7 f^2 / 12 - h2 / 2 + f' (h2 - 3 f^2 / 2)] - n (q^4 - 2 q^2 - 3) / 8
 
     Estimates are brought into the range that matrices allow first, ``h1^2 <= h2 <= (s + h1^2) / 2``. A positive kappa
     enters as ``q / (1 + kappa)``, the same to second order, which stays positive.
 
     Args:
         q: Quantile.
-        skew_sq: h1^2.
+        skew: The estimate of h1, not shrunk.
+        noise: n.
         chain: h2.
         square: s.
 
-    >>> float(tail_quantile(2.0, np.array(0.0), np.array(0.0), np.array(0.4)))
+    >>> nothing = np.array(0.0)
+    >>> float(tail_quantile(2.0, nothing, nothing, nothing, np.array(0.4)))
     1.8181818181818181
     """
+    f, slope = shrunk(skew, noise)
+    skew_sq = np.maximum(skew**2 - noise, 0.0)  # unbiased but for its sign
     square = np.maximum(square, skew_sq)
     chain = np.clip(chain, skew_sq, (square + skew_sq) / 2)
-    kappa = square / 4 - 1.5 * chain + 1.75 * skew_sq - q**2 * (chain / 2 - 11 * skew_sq / 12)
+    moved = slope * (chain - 1.5 * f**2)
+    kappa = square / 4 - chain / 2 + f**2 / 4 - moved - q**2 * (7 * f**2 / 12 - chain / 2 + moved)
+    kappa = kappa - noise * (q**4 - 2 * q**2 - 3) / 8
     return np.where(kappa > 0, q / (1 + np.maximum(kappa, 0)), q * (1 - kappa))
 
 
@@ -106,13 +117,13 @@ class DifferenceSecondOrder:
         n = group_sizes.sum(axis=-1)[..., None]
         return cls(chain, 4 * np.stack([bb, bb + aa - both, aa], axis=-1) / (n * (n - 1)))
 
-    def quantile(self, candidate: Array, variance: Array, skew: Array, n_groups: int, q: float) -> Array:
+    def quantile(self, candidate: Array, variance: Array, skew: tuple[Array, Array], n_groups: int, q: float) -> Array:
         """`tail_quantile` at candidates ``[C, ...]`` or ``[...]``; q where nothing varies.
 
         Args:
             candidate: a.
             variance: Jackknife variance of ``B - a A``.
-            skew: Its k12, as used in the correction of first order.
+            skew: Its k12, not shrunk, and the sampling variance of that.
             n_groups: G.
             q: Quantile.
         """
@@ -120,4 +131,4 @@ class DifferenceSecondOrder:
         square = polynomial([self.square[..., k] for k in range(3)], candidate)
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = (np.nan_to_num(x, posinf=0, neginf=0) for x in (chain / variance**2, square / variance))
-            return tail_quantile(q, skew**2 / n_groups, *relative)
+            return tail_quantile(q, skew[0] / np.sqrt(n_groups), skew[1] / n_groups, *relative)
