@@ -89,8 +89,9 @@ def alpha_star(
 ) -> None:
     """Find the optimal weight of the trace gradient for a model, a batch size and a step size, with its interval.
 
-    Batch size, step size and level may change from call to call: the same folder answers at once. Started by
-    torchrun or accelerate launch, the processes (on one GPU each) share the prompts and one of them reports.
+    Batch size, step size and level may change from call to call: the same folder answers at once.
+
+    Started by torchrun or accelerate launch, the processes (on one GPU each) share the prompts and one reports.
     """
     from bvpo_stats.estimators.objectives import LOSSES, Objective
     from bvpo_stats.estimators.stream import StreamOptions

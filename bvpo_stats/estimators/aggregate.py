@@ -51,6 +51,15 @@ class MarginalDiagnostics:
     collapsed_share: float
     collapsed: bool
 
+    @property
+    def failure(self) -> str | None:
+        """Why mu is not estimable from these weights, in words; None where it is."""
+        if not self.collapsed:
+            return None
+        if self.collapsed_share > 0.5 or self.anchor_gap is None:
+            return f"the weights of {self.collapsed_share:.0%} of the answers have collapsed"
+        return f"the draws miss the posterior (anchor gap {self.anchor_gap:.2g} against log K = {self.log_traces:.2g})"
+
 
 def aggregate(diagnostics: Sequence[SideDiagnostics]) -> MarginalDiagnostics:
     """Diagnostics of all pair sides in one.

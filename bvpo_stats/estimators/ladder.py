@@ -190,9 +190,11 @@ class Probe:
             return Verdict(False, "the bank has fewer than two posterior traces for some answers")
         found = self.diagnostics(method)
         summary = f"{method} traces: effective size {found.effective_size:.3g} of {found.traces:.3g}"
+        if found.failure is not None:
+            return Verdict(False, f"{summary}, but {found.failure}")
         if found.anchor_gap is not None:
             summary += f", anchor gap {found.anchor_gap:.2g} against log K = {found.log_traces:.2g}"
-        return Verdict(not found.collapsed, f"{summary}{', collapsed' if found.collapsed else ''}")
+        return Verdict(True, summary)
 
     def diagnostics(self, method: MarginalMethod) -> MarginalDiagnostics:
         """Diagnostics of a method's weights on the probed prompts."""
@@ -236,8 +238,8 @@ def _asked_for(probe: Probe, method: MarginalMethod) -> MarginalChoice:
         return MarginalChoice(method, "asked for", "mu = E g_t was asked for, and holds exactly here.", True)
     found = probe.diagnostics(method)
     reason = f"{method} was asked for; effective size {found.effective_size:.3g} of {found.traces:.3g} traces"
-    if found.collapsed:
-        reason += "; the weights have collapsed, so mu is not estimable"
+    if found.failure is not None:
+        reason += f"; {found.failure}, so mu is not estimable"
         return MarginalChoice(method, "not estimable", f"{reason}.", False, probe.drift)
     if method == "anchored" and not probe.at_reference:
         reason += "; off theta_ref the anchor is a draw of pi_ref's posterior, so a bias of order drift / K remains"

@@ -17,7 +17,8 @@ from jaxtyping import Float
 
 from bvpo_stats.statistics.arrays import summary_of_arrays
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
-from bvpo_stats.statistics.intervals import BOUNDED, COMPLEMENT, Method, PromptsNeeded, prompts_needed, ratio_sets
+from bvpo_stats.statistics.intervals import BOUNDED, COMPLEMENT, Method, ratio_sets
+from bvpo_stats.statistics.prompts_needed import PromptsNeeded, prompts_needed
 from bvpo_stats.statistics.summary import Array, MomentSummary
 
 SetShape = Literal["bounded", "complement", "whole"]

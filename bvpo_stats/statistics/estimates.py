@@ -13,6 +13,7 @@ the mean squared error of the paper's Theorem 2 at ``tau = 1`` (one example, eta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -26,12 +27,14 @@ def noise_scale(batch_size: float = 1.0, eta_l: float = 1.0) -> float:
     """``tau = eta L / B``: how much a step of mini-batches of B examples weighs the variance of one example.
 
     Raises:
-        UserError: The batch size or ``eta L`` is not positive.
+        UserError: The batch size or ``eta L`` is not positive and finite.
     """
-    if not batch_size > 0:
-        raise UserError(f"the batch size must be positive, got {batch_size}.")
-    if not eta_l > 0:
-        raise UserError(f"eta * L (learning rate times smoothness) must be positive, got {eta_l}; 1 is the paper's.")
+    if not 0 < batch_size < math.inf:
+        raise UserError(f"the batch size must be positive and finite, got {batch_size}.")
+    if not 0 < eta_l < math.inf:
+        raise UserError(
+            f"eta * L (learning rate times smoothness) must be positive and finite, got {eta_l}; 1 is the paper's."
+        )
     return eta_l / batch_size
 
 

@@ -16,10 +16,10 @@ from bvpo_stats.statistics.intervals import (
     fieller_sets,
     jackknife_covariance,
     jackknife_normal,
-    prompts_needed,
     ratio_sets,
     t_quantile,
 )
+from bvpo_stats.statistics.prompts_needed import prompts_needed
 from bvpo_stats.statistics.skewness import corrected_difference, corrected_ends, hall_transform
 
 
