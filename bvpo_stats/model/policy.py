@@ -106,7 +106,7 @@ def load_policy(options: PolicyOptions) -> Policy:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = model_source(options.model)
-    device, dtype = _device(options.device), _dtype(options.dtype, options.device)
+    device, dtype = pick_device(options.device), _dtype(options.dtype, options.device)
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
         with _quiet_transformers():
@@ -273,7 +273,12 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(int(i) for i in ids)
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: It is not available here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -286,7 +291,7 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: str) -> torch.dtype | str:
     if name == "auto":
-        return "auto" if _device(device).type != "cpu" else torch.float32
+        return "auto" if pick_device(device).type != "cpu" else torch.float32
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: unknown. Choose auto or one of {', '.join(DTYPES)}.")
     return DTYPES[name]

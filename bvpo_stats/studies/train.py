@@ -14,7 +14,7 @@ from bvpo_stats.data.run_folder import open_run
 from bvpo_stats.data.shards import Shard
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device, pick_device
 from bvpo_stats.model.subset import LoraOptions, create_lora
 from bvpo_stats.plots.train import train_figures
 from bvpo_stats.progress import progress
@@ -114,7 +114,7 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
             f"({processes})."
         )
     settings: dict[str, Any] = {
-        "use_cpu": config.policy.device == "cpu",
+        "use_cpu": pick_device(config.policy.device).type == "cpu",  # transformers joins processes only if it knows
         "disable_tqdm": True,
         "report_to": "none",
     } | config.settings
@@ -124,13 +124,19 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         settings[name] = True
     try:
-        return BVPOConfig(
+        args = BVPOConfig(
             output_dir=str(output / _CHECKPOINTS),
             per_device_train_batch_size=config.batch_size // processes,
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:  # transformers' own complaints about a setting
         raise UserError(f"These settings do not go together: {str(error).splitlines()[0]}") from error
+    if args.world_size != processes:  # each would train a model of its own, on a part of every batch
+        raise UserError(
+            f"{processes} processes were started, but transformers sees {args.world_size} of them (device "
+            f"{args.device}). Give --device cpu or cuda, or start fewer processes than there are GPUs."
+        )
+    return args
 
 
 def _check_trackers(report_to: str | list[str]) -> None:

@@ -122,7 +122,7 @@ def run_config(model: Path, pairs: Path, **changes: Any) -> TrainConfig:
     common: dict[str, Any] = {
         "alpha": "adaptive", "alpha_probe_prompts": 12, "alpha_update_steps": 2, "alpha_sums_steps": 2,
         "max_steps": 9, "learning_rate": 3e-2,
-        "save_steps": 2, "logging_steps": 1, "use_cpu": True, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+        "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
     }  # fmt: skip
     return TrainConfig(
         policy=PolicyOptions(model=str(model), device="cpu"),

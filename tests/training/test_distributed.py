@@ -13,43 +13,55 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bvpo_stats.errors import UserError
 from bvpo_stats.studies.train import run_train
 from tests.training.records import run_config, write_run
 
 WORKER = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from bvpo_stats.studies.train import run_train
 from tests.training.records import run_config
 
 model, pairs, output, alpha = sys.argv[1:]
-report = run_train(run_config(Path(model), Path(pairs), alpha=alpha), Path(output))
+config = run_config(Path(model), Path(pairs), alpha=alpha)
+config = replace(config, policy=replace(config.policy, device="auto"))  # as users leave it
+report = run_train(config, Path(output))
 print("led" if report is not None else "followed")
 """
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run"],
+    # On a machine without GPUs only --multi_gpu makes accelerate start more than one process.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no"],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", ["adaptive", "0.5"])
-def test_two_gloo_processes_give_the_trajectory_of_one(random_model: Path, tmp_path: Path, alpha: str) -> None:
+@pytest.mark.parametrize(("launcher", "alpha"), [("torchrun", "adaptive"), ("accelerate", "0.5")])
+def test_two_processes_give_the_trajectory_of_one(
+    random_model: Path, tmp_path: Path, launcher: str, alpha: str
+) -> None:
     pairs = write_run(random_model, tmp_path / "pairs", 40)
     run_train(run_config(random_model, pairs, alpha=alpha), tmp_path / "single")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(random_model), str(pairs), str(tmp_path / "double"), alpha],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [worker.communicate(timeout=300) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    assert [out.strip().splitlines()[-1] for out, _ in said] == ["led", "followed"]
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    count = "--nproc_per_node=2" if launcher == "torchrun" else "--num_processes=2"
+    port_option = "--master_port" if launcher == "torchrun" else "--main_process_port"
+    arguments = [str(path) for path in (script, random_model, pairs, tmp_path / "double", alpha)]
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line in ("led", "followed")) == ["followed", "led"]
     expected, found = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("single", "double"))
     assert found["settings"] == expected["settings"]
     for name in ("loss", "grad_norm", "rewards/margins", "alpha", "logps/chosen"):
@@ -60,3 +72,13 @@ def test_two_gloo_processes_give_the_trajectory_of_one(random_model: Path, tmp_p
     adapters = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("double", "single")]
     for name, values in adapters[1].items():
         np.testing.assert_allclose(adapters[0][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_processes_that_transformers_does_not_join_are_refused(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train a model of its own on a part of every batch, and say nothing."""
+    pairs = write_run(random_model, tmp_path / "pairs", 20)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without a rank nobody joins
+    with pytest.raises(UserError, match="2 processes were started"):
+        run_train(run_config(random_model, pairs, use_cpu=False), tmp_path / "run")
