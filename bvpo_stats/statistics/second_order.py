@@ -48,8 +48,10 @@ def tail_quantile(q: float, skew: Array, noise: Array, chain: Array, square: Arr
         kappa = s / 4 - h2 / 2 + f^2 / 4 - f' (h2 - 3 f^2 / 2)
                 - q^2 [7 f^2 / 12 - h2 / 2 + f' (h2 - 3 f^2 / 2)] - n (q^4 - 2 q^2 - 3) / 8
 
-    Estimates are brought into the range that matrices allow first, ``h1^2 <= h2 <= (s + h1^2) / 2``. A positive kappa
-    enters as ``q / (1 + kappa)``, the same to second order, which stays positive.
+    Estimates are brought into the range that matrices allow first, ``h1^2 <= h2 <= (s + h1^2) / 2``. Sets shrink by no
+    more than Efron and Stein's share, ``kappa <= s / 4``: what else would narrow them rests on small numbers and on the
+    Gaussian limit, and being too wide is the lesser evil. A positive kappa enters as ``q / (1 + kappa)``, the same to
+    second order, which stays positive.
 
     Args:
         q: Quantile.
@@ -68,7 +70,7 @@ def tail_quantile(q: float, skew: Array, noise: Array, chain: Array, square: Arr
     chain = np.clip(chain, skew_sq, (square + skew_sq) / 2)
     moved = slope * (chain - 1.5 * f**2)
     kappa = square / 4 - chain / 2 + f**2 / 4 - moved - q**2 * (7 * f**2 / 12 - chain / 2 + moved)
-    kappa = kappa - noise * (q**4 - 2 * q**2 - 3) / 8
+    kappa = np.minimum(kappa - noise * (q**4 - 2 * q**2 - 3) / 8, square / 4)
     return np.where(kappa > 0, q / (1 + np.maximum(kappa, 0)), q * (1 - kappa))
 
 
