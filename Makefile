@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint docs format bench acceptance figures clean
+.PHONY: help setup setup-test demo test lint docs format bench acceptance figures notebooks clean
 
 help:
 	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint        install, then ruff, the type checker and a strict build of the documentation"
 	@echo "make docs        the documentation as web pages in site/"
 	@echo "make figures     draw the committed figures again from their reports"
+	@echo "make notebooks   run the notebooks again and keep their outputs"
 	@echo "make bench       speed and memory, as ratios against peers (quiet machine, minutes)"
 	@echo "make acceptance  long statistical studies"
 	@echo "make clean       remove the virtual environment and build files"
@@ -54,6 +55,9 @@ docs: setup-test
 
 figures: setup
 	$(BIN)/bvpo-stats figures
+
+notebooks: setup-test
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
 format: setup-test
 	$(BIN)/ruff check --fix .
