@@ -41,7 +41,7 @@ def coverages(name, variance):
     # As a sample gives them: seen from where it is, in units of the standard error that it has.
     chain, square = np.sum((moved @ h) ** 2, axis=1) / scale**4, np.sum(h**2) / scale**2
     q = stats.norm.ppf(0.975)
-    covered = np.mean(np.abs(freed) <= tail_quantile(q, seen, noise, chain, square))
+    covered = np.mean(np.abs(freed) <= tail_quantile(q, np.inf, seen, noise, chain, square))
     plain = np.mean(np.abs(freed) <= q)
     return covered, plain
 
@@ -109,6 +109,16 @@ def test_without_interactions_the_quantile_stays():
 
 def test_impossible_estimates_are_brought_into_range():
     q, none, skew = 2.0, np.array(0.0), np.array(0.3)
-    wild = tail_quantile(q, skew, none, np.array(-3.0), none)
-    np.testing.assert_allclose(wild, tail_quantile(q, skew, none, np.array(0.09), np.array(0.09)))
-    assert (tail_quantile(q, np.linspace(0, 2, 20), none, np.zeros(20), np.linspace(0, 9, 20)) > 0).all()
+    wild = tail_quantile(q, np.inf, skew, none, np.array(-3.0), none)
+    np.testing.assert_allclose(wild, tail_quantile(q, np.inf, skew, none, np.array(0.09), np.array(0.09)))
+    assert (tail_quantile(q, np.inf, np.linspace(0, 2, 20), none, np.zeros(20), np.linspace(0, 9, 20)) > 0).all()
+
+
+def test_fewer_groups_make_the_narrower_set_less_certain():
+    nothing, square = np.array(0.0), np.array(0.8)
+    many, few = (float(tail_quantile(2.0, df, nothing, nothing, nothing, square)) for df in (1e9, 19))
+    assert many == pytest.approx(2 / 1.2)
+    # Student's quantile of the same level at the degrees of freedom that are left.
+    left = 19 / (1 + 0.4 / 1.2) ** 2
+    level = stats.t.cdf(2.0, 19)
+    assert few * 1.2 == pytest.approx(stats.t.ppf(level, left), rel=0.01)
