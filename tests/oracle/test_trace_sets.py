@@ -7,7 +7,7 @@ import pytest
 
 from bvpo_stats.oracle.acceptance_cells import Cell, run_cell, v_statistics
 from bvpo_stats.oracle.trace_sets import METHODS, TraceSets
-from bvpo_stats.statistics import summary_of_arrays
+from bvpo_stats.statistics import arrays, summary_of_arrays
 from bvpo_stats.statistics.marginal import snis
 
 REPLICATES = 400
@@ -74,6 +74,14 @@ def test_draws_have_the_exact_moments(off_reference):
 @pytest.mark.parametrize(("method", "n_prompts"), [("anchored", 50), ("prior", 50), ("multilevel", 200)])
 def test_reduced_acceptance_at_the_reference_point(reference, method, n_prompts):
     result = run_cell(reference, Cell(1.0, 0.0, 1.0, method, n_prompts), REPLICATES)
+    assert result.passed, [check for check in result.checks if not check.passed]
+
+
+@pytest.mark.parametrize("method", ["posterior", "multilevel"])
+def test_reduced_acceptance_with_the_twenty_groups_of_a_stream(reference, method, monkeypatch):
+    """The study leaves single prompts out; `alpha-star` leaves groups out."""
+    monkeypatch.setattr(arrays, "MAX_GROUPS", 20)
+    result = run_cell(reference, Cell(1.0, 0.0, 1.0, method, 200), REPLICATES)
     assert result.passed, [check for check in result.checks if not check.passed]
 
 
