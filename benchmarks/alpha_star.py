@@ -232,8 +232,7 @@ def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any
         lines.append(f"| {case.name} | {case.prompts} | {case.budget:,} | {case.sequences:,} | {case.tokens:,} | "
                      f"{case.method} | {case.seconds:.1f} | {numbers} |")  # fmt: skip
     lines += [
-        "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; "
-        f"{'met' if met else 'MISSED'}. "
+        "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; {'met' if met else 'MISSED'}. "
         f"Import, records and model take {cases[0].loading:.1f} s before.", "",
         "| case | prompts | budget | d | moments by formula | moments held | growth of the peak |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -56,6 +56,7 @@ class Case:
 
 
 def cpu_cases(hidden_sizes: list[int]) -> list[Case]:
+    """Four-layer Qwen2 shapes of these widths, each at three batches."""
     return [
         Case(hidden, 4, 4 * hidden, hidden // 32, hidden // 64, 2048, sequences, tokens)
         for hidden in hidden_sizes
@@ -70,6 +71,8 @@ def cuda_cases() -> list[Case]:
 
 
 def setting_of(case: Case) -> Setting:
+    """A case's model, subset and batch, with the same random weights and tokens every time."""
+
     def build() -> Any:
         torch.manual_seed(0)
         config = Qwen2Config(
@@ -197,6 +200,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Runs all cases and writes ``scores.md`` and ``scores.json`` after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="*", default=[128, 256, 512], help="hidden sizes of the CPU cases")
     parser.add_argument("--repeats", type=int, default=9, help="rounds per case")

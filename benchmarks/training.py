@@ -57,6 +57,7 @@ class Case:
 
 
 def embedded_case(inputs: AlphaInputs) -> Case:
+    """The embedded model on pairs and traces of its own."""
     pairs = load_pairs(inputs)
     traces = load_traces(inputs, {pair.prompt_id for pair in pairs})
     return Case("embedded model, embedded pairs", lambda: load_policy(PolicyOptions(device="cpu")), pairs, traces, 32)
@@ -167,6 +168,7 @@ def drifted(policy: Policy) -> Policy:
 
 
 def our_trainer(case: Case, folder: str, **settings: Any) -> BVPOTrainer:
+    """This package's trainer on a case, with a fresh adapter."""
     args = BVPOConfig(
         output_dir=folder,
         per_device_train_batch_size=case.batch_size,
@@ -330,6 +332,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Runs all cases and writes ``training.md`` and ``training.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds per case")
     parser.add_argument("--hidden", type=int, nargs="*", default=[256], help="hidden sizes of the random models")

@@ -13,6 +13,9 @@ from bvpo_stats.estimators.marginal import SideDiagnostics
 COLLAPSED_SIZE = 1.5
 """Effective size under which the traces of an answer count as one."""
 
+COLLAPSED_SHARE = 0.5
+"""Share of answers with collapsed weights beyond which mu is not estimable."""
+
 ANCHOR_GAP_FACTOR = 2.0
 """An anchor gap beyond this multiple of log K is a red flag: about e^J draws would be needed to see the posterior."""
 
@@ -56,7 +59,7 @@ class MarginalDiagnostics:
         """Why mu is not estimable from these weights, in words; None where it is."""
         if not self.collapsed:
             return None
-        if self.collapsed_share > 0.5 or self.anchor_gap is None:
+        if self.collapsed_share > COLLAPSED_SHARE or self.anchor_gap is None:
             return f"the weights of {self.collapsed_share:.0%} of the answers have collapsed"
         return f"the draws miss the posterior (anchor gap {self.anchor_gap:.2g} against log K = {self.log_traces:.2g})"
 
@@ -93,5 +96,5 @@ def aggregate(diagnostics: Sequence[SideDiagnostics]) -> MarginalDiagnostics:
         k_threshold=max(w.k_threshold for w in weights),
         certified=float(np.mean([w.certified for w in weights])),
         collapsed_share=collapsed_share,
-        collapsed=collapsed_share > 0.5 or missed,
+        collapsed=collapsed_share > COLLAPSED_SHARE or missed,
     )
