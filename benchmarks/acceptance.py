@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bvpo_stats.oracle import OracleConfig, build_oracle
-from bvpo_stats.oracle.acceptance_cells import TAUS, Cell, CellResult, run_cell
-from bvpo_stats.oracle.trace_sets import METHODS, TraceSets
+from bvpo_stats.lab.acceptance.cells import TAUS, Cell, CellResult, run_cell
+from bvpo_stats.lab.oracle import OracleConfig, build_oracle
+from bvpo_stats.lab.oracle.trace_sets import METHODS, TraceSets
 
 TEMPERATURES, DRIFTS, BETAS = (1.0, 0.8), (0.0, 0.05), (0.1, 1.0)
 SIZES = (20, 50, 200)

@@ -22,7 +22,7 @@ _CHILD = """
 import json, re, sys, time
 from pathlib import Path
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.studies.sample import SampleConfig, run_sample
+from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 model = PolicyOptions() if sys.argv[3] == "text" else None
 started = time.monotonic()
 report = run_sample(SampleConfig(model, engine="file", samples_from=Path(sys.argv[1]), parquet=True), Path(sys.argv[2]))

@@ -109,13 +109,13 @@ class Stopwatch:
 
 def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
-    from bvpo_stats.estimators import forwards, passes, references, stream
-    from bvpo_stats.estimators.stream import StreamOptions
+    from bvpo_stats.gradients import forwards, passes, references, stream
+    from bvpo_stats.gradients.stream import StreamOptions
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
-    from bvpo_stats.studies import alpha_star as study
-    from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions, load_pairs, load_traces, prepare_subset
-    from bvpo_stats.studies.alpha_star_state import PassState
+    from bvpo_stats.studies.alpha_star import run as study
+    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, load_pairs, load_traces, prepare_subset
+    from bvpo_stats.studies.alpha_star.state import PassState
 
     torch.set_num_threads(1)
     inputs = AlphaInputs(limit=prompts)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bvpo_stats.lab.reference_engine import reference_scores
 from bvpo_stats.model import capture
 from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
-from bvpo_stats.model.reference_engine import reference_scores
 from bvpo_stats.model.scores import score_pass
 from bvpo_stats.model.sinks import Keep
 from bvpo_stats.model.subset import Subset

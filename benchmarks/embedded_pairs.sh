@@ -14,8 +14,8 @@ import json
 import sys
 from dataclasses import asdict
 
-from bvpo_stats.tiny.embedded import PROMPT_SEED
-from bvpo_stats.tiny.task import generate_prompts
+from bvpo_stats.embedded.assets import PROMPT_SEED
+from bvpo_stats.embedded.task import generate_prompts
 
 for prompt in generate_prompts(int(sys.argv[1]), PROMPT_SEED, "held-out"):
     print(json.dumps(asdict(prompt)))

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from bvpo_stats.data.jsonl import write_atomic
-from bvpo_stats.plots.embedded_training import embedded_training_figure
+from bvpo_stats.embedded.assets import embedded_prompts
+from bvpo_stats.lab.embedded_training import embedded_training_figure
 from bvpo_stats.statistics.clusters import Interval, jackknife_interval
-from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
-from bvpo_stats.tiny.embedded import embedded_prompts
+from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 
 METHODS = {
     "DPO": ["--method", "dpo"],
@@ -34,7 +34,7 @@ METHODS = {
 }
 STEPS, LEARNING_RATE, BATCH = 40, 1e-4, 32
 PROBLEMS, SAMPLES = 200, 4
-DATA = Path("bvpo_stats/tiny/data")
+DATA = Path("bvpo_stats/embedded/data")
 COLUMNS = {
     ("thinking", "embedded"): "Thinking, accuracy",
     ("nothinking", "embedded"): "NoThinking, accuracy",

@@ -26,7 +26,7 @@ _CHILD = """
 import json, re, sys, time
 from pathlib import Path
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.studies.pairs import PairsConfig, run_pairs
+from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
 started = time.monotonic()
 report = run_pairs(PairsConfig(Path(sys.argv[1]), sys.argv[3], PolicyOptions(device="cpu")), Path(sys.argv[2]))
 print(json.dumps({
@@ -58,9 +58,9 @@ class Measurement:
 
 def write_samples(folder: Path, prompts: int, seed: int = 0) -> int:
     """Writes synthetic samples; returns how many."""
-    from bvpo_stats.data.records import MODES
+    from bvpo_stats.embedded.tokenizer import build_tokenizer
     from bvpo_stats.model.templates import find_template
-    from bvpo_stats.tiny.tokenizer import build_tokenizer
+    from bvpo_stats.records import MODES
 
     tokenizer = build_tokenizer()
     template = find_template(tokenizer)

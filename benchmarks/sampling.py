@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from bvpo_stats.data.engines.base import Request, SamplingOptions
-from bvpo_stats.data.engines.transformers_engine import TransformersEngine
-from bvpo_stats.data.records import MODES
+from bvpo_stats.embedded.assets import embedded_prompts
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
-from bvpo_stats.tiny.embedded import embedded_prompts
+from bvpo_stats.records import MODES
+from bvpo_stats.sampling.engines.base import Request, SamplingOptions
+from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
 
 TARGET = 0.9
 Draw = Callable[[Sequence[Request]], int]

@@ -11,7 +11,7 @@ from bvpo_stats.cli import options as o
 from bvpo_stats.errors import UserError
 
 if TYPE_CHECKING:
-    from bvpo_stats.estimators.curvature import CurvatureOptions
+    from bvpo_stats.gradients.curvature import CurvatureOptions
 
 EXAMPLES = """Examples:
 
@@ -93,13 +93,13 @@ def alpha_star(
 
     Started by torchrun or accelerate launch, the processes (on one GPU each) share the prompts and one reports.
     """
-    from bvpo_stats.estimators.objectives import LOSSES, Objective
-    from bvpo_stats.estimators.stream import StreamOptions
+    from bvpo_stats.gradients.objectives import LOSSES, Objective
+    from bvpo_stats.gradients.stream import StreamOptions
     from bvpo_stats.model.subset import LoraOptions
-    from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
-    from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions
-    from bvpo_stats.studies.alpha_star_output import print_report
-    from bvpo_stats.studies.alpha_star_settings import AlphaSettings
+    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions
+    from bvpo_stats.studies.alpha_star.output import print_report
+    from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
+    from bvpo_stats.studies.alpha_star.settings import AlphaSettings
 
     if loss not in LOSSES:
         raise UserError(f"--loss {loss}: choose {', '.join(LOSSES)}.")
@@ -136,7 +136,7 @@ def alpha_star(
 
 
 def _curvature(eta_l: str, learning_rate: float | None, seed: int) -> CurvatureOptions | None:
-    from bvpo_stats.estimators.curvature import CurvatureOptions
+    from bvpo_stats.gradients.curvature import CurvatureOptions
 
     if eta_l != "auto":
         return None

@@ -26,6 +26,6 @@ def demo(
 
     Each stage is a run of its own in a folder below the output, and goes on where it was stopped.
     """
-    from bvpo_stats.demo import FULL, QUICK, run_demo
+    from bvpo_stats.pages.demo import FULL, QUICK, run_demo
 
     print(f"Open: {run_demo(output, seed, QUICK if quick else FULL)}")

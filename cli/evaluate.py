@@ -12,7 +12,7 @@ from bvpo_stats.cli import options as o
 from bvpo_stats.errors import UserError
 
 if TYPE_CHECKING:
-    from bvpo_stats.studies.evaluate_config import JudgeOptions
+    from bvpo_stats.studies.evaluate.config import JudgeOptions
 
 EXAMPLES = """Examples:
 
@@ -119,10 +119,10 @@ def evaluate(
 
     Run again after an interruption, it goes on where it stopped.
     """
-    from bvpo_stats.data.shards import parse_shard
-    from bvpo_stats.studies.evaluate import EvaluateConfig
-    from bvpo_stats.studies.evaluate import evaluate as run
-    from bvpo_stats.studies.evaluate_output import print_report
+    from bvpo_stats.store.shards import parse_shard
+    from bvpo_stats.studies.evaluate.output import print_report
+    from bvpo_stats.studies.evaluate.run import EvaluateConfig
+    from bvpo_stats.studies.evaluate.run import evaluate as run
 
     base = replace(o.policy_options(context), adapter=None)  # here --adapter lists those to compare
     if engine == "openai" and model is None:
@@ -157,7 +157,7 @@ def evaluate(
 
 
 def _judge(judge: str | None, reward: str | None, baseline: Path | None) -> JudgeOptions | None:
-    from bvpo_stats.studies.evaluate_config import JudgeOptions
+    from bvpo_stats.studies.evaluate.config import JudgeOptions
 
     if judge is None:
         if reward is not None or baseline is not None:

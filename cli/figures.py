@@ -29,7 +29,7 @@ def figures(
     ),
 ) -> None:
     """Draw the figures of runs from their report.json alone; without RUNS, draw those in --output anew."""
-    from bvpo_stats.report.figures import draw_all
+    from bvpo_stats.pages.figures import draw_all
 
     for drawn in draw_all(runs or [], output):
         if drawn.figures:

@@ -10,9 +10,9 @@ import typer
 from bvpo_stats.errors import UserError
 
 if TYPE_CHECKING:
-    from bvpo_stats.data.engines.server import ServerOptions
-    from bvpo_stats.data.records import Mode
     from bvpo_stats.model.policy import PolicyOptions
+    from bvpo_stats.records import Mode
+    from bvpo_stats.sampling.engines.server import ServerOptions
 
 _POLICY = ("adapter", "device", "dtype", "template", "empty_trace", "trust_remote_code")
 _SERVER = ("base_url", "api_key_env", "served_model", "endpoint", "concurrency", "timeout", "retries")
@@ -119,7 +119,7 @@ def max_new_tokens(value: int | None, model: str) -> int:
 
 def modes(value: str) -> tuple[Mode, ...]:
     """Reads ``--mode``: thinking, nothinking or both."""
-    from bvpo_stats.data.records import MODES
+    from bvpo_stats.records import MODES
 
     if value == "both":
         return MODES
@@ -134,7 +134,7 @@ def server_options(context: typer.Context) -> ServerOptions | None:
     Args:
         context: Of a command that has all the options ``BaseUrl`` to ``Retries`` of this module.
     """
-    from bvpo_stats.data.engines.server import ServerOptions
+    from bvpo_stats.sampling.engines.server import ServerOptions
 
     values = context.params
     return None if values["base_url"] is None else ServerOptions(**{name: values[name] for name in _SERVER})

@@ -43,9 +43,9 @@ def oracle_training(
 
     Results are kept after each method and step size; the same command goes on where it stopped.
     """
-    from bvpo_stats.oracle.build import OracleConfig
-    from bvpo_stats.studies.oracle_training import OracleTrainingConfig, run_oracle_training
-    from bvpo_stats.studies.oracle_training_output import print_report
+    from bvpo_stats.lab.oracle.build import OracleConfig
+    from bvpo_stats.lab.oracle_training.output import print_report
+    from bvpo_stats.lab.oracle_training.run import OracleTrainingConfig, run_oracle_training
 
     try:
         sizes = tuple(float(word) for word in eta_l.split(","))

@@ -43,9 +43,9 @@ def pairs(
     config: o.Config = None,
 ) -> None:
     """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3)."""
-    from bvpo_stats.data.records import MODES
-    from bvpo_stats.studies.pairs import PairsConfig, run_pairs
-    from bvpo_stats.studies.pairs_output import print_report
+    from bvpo_stats.records import MODES
+    from bvpo_stats.studies.pairs.output import print_report
+    from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
 
     settings = PairsConfig(
         samples=samples,

@@ -22,6 +22,6 @@ def report(
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
 ) -> None:
     """Write one self-contained HTML file from the runs in a folder: tables, figures, verdicts, configuration."""
-    from bvpo_stats.report.page import write_page
+    from bvpo_stats.pages.page import write_page
 
     print(f"Written: {write_page(folder, output, title)}")

@@ -60,10 +60,10 @@ def sample(
     config: o.Config = None,
 ) -> None:
     """Draw responses in Thinking and NoThinking mode; run again after an interruption, it goes on where it stopped."""
-    from bvpo_stats.data.engines.base import SamplingOptions
-    from bvpo_stats.data.shards import parse_shard
-    from bvpo_stats.studies.sample import SampleConfig, run_sample
-    from bvpo_stats.studies.sample_output import print_summary
+    from bvpo_stats.sampling.engines.base import SamplingOptions
+    from bvpo_stats.store.shards import parse_shard
+    from bvpo_stats.studies.sample.output import print_summary
+    from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 
     if engine == "file" and prompts != "embedded":
         raise UserError("--engine file takes its prompts from the responses; leave out --prompts.")

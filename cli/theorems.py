@@ -35,9 +35,9 @@ def theorems(
 
     Takes about half a minute on one core.
     """
-    from bvpo_stats.studies.theorems.ground import TheoremConfig
-    from bvpo_stats.studies.theorems.output import print_report
-    from bvpo_stats.studies.theorems.run import run_theorems
+    from bvpo_stats.lab.theorems.ground import TheoremConfig
+    from bvpo_stats.lab.theorems.output import print_report
+    from bvpo_stats.lab.theorems.run import run_theorems
 
     report = run_theorems(TheoremConfig(beta, draws, seed, embedded_prompts), output)
     print_report(report.to_dict(), output)

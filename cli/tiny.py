@@ -40,8 +40,8 @@ def train(
     """
     from dataclasses import replace
 
-    from bvpo_stats.tiny.options import Recipe
-    from bvpo_stats.tiny.recipe import train as run_recipe
+    from bvpo_stats.lab.recipe.options import Recipe
+    from bvpo_stats.lab.recipe.train import train as run_recipe
 
     recipe = replace(Recipe(), seed=seed)
     if steps is not None:
@@ -62,9 +62,9 @@ def evaluate(
     """Measure accuracies, trace lengths and distinct answers on held-out prompts."""
     import json
 
+    from bvpo_stats.embedded.assets import embedded_model_path
     from bvpo_stats.errors import UserError
-    from bvpo_stats.tiny.embedded import embedded_model_path
-    from bvpo_stats.tiny.evaluate import as_dict, evaluate_folder, render
+    from bvpo_stats.lab.recipe.measure import as_dict, evaluate_folder, render
 
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists; name a new file, nothing was overwritten.")

@@ -54,10 +54,10 @@ def traces(
     config: o.Config = None,
 ) -> None:
     """Collect K traces for each answer of D_t: its own, other samples', regenerated ones, and prior ones."""
-    from bvpo_stats.data.traces import BankOptions
     from bvpo_stats.errors import UserError
-    from bvpo_stats.studies.traces import TracesConfig, run_traces
-    from bvpo_stats.studies.traces_report import print_report
+    from bvpo_stats.sampling.traces import BankOptions
+    from bvpo_stats.studies.traces.report import print_report
+    from bvpo_stats.studies.traces.run import TracesConfig, run_traces
 
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1.")

@@ -175,9 +175,9 @@ def train(
     """
     from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
     from bvpo_stats.model.subset import LoraOptions
-    from bvpo_stats.studies.alpha_star_inputs import AlphaInputs
-    from bvpo_stats.studies.train import TrainConfig, run_train
-    from bvpo_stats.studies.train_output import print_report
+    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs
+    from bvpo_stats.studies.train.output import print_report
+    from bvpo_stats.studies.train.run import TrainConfig, run_train
     from bvpo_stats.training.presets import METHODS
     from bvpo_stats.training.presets import preset as find_preset
 

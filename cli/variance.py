@@ -47,10 +47,10 @@ def variance(
     config: o.Config = None,
 ) -> None:
     """Measure how much traces add to the variance of log-probabilities and lengths (the paper's Tables 3, 4 and 5)."""
-    from bvpo_stats.data.engines.base import SamplingOptions
-    from bvpo_stats.studies.variance import VarianceConfig, run_variance
-    from bvpo_stats.studies.variance_output import print_report
-    from bvpo_stats.studies.variance_tables import Definitions
+    from bvpo_stats.sampling.engines.base import SamplingOptions
+    from bvpo_stats.studies.variance.output import print_report
+    from bvpo_stats.studies.variance.run import VarianceConfig, run_variance
+    from bvpo_stats.studies.variance.tables import Definitions
 
     settings = VarianceConfig(
         policy=o.policy_options(context),

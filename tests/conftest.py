@@ -17,7 +17,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from bvpo_stats.tiny.tokenizer import build_tokenizer
+    from bvpo_stats.embedded.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("random-model")
     tokenizer = build_tokenizer()

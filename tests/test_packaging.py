@@ -33,4 +33,4 @@ def test_data_files_are_covered(pyproject: str) -> None:
 
 
 def test_weights_are_small(pyproject: str) -> None:
-    assert (ROOT / "bvpo_stats/tiny/weights/model.safetensors").stat().st_size <= 3_000_000
+    assert (ROOT / "bvpo_stats/embedded/weights/model.safetensors").stat().st_size <= 3_000_000

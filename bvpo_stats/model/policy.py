@@ -217,7 +217,7 @@ def model_source(model: str) -> str:
         UserError: It looks like a folder and is none.
     """
     if model == EMBEDDED:
-        from bvpo_stats.tiny.embedded import embedded_model_path
+        from bvpo_stats.embedded.assets import embedded_model_path
 
         return str(embedded_model_path())
     path = Path(model).expanduser()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bvpo_stats.data.records import Mode
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import Mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ class Template:
         """Splits a completion into trace and final answer.
 
         Returns:
-            (answer_start, trace text, answer text) as in :class:`~bvpo_stats.data.records.Completion`. A trace that
+            (answer_start, trace text, answer text) as in :class:`~bvpo_stats.records.Completion`. A trace that
             never closes has no answer: (None, its text, None).
         """
         if mode == "nothinking":

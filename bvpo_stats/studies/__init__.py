@@ -6,20 +6,16 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "AlphaConfig": "alpha_star",
-    "AlphaInputs": "alpha_star_inputs",
-    "AlphaOptions": "alpha_star",
-    "AlphaReport": "alpha_star_report",
-    "Definitions": "variance_tables",
-    "OracleTrainingConfig": "oracle_training",
-    "VarianceConfig": "variance",
-    "VarianceReport": "variance_report",
-    "check_theorems": "theorems",
-    "estimate_alpha_star": "alpha_star",
-    "run_alpha_star": "alpha_star",
-    "run_oracle_training": "oracle_training",
-    "run_theorems": "theorems",
-    "run_variance": "variance",
+    "AlphaConfig": "alpha_star.run",
+    "AlphaInputs": "alpha_star.inputs",
+    "AlphaOptions": "alpha_star.run",
+    "AlphaReport": "alpha_star.report",
+    "Definitions": "variance.tables",
+    "VarianceConfig": "variance.run",
+    "VarianceReport": "variance.report",
+    "estimate_alpha_star": "alpha_star.run",
+    "run_alpha_star": "alpha_star.run",
+    "run_variance": "variance.run",
 }
 
 __all__ = [
@@ -28,14 +24,10 @@ __all__ = [
     "AlphaOptions",
     "AlphaReport",
     "Definitions",
-    "OracleTrainingConfig",
     "VarianceConfig",
     "VarianceReport",
-    "check_theorems",
     "estimate_alpha_star",
     "run_alpha_star",
-    "run_oracle_training",
-    "run_theorems",
     "run_variance",
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.objectives import LOSSES, Objective
+from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.training.controllers import Controller, make_controller
 
 ADAPTIVE = "adaptive"
@@ -45,7 +45,7 @@ class BVPOConfig(TrainingArguments):
         alpha_level: Confidence level of alpha's interval.
         eta_l: Learning rate times smoothness at the peak learning rate: a number, or ``auto``, which measures L on the
             probe set before the first step, as the curvature that the gradient noise meets
-            (`bvpo_stats.estimators.noise_curvature`). Either follows the learning rate's schedule.
+            (`bvpo_stats.gradients.noise_curvature`). Either follows the learning rate's schedule.
     """
 
     # Defaults that differ from transformers'.

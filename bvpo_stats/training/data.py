@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord, from_dict
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import PreferencePair, TraceRecord, from_dict
 
 Unmatched = Literal["error", "drop"]
 

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bvpo_stats.data.records import Mode, PreferencePair
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.gradients import pair_sequences
-from bvpo_stats.estimators.objectives import Objective, PairLogps, PairTerms
+from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
+from bvpo_stats.gradients.pair_gradients import pair_sequences
 from bvpo_stats.model.batching import Batch, collate, length_batches
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import check_finite
+from bvpo_stats.records import Mode, PreferencePair
 from bvpo_stats.training.data import TrainingPrompt
 
 Reference = Callable[[Sequence[tuple[Batch, Sequence[PreferencePair], Sequence[str]]]], list[Tensor]]

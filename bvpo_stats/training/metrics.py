@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bvpo_stats.data.records import Mode
-from bvpo_stats.estimators.objectives import PairLogps, PairTerms
+from bvpo_stats.gradients.objectives import PairLogps, PairTerms
+from bvpo_stats.records import Mode
 
 PREFIXES: dict[Mode, str] = {"thinking": "trace", "nothinking": "empty"}
 """What the metrics of one set alone are called, e.g. ``trace/rewards/margins``."""

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord
-from bvpo_stats.estimators.aggregate import aggregate
-from bvpo_stats.estimators.examples import check_identity, join_examples
-from bvpo_stats.estimators.ladder import Probe
-from bvpo_stats.estimators.marginal import SideDiagnostics
-from bvpo_stats.estimators.options import MarginalMethod, StreamOptions
-from bvpo_stats.estimators.references import check_stored_log_probs
-from bvpo_stats.estimators.selection import select_traces
-from bvpo_stats.estimators.stream import gradient_batches
+from bvpo_stats.gradients.aggregate import aggregate
+from bvpo_stats.gradients.examples import check_identity, join_examples
+from bvpo_stats.gradients.ladder import Probe
+from bvpo_stats.gradients.marginal import SideDiagnostics
+from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
+from bvpo_stats.gradients.references import check_stored_log_probs
+from bvpo_stats.gradients.selection import select_traces
+from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
+from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.moments import Moments
 
 Merge = Callable[[Any], list[Any]]

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bvpo_stats.data.records import PreferencePair
-from bvpo_stats.estimators.gradients import pair_sequences
-from bvpo_stats.estimators.references import check_stored_values, stored_pair_values
+from bvpo_stats.gradients.pair_gradients import pair_sequences
+from bvpo_stats.gradients.references import check_stored_values, stored_pair_values
 from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import log_probabilities
+from bvpo_stats.records import PreferencePair
 
 NamedBatch = tuple[Batch, Sequence[PreferencePair], Sequence[str]]
 """A batch of pairs, chosen and rejected in turn, the pairs, and how errors name the rows."""

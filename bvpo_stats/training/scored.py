@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bvpo_stats.estimators.objectives import PairLogps, PairTerms
+from bvpo_stats.gradients.objectives import PairLogps, PairTerms
 from bvpo_stats.model.scores import ScoreOptions, score_pass
 from bvpo_stats.model.sinks import Sink
 from bvpo_stats.model.subset import Subset

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.curvature import CurvatureOptions
-from bvpo_stats.estimators.noise_curvature import noise_curvature
-from bvpo_stats.estimators.options import StreamOptions
+from bvpo_stats.gradients.curvature import CurvatureOptions
+from bvpo_stats.gradients.noise_curvature import noise_curvature
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
 from bvpo_stats.model.subset import Subset, lora_subset
+from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.training.adaptive import AdaptiveOptions
 from bvpo_stats.training.config import ADAPTIVE, AUTO, BVPOConfig
 from bvpo_stats.training.controllers import FixedController

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.data.jsonl import write_atomic
 from bvpo_stats.errors import UserError
+from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import TrainingPrompt
 

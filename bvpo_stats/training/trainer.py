@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.checkpointing import gradient_checkpointing
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows
 from bvpo_stats.training.deposit import through_wrapper, with_gradient

@@ -20,7 +20,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bvpo_stats"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PARTS = ("statistics", "model", "data", "estimators", "oracle", "studies", "training", "plots", "report", "tiny")
+PARTS = ("statistics", "model", "store", "sampling", "gradients", "training", "studies", "lab", "pages", "embedded")
 DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Changelog": "CHANGELOG.md"}
 _NOTEBOOK_LINK = re.compile(r"\]\((\w+)\.ipynb")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bvpo_stats import demo
-from bvpo_stats.report.kinds import KINDS
+from bvpo_stats.pages.kinds import KINDS
 from tests.cli.running import failed_politely, run
 
 # All stages but the checks of the theorems: they take longest, and their own tests make every one of them.

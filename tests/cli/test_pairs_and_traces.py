@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.cli.running import failed_politely, run
-from tests.data.samples import both_modes, sample, write_samples
+from tests.sampling.samples import both_modes, sample, write_samples
 
 
 def test_pairs_prints_what_it_did_and_what_it_set_aside(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_logprobs_are_the_models_own(uninterrupted: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from bvpo_stats.tiny.embedded import embedded_model_path
+    from bvpo_stats.embedded.assets import embedded_model_path
 
     model = AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype=torch.float64).eval()
     logged = {row["key"]: row["logprobs"] for row in map(json.loads, (uninterrupted / "logprobs.jsonl").open())}

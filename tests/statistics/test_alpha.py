@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.lab.acceptance.replicates import Population
 from bvpo_stats.statistics.alpha import alpha_from_summary, alpha_star, minimiser
 from bvpo_stats.statistics.arrays import summary_of_arrays
 from bvpo_stats.statistics.curves import alpha_curve, alpha_j, alpha_limits, error_curve
@@ -14,7 +15,6 @@ from bvpo_stats.statistics.estimates import estimates
 from bvpo_stats.statistics.half_split import half_split
 from bvpo_stats.statistics.layers import adam_metric, curvature_alpha, direction_alpha, in_metric, layer_alphas
 from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.replicates import Population
 from bvpo_stats.statistics.verdicts import (
     conditional_variance_ratio,
     error_table,

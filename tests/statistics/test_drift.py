@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.objectives import Objective
-from bvpo_stats.oracle import Oracle, OracleConfig, build_oracle, draw_examples, exact_moments, example_gradients
-from bvpo_stats.oracle.draws import Draws
+from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.lab.oracle import Oracle, OracleConfig, build_oracle, draw_examples, exact_moments, example_gradients
+from bvpo_stats.lab.oracle.draws import Draws
 from bvpo_stats.statistics.arrays import summary_of_arrays
 from bvpo_stats.statistics.drift import alpha_range, drift_bound, slopes
 

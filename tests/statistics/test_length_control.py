@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from bvpo_stats.statistics.acceptance import coverage_band
+from bvpo_stats.lab.acceptance.checks import coverage_band
 from bvpo_stats.statistics.clusters import Interval
 from bvpo_stats.statistics.length_control import (
     fit_log_odds,

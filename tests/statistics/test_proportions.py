@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.statistics.acceptance import coverage_band
+from bvpo_stats.lab.acceptance.checks import coverage_band
 from bvpo_stats.statistics.clusters import Interval
 from bvpo_stats.statistics.proportions import average_interval, difference_interval, mean_interval, proportion_interval
 

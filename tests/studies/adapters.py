@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bvpo_stats.data.records import Prompt
 from bvpo_stats.model.templates import find_template
+from bvpo_stats.records import Prompt
 
 
 def save_adapter(base: Path, folder: Path, *, scale: float, seed: int = 0) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord, to_dict
-from bvpo_stats.oracle import Oracle, OracleConfig, build_oracle, draw_pairs, draw_traces
+from bvpo_stats.lab.oracle import Oracle, OracleConfig, build_oracle, draw_pairs, draw_traces
+from bvpo_stats.records import PreferencePair, TraceRecord, to_dict
 
 SMALL = {"n_symbols": 2, "max_trace": 2, "n_answers": 3, "n_prompts": 2, "seed": 3}
 

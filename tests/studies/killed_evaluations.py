@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
-from tests.data.killed_runs import size, wait
+from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
+from tests.sampling.killed_runs import size, wait
 
 
 def config(model: str, adapter: str, problems: str) -> EvaluateConfig:

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.ladder import MarginalChoice
-from bvpo_stats.estimators.stream import StreamOptions
+from bvpo_stats.gradients.ladder import MarginalChoice
+from bvpo_stats.gradients.stream import StreamOptions
+from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
-from bvpo_stats.oracle import exact_moments
 from bvpo_stats.statistics.estimates import noise_scale
-from bvpo_stats.studies import alpha_star as study
-from bvpo_stats.studies.alpha_star import AlphaOptions, estimate_alpha_star
-from bvpo_stats.studies.alpha_star_output import html, markdown, sections, verdict
-from bvpo_stats.studies.alpha_star_report import AlphaReport
-from bvpo_stats.studies.alpha_star_settings import AlphaSettings
-from bvpo_stats.studies.alpha_star_state import Checkpoint, PassState, merge_states
+from bvpo_stats.studies.alpha_star import run as study
+from bvpo_stats.studies.alpha_star.output import html, markdown, sections, verdict
+from bvpo_stats.studies.alpha_star.report import AlphaReport
+from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
+from bvpo_stats.studies.alpha_star.settings import AlphaSettings
+from bvpo_stats.studies.alpha_star.state import Checkpoint, PassState, merge_states
 from tests.studies.alpha_inputs import records, small_oracle
 
 Z = 4.0  # of some 25 rows none lies further out in one run of ten thousand

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bvpo_stats.estimators.blocks import block_of
-from bvpo_stats.estimators.stream import StreamOptions
-from bvpo_stats.oracle import Oracle, draw_examples, example_gradients
-from bvpo_stats.oracle.scored import DPO, marginal_responses, pair_gradients, trace_responses
+from bvpo_stats.gradients.blocks import block_of
+from bvpo_stats.gradients.stream import StreamOptions
+from bvpo_stats.lab.oracle import Oracle, draw_examples, example_gradients
+from bvpo_stats.lab.oracle.scored import DPO, marginal_responses, pair_gradients, trace_responses
 from bvpo_stats.statistics.intervals import t_quantile
 from bvpo_stats.statistics.layers import layer_alphas
 from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.studies.alpha_star import AlphaOptions, estimate_alpha_star
-from bvpo_stats.studies.alpha_star_report import AlphaReport
-from bvpo_stats.studies.alpha_star_settings import AlphaSettings
+from bvpo_stats.studies.alpha_star.report import AlphaReport
+from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
+from bvpo_stats.studies.alpha_star.settings import AlphaSettings
 from tests.studies.alpha_inputs import records, small_oracle
 
 Z = 3.5

@@ -14,15 +14,15 @@ import torch
 import typer
 from bvpo_stats.cli.alpha_star import alpha_star
 
-from bvpo_stats.data.records import PreferencePair
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.stream import StreamOptions
+from bvpo_stats.gradients.stream import StreamOptions
 from bvpo_stats.model.optimizer_state import read_second_moments
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions
-from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
-from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions, prepare_subset
-from bvpo_stats.studies.alpha_star_settings import AlphaSettings
+from bvpo_stats.records import PreferencePair
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
+from bvpo_stats.studies.alpha_star.settings import AlphaSettings
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24
@@ -93,11 +93,11 @@ def single(files, tmp_path_factory):
 WORKER = """
 import sys
 from pathlib import Path
-from bvpo_stats.estimators.stream import StreamOptions
+from bvpo_stats.gradients.stream import StreamOptions
 from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.model.subset import LoraOptions
-from bvpo_stats.studies.alpha_star import AlphaConfig, AlphaOptions, run_alpha_star
-from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions
+from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions
 
 model, pairs, output = sys.argv[1:]
 report = run_alpha_star(
@@ -161,7 +161,7 @@ def test_the_same_folder_answers_for_another_batch_size_without_the_model(files,
     folder = tmp_path / "run"
     first = run_alpha_star(config(files, batch_size=128), folder)
     assert first == report
-    monkeypatch.setattr("bvpo_stats.studies.alpha_star.gradient_batches", None)
+    monkeypatch.setattr("bvpo_stats.studies.alpha_star.run.gradient_batches", None)
     again = run_alpha_star(config(files, batch_size=4, eta_l=0.5), folder)
     assert (again.batch_size, again.eta_l) == (4, 0.5)
     assert again.variance == first.variance

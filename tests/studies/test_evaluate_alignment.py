@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bvpo_stats.data.records import Completion, to_dict
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import Completion, to_dict
 from bvpo_stats.statistics.length_control import length_controlled_rate
 from bvpo_stats.statistics.proportions import difference_interval, proportion_interval
-from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
-from bvpo_stats.studies.evaluate_config import JudgeOptions
-from bvpo_stats.studies.evaluate_output import present
-from bvpo_stats.studies.evaluate_report import EvaluationReport
-from tests.data.samples import sample, truncated, unclosed
+from bvpo_stats.studies.evaluate.config import JudgeOptions
+from bvpo_stats.studies.evaluate.output import present
+from bvpo_stats.studies.evaluate.report import EvaluationReport
+from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
+from tests.sampling.samples import sample, truncated, unclosed
 
 NAMES = [f"p{n}" for n in range(8)]
 MODEL = "DeepSeek-R1-Distill-Qwen-7B@0123456789ab"

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.data.records import Completion, Mode, to_dict
-from bvpo_stats.data.rewards import mathematics
 from bvpo_stats.errors import UserError
-from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
-from bvpo_stats.studies.evaluate_output import present
-from bvpo_stats.studies.evaluate_report import EvaluationReport
-from bvpo_stats.studies.evaluate_verdicts import verdict_rows
-from tests.data.samples import sample, truncated, unclosed
+from bvpo_stats.records import Completion, Mode, to_dict
+from bvpo_stats.sampling.rewards import mathematics
+from bvpo_stats.studies.evaluate.output import present
+from bvpo_stats.studies.evaluate.report import EvaluationReport
+from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
+from bvpo_stats.studies.evaluate.verdicts import verdict_rows
+from tests.sampling.samples import sample, truncated, unclosed
 
 
 def response(answer: str, gold: str) -> tuple[Completion, str]:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from bvpo_stats.data.engines.server import ServerOptions
-from bvpo_stats.data.shards import Shard
+from bvpo_stats.embedded.assets import embedded_model_path, embedded_prompts
+from bvpo_stats.embedded.tokenizer import THINK_CLOSE
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy, with_adapter
-from bvpo_stats.studies.evaluate import EvaluateConfig, evaluate
-from bvpo_stats.studies.evaluate_config import contestants
-from bvpo_stats.tiny.embedded import embedded_model_path, embedded_prompts
-from bvpo_stats.tiny.tokenizer import THINK_CLOSE
+from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.store.shards import Shard
+from bvpo_stats.studies.evaluate.config import contestants
+from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 from tests.cli.running import ENVIRONMENT
-from tests.data.fake_server import Call, Reply, completion, serve
-from tests.data.samples import template
+from tests.sampling.fake_server import Call, Reply, completion, serve
+from tests.sampling.samples import template
 from tests.studies import killed_evaluations
 from tests.studies.adapters import save_adapter, train_adapter
 

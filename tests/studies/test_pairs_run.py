@@ -11,13 +11,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-from bvpo_stats.data.pairs import read_pairs
-from bvpo_stats.data.records import Completion
+from bvpo_stats.embedded.task import grade
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.studies.pairs import PairsConfig, run_pairs
-from bvpo_stats.tiny.task import grade
-from tests.data.samples import both_modes, sample, truncated, unclosed, write_samples
+from bvpo_stats.records import Completion
+from bvpo_stats.sampling.pairs import read_pairs
+from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
+from tests.sampling.samples import both_modes, sample, truncated, unclosed, write_samples
 
 WORDINGS = ("{}", "It is {}.", "The answer is {}.")
 

@@ -8,10 +8,10 @@ import datasets
 import pytest
 import torch
 
-from bvpo_stats.data.pairs import read_pairs
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.studies.pairs import PairsConfig, run_pairs
-from tests.data.samples import write_samples
+from bvpo_stats.sampling.pairs import read_pairs
+from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
+from tests.sampling.samples import write_samples
 from tests.studies.test_pairs_run import synthetic
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bvpo_stats.data.records import to_dict
-from bvpo_stats.data.traces import BankOptions, read_traces
 from bvpo_stats.errors import UserError
+from bvpo_stats.lab.oracle.build import OracleConfig, build_oracle
+from bvpo_stats.lab.oracle.draws import draw_examples
+from bvpo_stats.lab.oracle.sampled_records import completion_records, pair_records
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.oracle.build import OracleConfig, build_oracle
-from bvpo_stats.oracle.draws import draw_examples
-from bvpo_stats.oracle.sampled_records import completion_records, pair_records
-from bvpo_stats.studies import traces
-from bvpo_stats.studies.traces import TracesConfig, run_traces
-from tests.data.samples import write_samples
+from bvpo_stats.records import to_dict
+from bvpo_stats.sampling.traces import BankOptions, read_traces
+from bvpo_stats.studies.traces import run as traces
+from bvpo_stats.studies.traces.run import TracesConfig, run_traces
+from tests.sampling.samples import write_samples
 
 N_PAIRS, K = 9, 3
 

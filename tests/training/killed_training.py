@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerState
 
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.studies.train import run_train
+from bvpo_stats.studies.train.run import run_train
 from bvpo_stats.training import trainer as module
 from tests.training.records import run_config
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bvpo_stats.data.records import PreferencePair, TraceRecord
 from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.exact import replace_norms
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions
-from bvpo_stats.studies.alpha_star_inputs import AlphaInputs, SubsetOptions, prepare_subset
-from bvpo_stats.studies.train import TrainConfig
+from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
+from bvpo_stats.studies.train.run import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
 from tests.studies.alpha_inputs import write_rows
 from tests.studies.test_alpha_star_runs import make_pair

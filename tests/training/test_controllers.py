@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.oracle.acceptance_cells import v_statistics
+from bvpo_stats.lab.acceptance.cells import v_statistics
 from bvpo_stats.statistics import Moments, summary_of_arrays
 from bvpo_stats.statistics.estimates import estimates
 from bvpo_stats.training import (

@@ -14,14 +14,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.studies.train import run_train
+from bvpo_stats.studies.train.run import run_train
 from tests.training.records import run_config, write_run
 
 WORKER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from bvpo_stats.studies.train import run_train
+from bvpo_stats.studies.train.run import run_train
 from tests.training.records import run_config
 
 model, pairs, output, alpha = sys.argv[1:]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bvpo_stats.data.records import PreferencePair
 from bvpo_stats.errors import UserError
-from bvpo_stats.estimators.gradients import GradientOptions, pair_gradients
-from bvpo_stats.estimators.objectives import Objective
-from bvpo_stats.estimators.stream import StreamOptions, gradient_batches
-from bvpo_stats.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
+from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
+from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
+from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
+from bvpo_stats.records import PreferencePair
 from bvpo_stats.training import StepSums
 from bvpo_stats.training.gradient import mixed_gradient
 from bvpo_stats.training.scored import scored_gradient

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.studies.train import run_train
+from bvpo_stats.studies.train.run import run_train
 from bvpo_stats.training.state import STATE_FILE, last_checkpoint
 from bvpo_stats.training.trainer import AlphaCallback, BVPOTrainer
 from tests.training.records import adapted, both_sets, run_config, settings, write_run
@@ -60,7 +60,7 @@ def test_a_finished_run_is_kept(
     random_model: Path, pairs: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (straight / "report.json").stat().st_mtime_ns
-    monkeypatch.setattr("bvpo_stats.studies.train.BVPOTrainer", None)
+    monkeypatch.setattr("bvpo_stats.studies.train.run.BVPOTrainer", None)
     report = run_train(run_config(random_model, pairs), straight)
     assert report["steps"] == 9
     assert (straight / "report.json").stat().st_mtime_ns == before

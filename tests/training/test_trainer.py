@@ -120,7 +120,7 @@ def test_a_model_and_its_tokenizer_as_trl_takes_them(random_model: Path, tmp_pat
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bvpo_stats.data.records import to_dict
+    from bvpo_stats.records import to_dict
 
     policy = load_policy(PolicyOptions(model=str(random_model)))
     rows = [to_dict(pair) for pair in both_sets(policy, PROMPTS)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bvpo_stats.data.records import PreferencePair
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.records import PreferencePair
 from bvpo_stats.training.trainer import BVPOTrainer
 from tests.training.records import adapted, both_sets, gradients, settings
 

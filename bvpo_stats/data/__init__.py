@@ -1,1 +1,0 @@
-"""Plain records and how they come about: prompts, completions, preference pairs, trace banks."""

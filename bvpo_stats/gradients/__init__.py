@@ -1,0 +1,25 @@
+"""Objectives as weights on scores, and the per-prompt gradients g_t, g_e and marginal.
+
+Names are loaded when they are first used, since they bring torch along.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "GradientOptions": "pair_gradients",
+    "Objective": "objectives",
+    "StreamOptions": "stream",
+    "pair_gradients": "pair_gradients",
+    "stream_pair_gradients": "pair_gradients",
+}
+
+__all__ = ["GradientOptions", "Objective", "StreamOptions", "pair_gradients", "stream_pair_gradients"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

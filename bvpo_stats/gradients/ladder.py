@@ -1,0 +1,251 @@
+"""Which estimator of the marginal gradient the data can bear, and the reason in a sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.aggregate import MarginalDiagnostics, aggregate
+from bvpo_stats.gradients.examples import Example, SideBank, join_examples
+from bvpo_stats.gradients.forwards import Forwards
+from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
+from bvpo_stats.gradients.plans import Planner, RowRules, prompt_rows
+from bvpo_stats.gradients.references import at_reference
+from bvpo_stats.gradients.selection import select_traces
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.records import PreferencePair, TraceRecord
+
+Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]
+
+PROBED_PROMPTS = 16
+"""Prompts whose trace weights and drift are looked at before a method is chosen."""
+
+SMALL_DRIFT = 0.3
+"""Nats. Up to here the bound of `statistics.drift` on g_t's bias is at most e^(2 SMALL_DRIFT) = 1.8 times its first
+order in the drift; on the oracle it then leaves a range of some 0.1 to 0.2 on either side of alpha* at B = 128."""
+
+
+@dataclass(frozen=True)
+class MarginalChoice:
+    """The estimator of m, and why.
+
+    Attributes:
+        method: The method to run; ``none`` where no m is formed because there is nothing to form it from.
+        rung: Rung of the ladder.
+        reason: One sentence.
+        estimable: Whether mu can be had: from m, or from g_t itself at the ``reference-point``. If not, no m is formed
+            and only ``alpha_var`` may be printed (and, on the rung ``small drift``, an interval of alpha).
+        drift: Largest norm of log pi_theta / pi_ref seen on the probed pairs, in nats; 0 at theta_ref.
+    """
+
+    method: MarginalMethod
+    rung: Rung
+    reason: str
+    estimable: bool
+    drift: float = 0.0
+
+
+def choose_marginal(
+    policy: Policy,
+    pairs: Sequence[PreferencePair],
+    traces: Iterable[TraceRecord],
+    options: StreamOptions,
+) -> MarginalChoice:
+    """Climbs down the ladder until a rung bears.
+
+    1. ``reference point``: DPO at theta_ref, temperature 1, no top-p: b_t = 0, mu = E g_t, no m is needed.
+    2. ``posterior traces``: at least two traces of each answer whose weights exp(Delta) the drift has not collapsed.
+    3. ``prior traces``: traces drawn regardless of the answer, where enough of them survive.
+    4. ``small drift``: mu is not estimable, but g_t's bias is small.
+    5. ``not estimable``.
+
+    Args:
+        policy: The policy at theta.
+        pairs: D_t and D_e records.
+        traces: The trace bank.
+        options: Objective, budget, and the method, which is checked and kept where it is not ``auto``.
+
+    Raises:
+        UserError: As in :func:`~bvpo_stats.gradients.examples.join_examples`; a method was asked for that this data or
+            objective rules out.
+    """
+    return choose_for_examples(policy, join_examples(pairs, traces).examples, options)
+
+
+def choose_for_examples(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> MarginalChoice:
+    """`choose_marginal` for joined records."""
+    probe = Probe(policy, examples, options)
+    if options.method == "none":
+        return MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False, probe.drift)
+    if options.method != "auto":
+        return _asked_for(probe, options.method)
+    if (obstacle := probe.obstacle("reference-point")) is None:
+        reason = (
+            "theta = theta_ref and all pairs were sampled at temperature 1 without top-p, so b_t = 0 exactly and "
+            "mu = E g_t: no marginal gradient is needed."
+        )
+        return MarginalChoice("reference-point", "reference point", reason, True)
+    reasons = [obstacle]
+    rungs: list[tuple[MarginalMethod, Rung]] = [("posterior", "posterior traces"), ("prior", "prior traces")]
+    if probe.at_reference and options.objective.needs_reference and not probe.has_further_posterior_traces:
+        rungs.insert(0, ("anchored", "posterior traces"))
+    for method, rung in rungs:
+        verdict = probe.verdict(method)
+        if verdict.bears:
+            return MarginalChoice(method, rung, _sentence([*reasons, verdict.reason]), True, probe.drift)
+        reasons.append(verdict.reason)
+    small = probe.plain and options.objective.name == "dpo" and probe.drift <= SMALL_DRIFT
+    reasons.append(
+        f"the largest log-ratio to the reference is {probe.drift:.2g} nats"
+        + (", so g_t's bias is small and an interval of alpha can be given" if small else "")
+        + "; mu is not estimable: make a bank with more traces, or pairs whose answers are the final answers alone"
+    )
+    return MarginalChoice("none", "small drift" if small else "not estimable", _sentence(reasons), False, probe.drift)
+
+
+def make_forwards(policy: Policy, options: StreamOptions) -> Forwards:
+    """The policy's forward passes as the options ask for them."""
+    stored = options.reference == "record"
+    return Forwards(policy, at_reference(policy), stored, options.max_tokens, options.max_padding)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method bears.
+
+    Attributes:
+        bears: Whether it does.
+        reason: Why, without a full stop.
+    """
+
+    bears: bool
+    reason: str
+
+
+class Probe:
+    """What the ladder looks at: theta, the law of the records, and the weights of a few prompts' traces."""
+
+    def __init__(self, policy: Policy, examples: Sequence[Example], options: StreamOptions) -> None:
+        self.examples = examples
+        self.options = options
+        self.at_reference = at_reference(policy)
+        self.plain = all(example.sampled_plainly for example in examples)
+        self._forwards = make_forwards(policy, options)
+        step = max(1, len(examples) // PROBED_PROMPTS)
+        self._probed = examples[::step][:PROBED_PROMPTS]
+
+    @functools.cached_property
+    def drift(self) -> float:
+        """Largest norm of log pi_theta / pi_ref on the probed pairs."""
+        if self.at_reference:
+            return 0.0
+        planner = Planner(RowRules(self.options.objective, "none", self.at_reference, second_traces=False))
+        plans = [planner.add(example) for example in self._probed]
+        logps = self._forwards.log_probs(planner.sequences())
+        rows = [row for plan in plans for row in plan.trace]
+        return float(np.abs(logps.policy - logps.reference)[rows].max())
+
+    @property
+    def has_further_posterior_traces(self) -> bool:
+        """Whether every answer has posterior traces besides the pair's own."""
+        return all(bank.same_answer or bank.chain for bank in self._banks())
+
+    def obstacle(self, method: MarginalMethod) -> str | None:
+        """What rules a method out before any weight is looked at; None where nothing does."""
+        name, nucleus = self.options.objective.name, [e for e in self.examples if e.trace_pair.top_p < 1]
+        if method == "reference-point":
+            if name != "dpo":
+                return f"the weights of {name} depend on each trace's length, so E g_t is not mu even at theta_ref"
+            if not self.at_reference:
+                return "the policy is off theta_ref"
+            if not self.plain:
+                pair = next(e.trace_pair for e in self.examples if not e.sampled_plainly)
+                return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
+            return None
+        if method == "anchored" and not self.plain:
+            return "anchors are posterior draws only if the pairs were sampled at temperature 1 without top-p"
+        if method == "posterior" and name == "simpo":
+            return "simpo needs log pi(y | x) itself, which posterior traces do not give (their normaliser is unknown)"
+        if method == "posterior" and nucleus:
+            return "the pairs were sampled with top-p below 1, so the law of their own traces is not known"
+        try:
+            counts = [len(select_traces(bank, method, self.options.traces_per_answer)) for bank in self._banks()]
+        except UserError as error:
+            return str(error).partition(";")[0]
+        needed = {"jackknife": 2, "multilevel": 2}.get(method, 1)
+        return None if min(counts) >= needed else f"some answers have fewer than {needed} traces"
+
+    def verdict(self, method: MarginalMethod) -> Verdict:
+        """Whether a method bears, by its weights on the probed prompts."""
+        if (obstacle := self.obstacle(method)) is not None:
+            return Verdict(False, obstacle)
+        counts = [len(select_traces(bank, method, self.options.traces_per_answer)) for bank in self._banks()]
+        off_reference = not (self.at_reference and self.plain and self.options.objective.needs_reference)
+        if method == "posterior" and off_reference and min(counts) < 2:
+            return Verdict(False, "the bank has fewer than two posterior traces for some answers")
+        found = self.diagnostics(method)
+        summary = f"{method} traces: effective size {found.effective_size:.3g} of {found.traces:.3g}"
+        if found.failure is not None:
+            return Verdict(False, f"{summary}, but {found.failure}")
+        if found.anchor_gap is not None:
+            summary += f", anchor gap {found.anchor_gap:.2g} against log K = {found.log_traces:.2g}"
+        return Verdict(True, summary)
+
+    def diagnostics(self, method: MarginalMethod) -> MarginalDiagnostics:
+        """Diagnostics of a method's weights on the probed prompts."""
+        rules = RowRules(
+            self.options.objective,
+            method,
+            self.at_reference,
+            self.options.traces_per_answer,
+            second_traces=False,
+            seed=self.options.seed,
+        )
+        found = []
+        for example in self._probed:
+            planner = Planner(rules)
+            plan = planner.add(example)
+            sequences = planner.sequences()
+            found += prompt_rows(plan, self._forwards.log_probs(sequences), sequences, rules)[1]
+        return aggregate(found)
+
+    def _banks(self) -> list[SideBank]:
+        return [bank for example in self.examples for _, bank in example.sides]
+
+
+def check_method(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> None:
+    """Refuses a method that the data or the objective rules out, whatever the weights are.
+
+    Raises:
+        UserError: Says why.
+    """
+    _check(Probe(policy, examples, options), options.method)
+
+
+def _check(probe: Probe, method: MarginalMethod) -> None:
+    if method not in ("auto", "none") and (obstacle := probe.obstacle(method)) is not None:
+        raise UserError(f"--marginal {method} is ruled out: {obstacle}. Use --marginal auto.")
+
+
+def _asked_for(probe: Probe, method: MarginalMethod) -> MarginalChoice:
+    _check(probe, method)
+    if method == "reference-point":
+        return MarginalChoice(method, "asked for", "mu = E g_t was asked for, and holds exactly here.", True)
+    found = probe.diagnostics(method)
+    reason = f"{method} was asked for; effective size {found.effective_size:.3g} of {found.traces:.3g} traces"
+    if found.failure is not None:
+        reason += f"; {found.failure}, so mu is not estimable"
+        return MarginalChoice(method, "not estimable", f"{reason}.", False, probe.drift)
+    if method == "anchored" and not probe.at_reference:
+        reason += "; off theta_ref the anchor is a draw of pi_ref's posterior, so a bias of order drift / K remains"
+    return MarginalChoice(method, "asked for", f"{reason}.", True, probe.drift)
+
+
+def _sentence(reasons: Sequence[str]) -> str:
+    text = "; ".join(reason for reason in reasons if reason)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""

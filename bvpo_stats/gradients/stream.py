@@ -1,0 +1,192 @@
+"""One pass over prompts: g_t, g_e and the marginal gradient m of each, in batches of a token budget.
+
+Every gradient of a prompt is a linear combination of scores: of its D_t pair, its D_e pair and the traces of its bank.
+The combinations are formed inside the backward pass, so what is ever held is the model, one microbatch, and one vector
+for each gradient of the microbatch's prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from bvpo_stats.gradients.blocks import BlockLayout
+from bvpo_stats.gradients.examples import Example, check_identity, join_examples
+from bvpo_stats.gradients.ladder import check_method, choose_for_examples, make_forwards
+from bvpo_stats.gradients.marginal import SideDiagnostics
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.passes import Passes
+from bvpo_stats.gradients.plans import LogProbs, Planner, PromptPlan, RowRules, Sequences, prompt_rows
+from bvpo_stats.gradients.references import at_reference, check_stored_log_probs
+from bvpo_stats.model.checks import check_scores
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.subset import Subset
+from bvpo_stats.records import PreferencePair, TraceRecord
+
+__all__ = ["GradientBatch", "StreamOptions", "gradient_batches"]
+
+_CHECKED_SEQUENCES = 4  # of the first microbatch, whose scores are compared with autograd
+_ROW_BYTES = 1 << 30  # memory for the gradients of one microbatch
+
+
+@dataclass(frozen=True)
+class GradientBatch:
+    """Gradients of some prompts, one row each.
+
+    Attributes:
+        prompt_ids: Prompt of each row.
+        vectors: Member (``t``, ``e``; ``m`` unless the method needs none; ``m1``, ``m2`` on request) to parameter block
+            (decoder layer) to gradients ``[rows, parameters of the block]``.
+        trace2: Block to g_t on a second, independent trace draw, for all rows or (None) for none of them.
+        diagnostics: Trace weights of both sides of each row; empty where the method uses no bank.
+    """
+
+    prompt_ids: list[str]
+    vectors: dict[str, dict[str, Float[np.ndarray, "rows parameters"]]]
+    trace2: dict[str, Float[np.ndarray, "rows parameters"]] | None
+    diagnostics: list[SideDiagnostics]
+
+
+def gradient_batches(
+    policy: Policy,
+    subset: Subset,
+    pairs: Sequence[PreferencePair],
+    options: StreamOptions,
+    traces: Sequence[TraceRecord] = (),
+    done: frozenset[str] = frozenset(),
+) -> Iterator[GradientBatch]:
+    """Streams the gradients of all prompts that have both a D_t and a D_e pair, longest first.
+
+    A prompt's gradients do not depend on the batch it is in, up to rounding. On the first batch captured scores are
+    compared with autograd.
+
+    Args:
+        policy: The policy at theta, dropout off.
+        subset: The parameters theta.
+        pairs: D_t and D_e records together, told apart by their ``mode``.
+        options: How. With the method ``auto`` the ladder decides first (see `choose_marginal`), on the given records;
+            where it finds mu not estimable no m is formed. Processes that share the prompts should name the method.
+        traces: The trace bank of the D_t pairs.
+        done: Prompts to leave out because an earlier run has them.
+
+    Yields:
+        Batches; every prompt is in exactly one of them.
+
+    Raises:
+        UserError: D_t and D_e that share no prompts; records without token ids, of another model or template, or whose
+            stored log-probabilities are not the reference's; traces for other answers; a method that the data or the
+            objective rules out; NaN log-probabilities. The record is named.
+        ScoreMismatchError: The captured scores are not autograd's.
+    """
+    examples = join_examples(pairs, traces).examples
+    if not options.allow_mismatch:
+        check_identity(policy, examples)
+    if options.reference == "record":
+        check_stored_log_probs(policy, examples, options.checked_records)
+    rules = row_rules(policy, examples, options)
+    passes = Passes(make_forwards(policy, options), subset, BlockLayout.of(subset))
+    todo = [example for example in examples if example.prompt_id not in done]
+    for number, members in enumerate(_microbatches(todo, rules, passes)):
+        yield from _microbatch([todo[i] for i in members], rules, passes, check=number == 0)
+
+
+def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> RowRules:
+    """Which gradients are formed: the ladder decides for ``auto``; a method that is named is run as it is.
+
+    Raises:
+        UserError: A method that the data or the objective rules out.
+    """
+    method = options.method
+    if method == "auto":
+        choice = choose_for_examples(policy, examples, options)
+        method = choice.method if choice.estimable else "none"
+    else:
+        check_method(policy, examples, options)
+    return RowRules(
+        objective=options.objective,
+        method=method,
+        at_reference=at_reference(policy),
+        traces_per_answer=options.traces_per_answer,
+        second_traces=options.second_traces,
+        half_splits=options.half_splits,
+        seed=options.seed,
+    )
+
+
+def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) -> Iterator[list[int]]:
+    """Prompts whose gradients are formed together, longest first: as many as the budget of tokens holds.
+
+    Their sequences need not share a rectangle (`Passes.run` sorts them by length), so padding is no concern here; the
+    memory for their gradients is.
+    """
+    per_prompt = (len(rules.members) + 1) * passes.layout.size * np.dtype(passes.layout.dtype).itemsize
+    most = max(1, _ROW_BYTES // per_prompt)
+    lengths = []
+    for example in examples:
+        planner = Planner(rules)
+        planner.add(example)
+        lengths.append([len(sequence) for sequence in planner.sequences().sequences])
+    batch: list[int] = []
+    tokens = 0
+    for number in sorted(range(len(examples)), key=lambda i: (-max(lengths[i]), i)):
+        if batch and (len(batch) == most or tokens + sum(lengths[number]) > passes.forwards.max_tokens):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(number)
+        tokens += sum(lengths[number])
+    if batch:
+        yield batch
+
+
+def _microbatch(
+    examples: Sequence[Example], rules: RowRules, passes: Passes, *, check: bool
+) -> Iterator[GradientBatch]:
+    forwards, planner = passes.forwards, Planner(rules)
+    plans = [planner.add(example) for example in examples]
+    sequences = planner.sequences()
+    if check:
+        shortest = sorted(range(len(sequences.sequences)), key=lambda i: len(sequences.sequences[i]))
+        check_scores(forwards.policy.model, passes.subset, forwards.batch(sequences, shortest[:_CHECKED_SEQUENCES]))
+    # A member's rows lie together, so that they can be given out without a copy.
+    places: list[tuple[int, str]] = [
+        (number, member)
+        for member in (*rules.members, "t2")
+        for number, plan in enumerate(plans)
+        if member != "t2" or plan.second is not None
+    ]
+    diagnostics: list[list[SideDiagnostics]] = []
+
+    def mixing(logps: LogProbs) -> Float[np.ndarray, "rows sequences"]:
+        rows, found = _mixing(plans, places, logps, sequences, rules)
+        diagnostics.extend(found)
+        return rows
+
+    unknown = np.isnan(sequences.stored) & ~np.isnan(sequences.temperature)
+    known = None
+    if not rules.weights_need_model and forwards.use_stored and not unknown.any():
+        known = forwards.stored_log_probs(sequences)
+    gradients = passes.run(sequences, len(places), mixing, known)
+    row_of = {place: row for row, place in enumerate(places)}
+    for has_second in (True, False):
+        some = [number for number, plan in enumerate(plans) if (plan.second is not None) == has_second]
+        if some:
+            yield GradientBatch(
+                prompt_ids=[plans[number].example.prompt_id for number in some],
+                vectors={m: gradients.take([row_of[number, m] for number in some]) for m in rules.members},
+                trace2=gradients.take([row_of[number, "t2"] for number in some]) if has_second else None,
+                diagnostics=[found for number in some for found in diagnostics[number]],
+            )
+
+
+def _mixing(
+    plans: Sequence[PromptPlan],
+    places: Sequence[tuple[int, str]],
+    logps: LogProbs,
+    sequences: Sequences,
+    rules: RowRules,
+) -> tuple[Float[np.ndarray, "rows sequences"], list[list[SideDiagnostics]]]:
+    found = [prompt_rows(plan, logps, sequences, rules) for plan in plans]
+    return np.stack([found[number][0][member] for number, member in places]), [each for _, each in found]

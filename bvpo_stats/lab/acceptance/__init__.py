@@ -1,0 +1,1 @@
+"""Acceptance of estimators and intervals against known truths: populations, replicates, verdicts."""

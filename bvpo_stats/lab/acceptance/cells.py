@@ -1,0 +1,96 @@
+"""One cell of the acceptance of alpha*: replicate samples of a population with K-trace estimates of mu, all checks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bvpo_stats.lab.acceptance.checks import Check, acceptance, collect
+from bvpo_stats.lab.oracle.trace_sets import METHODS, TraceMethod, TraceSets
+from bvpo_stats.statistics import MomentSummary, summary_of_arrays
+
+TAUS = (1.0, 1 / 8, 1 / 128)
+_EXAMPLES_AT_ONCE = 20_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    Attributes:
+        temperature: Sampling temperature.
+        drift: Distance of theta from theta_ref; 0 for none.
+        beta: DPO's beta.
+        method: Estimator of mu.
+        n_prompts: N.
+        statistic: ``U``, or ``V`` for the injected error.
+    """
+
+    temperature: float
+    drift: float
+    beta: float
+    method: TraceMethod
+    n_prompts: int
+    statistic: str = "U"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a cell showed.
+
+    Attributes:
+        cell: Which.
+        unbiased_by_construction: Whether the estimator of mu has no bias here.
+        alpha_unc: Exact alpha_unc at each of :data:`TAUS`.
+        predicted_shift: What the exact bias of mu does to it.
+        checks: Coverage and bias.
+        seconds: Time taken.
+    """
+
+    cell: Cell
+    unbiased_by_construction: bool
+    alpha_unc: tuple[float, ...]
+    predicted_shift: tuple[float, ...]
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did."""
+        return all(check.passed for check in self.checks)
+
+
+def v_statistics(summary: MomentSummary) -> MomentSummary:
+    """The same moments with the diagonal put back, S_a . S_b / N^2: what U-statistics are there to avoid."""
+    n = np.full(summary.U.shape[-4], float(summary.n_examples - 1))
+    n[0] += 1
+    n = n[:, None, None, None]
+    return replace(summary, U=(summary.U * (n - 1) + summary.M) / n)
+
+
+def summaries(sets: TraceSets, cell: Cell, replicates: int, seed: int) -> Iterator[MomentSummary]:
+    """Replicate samples of a cell, some at a time to bound memory."""
+    entropy = [seed, *(round(1000 * x) for x in (cell.temperature, cell.drift, cell.beta))]
+    rng = np.random.default_rng([*entropy, METHODS.index(cell.method), cell.n_prompts])
+    chunk = max(1, _EXAMPLES_AT_ONCE // cell.n_prompts)
+    for start in range(0, replicates, chunk):
+        size = min(chunk, replicates - start)
+        summary = summary_of_arrays(sets.draw((size, cell.n_prompts), cell.method, rng))
+        yield summary if cell.statistic == "U" else v_statistics(summary)
+
+
+def run_cell(sets: TraceSets, cell: Cell, replicates: int, seed: int = 0) -> CellResult:
+    """Draws the replicates of a cell and makes every check on them."""
+    started = time.perf_counter()
+    checks = acceptance(collect(summaries(sets, cell, replicates, seed), TAUS), sets.truth(cell.method))
+    return CellResult(
+        cell=cell,
+        unbiased_by_construction=sets.unbiased(cell.method),
+        alpha_unc=tuple(sets.exact.alpha(tau) for tau in TAUS),
+        predicted_shift=tuple(sets.predicted_shift(cell.method, tau) for tau in TAUS),
+        checks=tuple(checks),
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,352 @@
+"""SGD on L_c over the enumerable model, many seeds at once, with alpha fixed, exact or estimated.
+
+The training loop sees sampled pairs only. Beside it, everything Theorem 3 speaks of is summed exactly at every step:
+the gradient of L_m, the bias and the variance of g_c, and now and then the spectral norm of L_m's Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.lab.oracle.copy_moments import CopyMoments, copy_moments, curvature_root, in_metric
+from bvpo_stats.lab.oracle.copy_samples import (
+    Pairs,
+    Probe,
+    draw_probe,
+    marginal_vectors,
+    noise_curvature,
+    pair_vectors,
+)
+from bvpo_stats.lab.oracle.draws import draw_examples
+from bvpo_stats.lab.oracle.ensemble import Copies, Ensemble
+from bvpo_stats.lab.oracle.smoothness import Curvatures
+from bvpo_stats.statistics.moments import Moments
+from bvpo_stats.statistics.summary import Array
+from bvpo_stats.training.adaptive import AdaptiveController, AdaptiveOptions, Criterion, ratio_parts
+from bvpo_stats.training.controllers import Controller
+from bvpo_stats.training.observations import Observation, StepSums
+
+Curvature = Literal["noise", "norm", "one"]
+"""L in eta L: the mean curvature along the gradient noise, ``tr(H Sigma) / tr Sigma`` with Sigma = Cov(g_t - g_e); the
+spectral norm of the Hessian; or none, ``eta L = 1`` whatever the step."""
+
+_POWER_STEPS_AT_START = 8
+_TRAIN, _PROBE = 1, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, its data and the length of a run.
+
+    Attributes:
+        ensemble: The oracle.
+        objective: DPO.
+        steps: SGD steps.
+        batch_size: Pairs of D_t and of D_e a step.
+        probe_prompts: Held-out pairs behind mu.
+        traces: K, traces an answer for its score, and as many for its margin.
+        probe_every: Steps from one probe to the next.
+        smoothness_every: Steps from one look at the spectral norm to the next.
+    """
+
+    ensemble: Ensemble
+    objective: Objective
+    steps: int = 150
+    batch_size: int = 8
+    probe_prompts: int = 64
+    traces: int = 8
+    probe_every: int = 10
+    smoothness_every: int = 25
+
+    def exact(self, copies: Copies) -> CopyMoments:
+        """Exact moments."""
+        return copy_moments(self.ensemble.oracle, copies, self.objective)
+
+    def exact_gradient(self, copies: Copies) -> Array:
+        """Grad L_m."""
+        return self.exact(copies).mu
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where alpha comes from.
+
+    Attributes:
+        name: In the tables.
+        source: ``fixed``; ``exact`` moments at every step; or ``estimated`` by the adaptive controller from samples.
+        alpha: The fixed alpha, or the prior.
+        criterion: What alpha minimises, see `bvpo_stats.training.adaptive`.
+        curvature: Which L.
+        eta_l_factor: Multiplies eta L; anything but 1 is an injected error.
+        options: Of the controller.
+    """
+
+    name: str
+    source: Literal["fixed", "exact", "estimated"]
+    alpha: float = 0.5
+    criterion: Criterion = "descent"
+    curvature: Curvature = "noise"
+    eta_l_factor: float = 1.0
+    options: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+
+
+FIXED = tuple(Method(f"alpha = {a:g}", "fixed", alpha=a) for a in (0.0, 0.25, 0.5, 0.75, 1.0))
+ADAPTIVE = Method("adaptive", "estimated")
+METHODS = (
+    *FIXED,
+    ADAPTIVE,
+    Method("adaptive, error", "estimated", criterion="error"),
+    Method("adaptive, error, L = spectral norm", "estimated", criterion="error", curvature="norm"),
+    Method("adaptive, error, eta L = 1", "estimated", criterion="error", curvature="one"),
+    Method("exact", "exact"),
+    Method("exact, error", "exact", criterion="error"),
+    Method("exact, error, L = spectral norm", "exact", criterion="error", curvature="norm"),
+)
+"""Five fixed weights; alpha estimated and exact, by either criterion; and with the worst-case L, or none at all.
+
+The trainer's choices are ``error``: with the noise curvature for ``eta_l="auto"`` (measured once, at its start), with
+``eta L = 1`` by default.
+"""
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to see at one step.
+
+    Attributes:
+        thetas: Parameters of each copy.
+        copies: Scores there.
+        moments: Exact moments there.
+        norm: Spectral norm of L_m's Hessian, as of the last look.
+        eta: Learning rate.
+    """
+
+    thetas: Float[np.ndarray, "copies parameters"]
+    copies: Copies
+    moments: CopyMoments
+    norm: Float[np.ndarray, " copies"]
+    eta: float
+
+    def part(self, rows: slice) -> View:
+        """Some of the copies."""
+        copies = Copies(self.copies.joint[rows], self.copies.scores[rows])
+        moments = self.moments
+        parts = replace(moments.parts, **{k: v[rows] for k, v in vars(moments.parts).items() if v is not None})
+        some = (moments.mean_t[rows], moments.mean_e[rows], moments.mu[rows], moments.loss_m[rows])
+        return View(self.thetas[rows], copies, CopyMoments(*some, parts), self.norm[rows], self.eta)
+
+
+class _Chooser(Protocol):
+    """alpha of each copy before a step, and what is learnt after it."""
+
+    def alphas(self, view: View) -> Float[np.ndarray, " copies"]: ...
+
+    def learn(self, step: int, view: View, t: Array, e: Array) -> None: ...
+
+    @property
+    def held(self) -> Float[np.ndarray, " copies"]: ...
+
+
+class _Fixed:
+    def __init__(self, method: Method, copies: int) -> None:
+        self._alphas = np.full(copies, method.alpha)
+        self.held = np.zeros(copies)
+
+    def alphas(self, view: View) -> Array:
+        return self._alphas
+
+    def learn(self, step: int, view: View, t: Array, e: Array) -> None:
+        """Nothing."""
+
+
+class _Exact:
+    def __init__(self, setting: Setting, method: Method, copies: int) -> None:
+        self._setting, self._method = setting, method
+        self.held = np.zeros(copies)
+
+    def alphas(self, view: View) -> Array:
+        parts, method = view.moments.parts, self._method
+
+        def exact_curvature() -> Array:
+            return view.norm if method.curvature == "norm" else exact_noise_curvature(self._setting, view)
+
+        eta_l = method.eta_l_factor * _eta_l(method.curvature, view, exact_curvature)
+        found = []
+        for k, rho in enumerate(eta_l):
+            numerator, denominator, _ = ratio_parts(
+                parts.select(k), self._setting.batch_size, float(rho), method.criterion
+            )
+            found.append(np.clip(numerator / denominator, 0.0, 1.0))
+        return np.array(found)
+
+    def learn(self, step: int, view: View, t: Array, e: Array) -> None:
+        """Nothing: all is known."""
+
+
+class _Estimated:
+    """The adaptive controller on sampled data, one a copy."""
+
+    def __init__(self, setting: Setting, method: Method, seeds: Sequence[int]) -> None:
+        self._setting, self._method = setting, method
+        options = replace(method.options, criterion=method.criterion)
+        self._controllers: list[Controller] = [AdaptiveController.start(options) for _ in seeds]
+        oracle = setting.ensemble.oracle
+        entropy = [[seed, _PROBE] for seed in seeds]
+        self._probe: Probe = draw_probe(oracle, setting.probe_prompts, setting.traces, entropy)
+        self._ids = [f"probe-{k}" for k in range(setting.probe_prompts)]
+        self._noise = np.zeros((2, len(seeds)))
+        self._norm: Curvatures | None = None
+
+    def alphas(self, view: View) -> Array:
+        return np.array([controller.alpha for controller in self._controllers])
+
+    @property
+    def held(self) -> Array:
+        return np.array([float(controller.record.held) for controller in self._controllers])
+
+    def learn(self, step: int, view: View, t: Array, e: Array) -> None:
+        probes: list[Moments | None] = [None] * len(t)
+        if step % self._setting.probe_every == 0:
+            probes = list(self._probes(view))
+            self._measure(view, t - e)
+        eta_l = self._method.eta_l_factor * _eta_l(self._method.curvature, view, self._measured)
+        for k, controller in enumerate(self._controllers):
+            sums = StepSums.of_units(t[k], e[k])
+            seen = Observation(step, self._setting.batch_size, float(eta_l[k]), sums, probes[k])
+            self._controllers[k] = controller.update(seen)
+
+    def _probes(self, view: View) -> Sequence[Moments]:
+        oracle, objective = self._setting.ensemble.oracle, self._setting.objective
+        t, e = pair_vectors(oracle, view.copies, self._probe.pairs, objective)
+        m = marginal_vectors(oracle, view.copies, self._probe, objective)
+        parts = zip(t, e, m, strict=True)
+        return [Moments.init().update(dict(zip("tem", one, strict=True)), self._ids) for one in parts]
+
+    def _measure(self, view: View, difference: Array) -> None:
+        """L from samples: along the noise of the batch, or the spectral norm for the probe's D_t loss."""
+        oracle, objective = self._setting.ensemble.oracle, self._setting.objective
+        if self._method.curvature == "noise":
+            noise = difference - difference.mean(axis=1, keepdims=True)
+            found = noise_curvature(oracle, view.copies, self._probe, objective, noise)
+            self._noise = self._method.options.decay * self._noise + np.stack(found)
+        elif self._method.curvature == "norm":
+            steps = 1 if self._norm else _POWER_STEPS_AT_START
+            before = self._norm or Curvatures.start(*view.thetas.shape)
+            self._norm = before.refine(
+                self._setting.ensemble,
+                view.thetas,
+                lambda copies: pair_vectors(oracle, copies, self._probe.pairs, objective)[0].mean(axis=1),
+                steps,
+            )
+
+    def _measured(self) -> Array:
+        if self._norm is not None:
+            return self._norm.norm
+        return np.maximum(self._noise[0], 0.0) / self._noise[1]
+
+
+def _eta_l(curvature: Curvature, view: View, measured: Callable[[], Array]) -> Array:
+    return np.ones(len(view.norm)) if curvature == "one" else view.eta * measured()
+
+
+def exact_noise_curvature(setting: Setting, view: View) -> Float[np.ndarray, " copies"]:
+    """``tr(H Sigma) / tr Sigma`` of ``g_t - g_e``, H the Gauss-Newton Hessian of L_m."""
+    oracle, objective = setting.ensemble.oracle, setting.objective
+    curved = in_metric(view.copies, curvature_root(oracle, view.copies, objective))
+    return np.asarray(copy_moments(oracle, curved, objective).parts.Q1 / view.moments.parts.Q1)
+
+
+def _chooser(setting: Setting, method: Method, seeds: Sequence[int]) -> _Chooser:
+    if method.source == "fixed":
+        return _Fixed(method, len(seeds))
+    if method.source == "exact":
+        return _Exact(setting, method, len(seeds))
+    return _Estimated(setting, method, seeds)
+
+
+class _Choosers:
+    """Several methods side by side, each with its share of the copies."""
+
+    def __init__(self, setting: Setting, methods: Sequence[Method], seeds: Sequence[int]) -> None:
+        n = len(seeds)
+        self._parts = [
+            (_chooser(setting, method, seeds), slice(k * n, (k + 1) * n)) for k, method in enumerate(methods)
+        ]
+
+    def alphas(self, view: View) -> Array:
+        return np.concatenate([chooser.alphas(view.part(rows)) for chooser, rows in self._parts])
+
+    def learn(self, step: int, view: View, t: Array, e: Array) -> None:
+        for chooser, rows in self._parts:
+            chooser.learn(step, view.part(rows), t[rows], e[rows])
+
+    @property
+    def held(self) -> Array:
+        return np.concatenate([chooser.held for chooser, _ in self._parts])
+
+
+def train(setting: Setting, methods: Sequence[Method], eta: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Trains one copy for each method and seed, all of them in one batch.
+
+    A seed fixes a copy's data whatever the method and the step size, so runs pair up.
+
+    Args:
+        setting: Model and lengths.
+        methods: Where alpha comes from.
+        eta: Learning rate.
+        seeds: Seeds of each method.
+
+    Returns:
+        For each method, then each seed: exact means over the trajectory (``grad_sq``, ``bias_sq``, ``variance`` of a
+        batch, ``alpha``), ``loss_start`` and ``loss_end`` (L_m), ``smoothness`` (largest spectral norm seen),
+        ``noise_curvature`` (mean), ``held`` (share of steps) and the curves ``grad_sq_curve`` and ``alpha_curve``.
+    """
+    ensemble, B, copies = setting.ensemble, setting.batch_size, len(methods) * len(seeds)
+    oracle, choosers = ensemble.oracle, _Choosers(setting, methods, seeds)
+    draws = [draw_examples(oracle, B * setting.steps, np.random.default_rng([seed, _TRAIN])) for seed in seeds]
+    data = Pairs.of(draws * len(methods))
+    thetas = np.tile(oracle.theta, (copies, 1))
+    smoothness = Curvatures.start(*thetas.shape)
+    log: dict[str, list[Array]] = {name: [] for name in ("grad_sq", "bias_sq", "variance", "alpha", "loss", "held")}
+    norms, curvatures = [], []
+    for step in range(setting.steps):
+        look = step % setting.smoothness_every == 0
+        if look:
+            refinements = 1 if step else _POWER_STEPS_AT_START
+            smoothness = smoothness.refine(ensemble, thetas, setting.exact_gradient, refinements)
+        scored = ensemble.at(thetas)
+        view = View(thetas, scored, setting.exact(scored), smoothness.norm, eta)
+        if look:
+            norms.append(view.norm)
+            curvatures.append(exact_noise_curvature(setting, view))
+        alpha, parts = choosers.alphas(view), view.moments.parts
+        values = (parts.marginal_sq, parts.bias_sq(alpha), parts.variance(alpha) / B, alpha, view.moments.loss_m)
+        for name, value in zip(log, (*values, choosers.held), strict=True):
+            log[name].append(value)
+        t, e = pair_vectors(oracle, scored, data.part(step * B, step * B + B), setting.objective)
+        mix = alpha[:, None] * t.mean(axis=1) + (1 - alpha[:, None]) * e.mean(axis=1)
+        choosers.learn(step, view, t, e)
+        thetas = thetas - eta * mix
+    end = setting.exact(ensemble.at(thetas)).loss_m
+    curves = {name: np.stack(values, axis=1) for name, values in log.items()}
+    return [_row(k, curves, float(end[k]), np.stack(norms), np.stack(curvatures)) for k in range(copies)]
+
+
+def _row(k: int, curves: dict[str, Array], end: float, norms: Array, curvatures: Array) -> dict[str, Any]:
+    means = {name: float(curves[name][k].mean()) for name in ("grad_sq", "bias_sq", "variance", "alpha", "held")}
+    return {
+        **means,
+        "loss_start": float(curves["loss"][k, 0]),
+        "loss_end": end,
+        "smoothness": float(norms[:, k].max()),
+        "smoothness_mean": float(norms[:, k].mean()),
+        "noise_curvature": float(curvatures[:, k].mean()),
+        "grad_sq_curve": curves["grad_sq"][k].tolist(),
+        "alpha_curve": curves["alpha"][k].tolist(),
+    }

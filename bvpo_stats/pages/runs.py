@@ -1,0 +1,93 @@
+"""The runs under a folder, finished or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.store.run_folder import RUN_FILE
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Attributes:
+        folder: Where it is.
+        name: Path below the folder that was searched, for people.
+        study: Which study made it, None where nothing says so.
+        configuration: What ``run.json`` says decides its numbers.
+        report: ``report.json``, None where there is none to read.
+        problem: Why there is no report.
+    """
+
+    folder: Path
+    name: str
+    study: str | None
+    configuration: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+def find_runs(root: Path) -> list[Run]:
+    """All runs in a folder and below it, in the order of their paths; hidden folders are passed over.
+
+    What lies inside a run's folder is part of that run.
+
+    Raises:
+        UserError: No such folder, or no run in it.
+    """
+    if root.is_file() and root.name == REPORT_FILE:
+        root = root.parent
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. Give the --output folder of a run, or a folder that holds some.")
+    runs = []
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if RUN_FILE in files or REPORT_FILE in files:
+            folder = Path(place)
+            if RUN_FILE in files:
+                folders.clear()
+            runs.append(read_run(folder, _name(folder, root)))
+    if not runs:
+        raise UserError(f"{root}: no run in it. Give the --output folder of a run, or a folder that holds some.")
+    return runs
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads what a run left; whatever is wrong with its files is told in ``problem``, never raised."""
+    configuration, _ = _read_object(folder / RUN_FILE)
+    configuration = configuration or {}
+    command = configuration.pop("command", None)
+    report, problem = _read_object(folder / REPORT_FILE)
+    if report is None and problem is None:
+        problem = (
+            f"No {REPORT_FILE} yet: the run is going on, was interrupted, or is one of several shards. The same "
+            "command with the same --output goes on with it."
+        )
+    study = (report or {}).get("study", command)
+    return Run(folder, name, str(study) if study is not None else None, configuration, report, problem)
+
+
+def _name(folder: Path, root: Path) -> str:
+    below = folder.relative_to(root)
+    return below.as_posix() if below.parts else folder.resolve().name
+
+
+def _read_object(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(content, problem): neither where there is no such file."""
+    if not path.exists():
+        return None, None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, f"{path.name} cannot be read ({error}). Run the command again to have it rewritten."
+    if not isinstance(content, dict):
+        return None, f"{path.name} holds no JSON object. Run the command again to have it rewritten."
+    return content, None

@@ -1,0 +1,1 @@
+"""Where responses come from: prompts, engines, rewards, preference pairs, traces."""

@@ -1,0 +1,125 @@
+"""The interface of a sampling engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.records import FinishReason, Mode, Prompt
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How responses are drawn.
+
+    Attributes:
+        samples: Responses per prompt and mode.
+        temperature: Softmax temperature of the draw.
+        top_p: Nucleus mass; 1 samples the whole distribution, which is what makes b_t = 0 at the reference point.
+        max_new_tokens: Cut-off in tokens.
+        seed: Decides every draw, together with prompt id, mode and sample index.
+    """
+
+    samples: int = 5
+    temperature: float = 0.8
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"--samples {self.samples}: at least 1 response per prompt is needed.")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"--temperature {self.temperature}: must be positive. At 0 every sample is the same, so there is "
+                "nothing to measure; the paper uses 0.8."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must lie in (0, 1]; 1 switches nucleus sampling off.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be drawn.
+
+    Attributes:
+        prompt: The prompt.
+        mode: With or without a trace.
+        sample_index: 0 .. samples-1.
+        prompt_ids: Token ids of the generation prompt.
+        prompt_text: The same, as text, for engines that tokenise themselves.
+    """
+
+    prompt: Prompt
+    mode: Mode
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+
+    @property
+    def key(self) -> str:
+        """Unique name of the draw, as in :attr:`bvpo_stats.records.Completion.key`."""
+        return f"{self.prompt.prompt_id}/{self.mode}/{self.sample_index}"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an engine returns for a request.
+
+    Attributes:
+        completion_ids: Token ids, end-of-sequence included where the model wrote it.
+        finish_reason: ``stop`` or ``length``.
+    """
+
+    completion_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A request without a usable draw: counted, put on record with its reason, and not asked for again.
+
+    Attributes:
+        reason: Short name of the cause, for counting, e.g. ``ids-differ`` or ``refused``.
+        detail: What happened, for people.
+    """
+
+    reason: str
+    detail: str
+
+
+Outcome = Draw | SetAside
+"""What becomes of a request."""
+
+
+class Engine(Protocol):
+    """Whoever draws completions.
+
+    Attributes:
+        name: Name for the records.
+        whole_batches: Whether a draw's rounding depends on its batch, so that a batch with anything missing is drawn
+            whole again after an interruption.
+    """
+
+    name: str
+    whole_batches: bool
+
+    def draw(
+        self, batches: Iterable[Sequence[Request]], options: SamplingOptions
+    ) -> Iterator[list[tuple[Request, Outcome]]]:
+        """Draws one completion for each request, and yields groups of them as they are finished.
+
+        Args:
+            batches: Requests that may be drawn together; streamed.
+            options: How to draw.
+
+        Raises:
+            UserError: The engine cannot go on. What was finished has been yielded before.
+        """
+        ...

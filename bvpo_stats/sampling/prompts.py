@@ -1,0 +1,155 @@
+"""Where prompts come from: JSONL files, datasets and their usual column layouts, the embedded task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.records import Prompt
+from bvpo_stats.store.jsonl import read_json_list, read_jsonl
+
+EMBEDDED = "embedded"
+_TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
+_GOLD_FIELDS = ("gold", "answer", "solution")
+_HUB_FILE = "hf://"
+
+
+def load_prompts(source: str, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
+    """Streams prompts from a source.
+
+    Args:
+        source: ``embedded``, a ``.jsonl`` file, or whatever ``datasets.load_dataset`` accepts.
+        limit: Stop after this many.
+        split: Split of a dataset.
+
+    Yields:
+        Prompts with unique ids; rows without an id get ``p`` + the first 16 hex digits of the text's SHA-256.
+
+    Raises:
+        UserError: Missing source, no prompts, a row without a prompt, or a prompt id met twice.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least 1 prompt is needed.")
+    prompts = _unique(_rows(source, split))
+    found = False
+    for prompt in islice(prompts, limit):
+        found = True
+        yield prompt
+    if not found:
+        raise UserError(f"{source} holds no prompts. Give a JSONL file with one object a line and a field `prompt`.")
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
+    if source == EMBEDDED:
+        from bvpo_stats.embedded.assets import embedded_prompts
+
+        for number, prompt in enumerate(embedded_prompts(), start=1):
+            yield f"embedded:{number}", prompt
+        return
+    for where, row in source_rows(source, split):
+        yield where, prompt_from_row(row, where)
+
+
+def source_rows(source: str, split: str, option: str = "--prompts") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Streams the rows of a file or dataset, each with its place for error messages.
+
+    Args:
+        source: A JSONL file, a ``.json`` file with a list of objects, a Parquet file, a single file on the hub
+            (``hf://datasets/OWNER/NAME/PATH.json``), or whatever ``datasets.load_dataset`` accepts.
+        split: Split of a dataset.
+        option: The option that named the source, for error messages.
+
+    Raises:
+        UserError: Missing or unreadable source.
+    """
+    path = Path(source)
+    if path.is_dir() or not path.exists() or path.suffix in (".parquet", ".arrow"):
+        yield from _dataset_rows(source, split, option)
+    elif path.suffix == ".json":
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(read_json_list(path), start=1))
+    else:
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+
+
+def _dataset_rows(source: str, split: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source)
+    looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt")
+    if not path.exists() and looks_like_a_path and not source.startswith(_HUB_FILE):
+        raise UserError(f"The file {source} does not exist. Check {option}.")
+    import datasets
+
+    try:
+        if path.is_file():
+            rows: Iterable[Any] = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        elif source.startswith(_HUB_FILE):
+            rows = datasets.load_dataset("json", data_files=source, split="train")
+        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            rows = datasets.load_dataset(source, split=split, streaming=True)
+        iterator = iter(rows)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"Cannot load {option} {source!r} (split {split!r}): {reason} "
+            "Give a JSONL file with one object a line, or a dataset that `datasets` can load."
+        ) from error
+    for number, row in enumerate(iterator, start=1):
+        yield f"{source}[{number}]", dict(row)
+
+
+def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
+    """Recognises the usual layouts of a prompt.
+
+    A text stands under ``prompt`` (or ``question``, ``problem``, ``instruction``). Messages (under ``prompt`` or
+    ``messages``) give their last user turn before any assistant turn; UltraFeedback's ``prompt`` string with
+    ``chosen``/``rejected`` message lists is the first case.
+
+    Raises:
+        UserError: No such field, an empty prompt, or several user turns (only single-turn prompts are defined here).
+    """
+    text = next((row[name] for name in _TEXT_FIELDS if row.get(name) is not None), row.get("messages"))
+    if isinstance(text, list):
+        text = _single_user_turn(text, where)
+    if not isinstance(text, str):
+        raise UserError(f"{where}: no field `prompt` with a text or messages (fields: {', '.join(row) or 'none'}).")
+    if not text.strip():
+        raise UserError(f"{where}: the prompt is empty.")
+    gold = next((row[name] for name in _GOLD_FIELDS if isinstance(row.get(name), (str, int, float))), None)
+    identifier = next((row[name] for name in ("prompt_id", "id", "uid") if row.get(name) is not None), None)
+    if identifier is None:
+        identifier = "p" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Prompt(prompt_id=str(identifier), prompt=text, gold=None if gold is None else str(gold))
+
+
+def _single_user_turn(messages: list[Any], where: str) -> str:
+    turns: list[str] = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role == "assistant":
+            break
+        if role == "user":
+            turns.append(str(message.get("content", "")))
+        else:
+            raise UserError(f"{where}: a message with role {role!r}; only single user turns are supported.")
+    if len(turns) != 1:
+        raise UserError(f"{where}: {len(turns)} user turns before the answer; exactly one is supported.")
+    return turns[0]
+
+
+def _unique(rows: Iterable[tuple[str, Prompt]]) -> Iterator[Prompt]:
+    seen: dict[bytes, str] = {}
+    for where, prompt in rows:
+        key = hashlib.sha256(prompt.prompt_id.encode()).digest()[:12]
+        if key in seen:
+            raise UserError(
+                f"{where}: prompt id {prompt.prompt_id!r} occurs twice (first at {seen[key]}). "
+                "Make ids unique; repeated questions would count as independent clusters."
+            )
+        seen[key] = where
+        yield prompt

@@ -1,0 +1,47 @@
+"""Rewards of final answers: reward models, verifiers, functions, files, behind one small interface."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
+from bvpo_stats.sampling.rewards.embedded import EmbeddedReward
+from bvpo_stats.sampling.rewards.entry_point import FunctionReward
+from bvpo_stats.sampling.rewards.mathematics import MathVerifyReward
+from bvpo_stats.sampling.rewards.score_file import FileReward
+from bvpo_stats.sampling.rewards.sequence_classifier import ModelReward, RewardModelOptions
+
+__all__ = ["Answer", "Reward", "load_reward", "score_answers"]
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Reward:
+    """The reward behind a ``--reward`` value.
+
+    Args:
+        spec: ``embedded``, ``math-verify``, ``model:PATH`` (sequence-classification reward model, folder or hub id),
+            ``file:scores.jsonl`` (scores computed elsewhere) or ``module:function`` (Python).
+        device: Where a reward model goes.
+        dtype: In which type it is loaded.
+        trust_remote_code: Runs code shipped with a reward model.
+
+    Raises:
+        UserError: An unknown spec, or a reward that cannot be loaded.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == EmbeddedReward.identity:
+        return EmbeddedReward()
+    if spec == MathVerifyReward.identity:
+        return MathVerifyReward()
+    if kind == "model" and rest:
+        return ModelReward(RewardModelOptions(rest, device, dtype, trust_remote_code))
+    if kind == "file" and rest:
+        return FileReward(Path(rest).expanduser())
+    if kind not in ("model", "file") and _FUNCTION.fullmatch(spec):
+        return FunctionReward(spec)
+    raise UserError(
+        f"--reward {spec}: unknown. Choose embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."
+    )

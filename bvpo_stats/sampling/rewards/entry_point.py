@@ -1,0 +1,80 @@
+"""Any Python function as a reward, in the calling convention of TRL's reward functions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.sampling.rewards.base import Answer
+
+
+class FunctionReward:
+    """Calls ``function(prompts=[...], completions=[...], gold=[...]) -> [score or None, ...]``.
+
+    ``completions`` are final answers, traces left out. Scores must depend on these three alone.
+
+    Args:
+        spec: ``module:function``; the module is looked for in the working folder too.
+
+    Raises:
+        UserError: The module cannot be imported, or has no such function.
+    """
+
+    text_only = True
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._function = _import(spec)
+        self.identity = f"{spec}@{_fingerprint(self._function)}"
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        """One score per answer.
+
+        Raises:
+            UserError: The function fails, or returns something other than numbers.
+        """
+        try:
+            scores = self._function(
+                prompts=[answer.prompt for answer in answers],
+                completions=[answer.text for answer in answers],
+                gold=[answer.gold for answer in answers],
+            )
+            return [None if score is None else float(score) for score in scores]
+        except Exception as error:  # the function is the user's program; whatever it raises is about that program
+            raise UserError(
+                f"--reward {self._spec} fails with {type(error).__name__}: {error}. It is called as function("
+                "prompts=[...], completions=[...], gold=[...]) and must return a list of numbers or None."
+            ) from error
+
+
+def _import(spec: str) -> Callable[..., Any]:
+    module_name, _, name = spec.partition(":")
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"--reward {spec}: cannot import {module_name} ({type(error).__name__}: {error}).") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {spec}: the module {module_name} has no function {name!r}.")
+    return function
+
+
+def _fingerprint(function: Callable[..., Any]) -> str:
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # built in, or defined where no source is kept
+        source = repr(getattr(function, "__qualname__", ""))
+    return hashlib.sha256(source.encode()).hexdigest()[:12]

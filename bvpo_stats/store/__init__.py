@@ -1,0 +1,1 @@
+"""Files that outlive a kill: run folders, append-only rows, tables."""

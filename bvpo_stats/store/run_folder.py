@@ -1,0 +1,146 @@
+"""The output folder of one run: its identity, its locks, its append-only files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.store.jsonl import repair_tail, write_atomic
+from bvpo_stats.store.shards import WHOLE, Shard
+
+try:
+    import fcntl
+except ImportError:  # no advisory locks on this platform; two writers remain the user's business
+    fcntl = None  # type: ignore[assignment]
+
+RUN_FILE = "run.json"
+_LOCK = ".lock"
+_SETUP_LOCK = ".lock-setup"
+
+
+@contextmanager
+def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Shard = WHOLE) -> Iterator[Path]:
+    """Creates or re-opens the folder of a run and holds its lock.
+
+    A run is resumed only by the same command with the same ``identity``: everything that decides its numbers (model,
+    prompts, seed, ...), and nothing that does not (device, batch size). Half-written last lines of the JSONL files that
+    this process writes are cut on the way in. Shards of one run may share the folder, each with its own files and lock.
+
+    Args:
+        folder: The output folder.
+        command: Name of the command, e.g. ``variance``.
+        identity: JSON-ready description of what decides the results.
+        shard: Which part of the run this process does.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UserError: The folder holds something else, belongs to a different run, or another process is writing to it.
+    """
+    identity = json.loads(json.dumps({"command": command, **identity}))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file. Name a folder.")
+    _check_contents(folder, identity)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot create {folder}: {error.strerror}. Check the path and its permissions.") from error
+    with ExitStack() as locks:
+        with _open_lock(folder, _SETUP_LOCK) as setup:
+            _lock(setup, wait=True)  # two shards may set the folder up at the same moment
+            _check_contents(folder, identity)
+            _take_locks(folder, shard, locks)
+            if not (folder / RUN_FILE).exists():
+                write_atomic(folder / RUN_FILE, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        for file in folder.glob(f"*{shard.suffix}.jsonl"):
+            if file.is_file():
+                repair_tail(file)
+        yield folder
+
+
+def _check_contents(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / RUN_FILE
+    # Listed before run.json is looked for: a run writes run.json first, so if it is still missing after other files
+    # were seen, they are no run's. The other way round, a shard that starts meanwhile would look like a stranger.
+    strangers = folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir())
+    if path.exists():
+        _check_same_run(folder, path, identity)
+    elif strangers:
+        raise UserError(
+            f"--output {folder} is not empty and holds no run of bvpo-stats. Nothing was overwritten; name a new "
+            "folder."
+        )
+
+
+def _is_ours(name: str) -> bool:
+    """Files that a run killed during its set-up leaves behind."""
+    return name.startswith(_LOCK) or name == f"{RUN_FILE}.tmp"
+
+
+def _check_same_run(folder: Path, path: Path, identity: dict[str, Any]) -> None:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path} ({error}). Name a new --output folder.") from error
+    differing = [
+        f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} now"
+        for key in sorted(set(stored) | set(identity))
+        if stored.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"--output {folder} belongs to a different run ({'; '.join(differing)}). "
+            "Nothing was overwritten; name a new folder, or repeat the settings of the old run to resume it."
+        )
+
+
+def _take_locks(folder: Path, shard: Shard, held: ExitStack) -> None:
+    """The whole run excludes everybody; shards exclude the whole run, themselves, and shards of another count."""
+    run = held.enter_context(_open_lock(folder, _LOCK))
+    if not _lock(run, shared=not shard.whole):
+        raise UserError(f"Another process is writing to {folder}. Wait for it, or name another folder.")
+    if shard.whole:
+        return
+    for path in folder.glob(f"{_LOCK}-*-of-*"):
+        if not path.name.endswith(f"-of-{shard.count:05d}"):
+            with _open_lock(folder, path.name) as other:
+                if not _lock(other):
+                    raise UserError(
+                        f"Another process is writing shard{path.name.removeprefix(_LOCK)} to {folder}. "
+                        "Shards of one folder must agree on their number."
+                    )
+    own = held.enter_context(_open_lock(folder, _LOCK + shard.suffix))
+    if not _lock(own):
+        raise UserError(
+            f"Another process is writing shard {shard.index}/{shard.count} to {folder}. Wait for it, or give another "
+            "shard."
+        )
+
+
+def _open_lock(folder: Path, name: str) -> IO[str]:
+    try:
+        return (folder / name).open("a")
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}. Check its permissions.") from error
+
+
+def _lock(handle: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
+    """Takes an advisory lock that ends with the process; False where somebody else holds it."""
+    if fcntl is None:
+        return True
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, mode if wait else mode | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    if not shared and not wait:
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")  # for whoever wonders which process it is
+        handle.flush()
+    return True

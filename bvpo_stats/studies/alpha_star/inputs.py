@@ -1,0 +1,254 @@
+"""What an alpha-star run starts from: pairs of both kinds, traces, and the parameters to study."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.references import at_reference
+from bvpo_stats.model.policy import EMBEDDED, Policy
+from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
+from bvpo_stats.records import Mode, PreferencePair, TraceRecord, from_dict
+from bvpo_stats.store.jsonl import read_jsonl
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class AlphaInputs:
+    """Where the records of a run are.
+
+    Attributes:
+        pairs: D_t: ``embedded``, a file, or the folder of a pairs run.
+        empty_pairs: D_e, likewise; None for what lies beside D_t.
+        traces: Trace bank: a file or the folder of a traces run; None for none (or the embedded one).
+        limit: Use only the first so many prompts.
+    """
+
+    pairs: str = EMBEDDED
+    empty_pairs: str | None = None
+    traces: str | None = None
+    limit: int | None = None
+
+    def paths(self) -> tuple[Path, Path, Path | None]:
+        """Files of D_t, D_e and the traces.
+
+        Raises:
+            UserError: One of them is not there.
+        """
+        return self.set_path("thinking"), self.set_path("nothinking"), self.traces_path()
+
+    def set_path(self, mode: Mode) -> Path:
+        """File of D_t (``thinking``) or D_e (``nothinking``).
+
+        Raises:
+            UserError: It is not there.
+        """
+        if mode == "thinking":
+            return _locate(self.pairs, "thinking", "--pairs")
+        return _locate(self.pairs if self.empty_pairs is None else self.empty_pairs, "nothinking", "--empty-pairs")
+
+    def traces_path(self) -> Path | None:
+        """File of the trace bank; None where there is none.
+
+        Raises:
+            UserError: It is not there.
+        """
+        traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
+        return None if traces is None else _locate(traces, "traces", "--traces")
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """Which parameters theta is.
+
+    Attributes:
+        params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
+            has one, else of the Linear weights of the model itself.
+        lora: The new adapter, where the policy has none and no patterns are given.
+    """
+
+    params: tuple[str, ...] = ()
+    lora: LoraOptions = field(default_factory=LoraOptions)
+
+
+def prepare_subset(policy: Policy, options: SubsetOptions) -> tuple[Policy, Subset, str]:
+    """The policy with its parameters selected: a loaded adapter's, named weights, or those of a fresh LoRA adapter.
+
+    A fresh adapter has B = 0, hence theta = theta_ref.
+
+    Returns:
+        The policy (wrapped, where an adapter was added), the subset, and the choice in words.
+
+    Raises:
+        UserError: The selection is empty or not supported.
+    """
+    model: Any = policy.model
+    if hasattr(model, "disable_adapter"):
+        subset = lora_subset(model, options.params or None)
+        return policy, subset, f"loaded adapter{_chosen(options.params)}"
+    if options.params:
+        return policy, linear_subset(model, options.params), f"weights of {', '.join(options.params)}"
+    model = create_lora(model, options.lora)
+    targets = options.lora.targets if isinstance(options.lora.targets, str) else ", ".join(options.lora.targets)
+    words = f"fresh LoRA adapter, rank {options.lora.r}, on {targets}"
+    return replace(policy, model=model), lora_subset(model), words
+
+
+def theta_words(policy: Policy, subset: Subset, words: str) -> str:
+    """What theta is, and what the start of LoRA means for it: the gradient of A is B' times something, so zero.
+
+    Args:
+        policy: The policy at theta.
+        subset: The parameters theta.
+        words: What they are.
+    """
+    if at_reference(policy) and any(".lora_A." in name for name in subset.parameters):
+        return f"{words} (with B = 0, so that only the B half has a gradient yet and A has none)"
+    return words
+
+
+def _chosen(params: Sequence[str]) -> str:
+    return f", layers {', '.join(params)}" if params else ""
+
+
+def load_pairs(inputs: AlphaInputs) -> list[PreferencePair]:
+    """D_t and D_e of the prompts that have both, in the order of D_t.
+
+    Raises:
+        UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
+    """
+    return shared_pairs([*load_set(inputs, "thinking"), *load_set(inputs, "nothinking")], inputs.limit)
+
+
+def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
+    """All pairs of D_t (``thinking``) or D_e (``nothinking``).
+
+    Raises:
+        UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
+    """
+    path, option = inputs.set_path(mode), "--pairs" if mode == "thinking" else "--empty-pairs"
+    return list(_pairs(path, mode, option))
+
+
+def shared_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[PreferencePair]:
+    """The pairs of the prompts that have both kinds, of the first ``limit`` such prompts.
+
+    Raises:
+        UserError: No prompt has both kinds.
+    """
+    by_mode: dict[str, dict[str, None]] = {"thinking": {}, "nothinking": {}}
+    for pair in pairs:
+        by_mode[pair.mode][pair.prompt_id] = None
+    shared = [prompt for prompt in by_mode["thinking"] if prompt in by_mode["nothinking"]]
+    if not shared:
+        there, other = (next(iter(found), "none") for found in by_mode.values())
+        raise UserError(
+            f"D_t and D_e share no prompts (prompt ids there: {there!r}, ...; here: {other!r}, ...); give pairs that "
+            "were made from the same samples."
+        )
+    if limit is not None:
+        if limit < 1:
+            raise UserError(f"--limit {limit}: at least 1 prompt is needed.")
+        shared = shared[:limit]
+    kept = set(shared)
+    return [pair for pair in pairs if pair.prompt_id in kept]
+
+
+def load_traces(inputs: AlphaInputs, prompts: Iterable[str]) -> list[TraceRecord]:
+    """The bank's traces of some prompts.
+
+    Raises:
+        UserError: Records are missing fields.
+    """
+    path = inputs.traces_path()
+    if path is None:
+        return []
+    wanted = set(prompts)
+    records = (from_dict(TraceRecord, row, where) for where, row in _rows(path))
+    return [record for record in records if record.prompt_id in wanted]
+
+
+def fingerprints(inputs: AlphaInputs) -> dict[str, str | None]:
+    """Hashes of the input files: what tells two runs apart."""
+    names = ("pairs", "empty_pairs", "traces")
+    return {name: None if path is None else _digest(path) for name, path in zip(names, inputs.paths(), strict=True)}
+
+
+def _pairs(path: Path, mode: Mode, option: str) -> Iterator[PreferencePair]:
+    found = False
+    for where, row in _rows(path):
+        pair = from_dict(PreferencePair, row, where)
+        if pair.mode != mode:
+            raise UserError(f"{option} {path}: {where} is a {pair.mode} pair; {mode} pairs are needed here.")
+        found = True
+        yield pair
+    if not found:
+        raise UserError(f"{option} {path} holds no pairs.")
+
+
+def _locate(source: str, stem: str, option: str) -> Path:
+    if source == EMBEDDED:
+        folder = Path(__file__).resolve().parents[2] / "embedded" / "data"
+        path = _in_folder(folder, stem)
+        if path is None:
+            raise UserError(
+                f"{option}: this installation has no embedded pairs; make some with bvpo-stats sample, pairs and "
+                "traces, and give them as --pairs, --empty-pairs and --traces."
+            )
+        return path
+    given = Path(source).expanduser()
+    if given.is_dir():
+        path = _in_folder(given, stem)
+        if path is None:
+            raise UserError(f"{option} {source}: the folder holds no {stem}{_SUFFIXES[0]}.")
+        return path
+    if not given.is_file():
+        raise UserError(f"{option} {source}: no such file. Give a {stem}.jsonl, or the folder of the run that made it.")
+    return given
+
+
+def _in_folder(folder: Path, stem: str) -> Path | None:
+    return next((path for suffix in _SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(how errors name it, row) of a JSONL, gzipped JSONL or Parquet file."""
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as handle:
+            for number, line in enumerate(handle, start=1):
+                yield f"{path}:{number}", json.loads(line)
+    else:
+        for number, row in read_jsonl(path):
+            yield f"{path}:{number}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=512):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"Cannot read {path} ({str(error).splitlines()[0]}). Is it a Parquet file?") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,170 @@
+"""The alpha-star report: everything that its table, its figures and its files are made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.drift import AlphaRange
+from bvpo_stats.studies.alpha_star.entries import (
+    CurvePoint,
+    Layer,
+    LayerGain,
+    Marginal,
+    Uncertainty,
+    Verdict,
+    Weight,
+)
+from bvpo_stats.studies.report_file import to_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AlphaReport:
+    """The answer to "which alpha, for my model, my batch size and my step size, and how sure are you?".
+
+    All errors are those of one step, ``norm(bias)^2 + (eta L / B) Var``.
+
+    Attributes:
+        model: Identity of the policy.
+        template: Its protocol.
+        objective: Loss and its constants.
+        subset: What the parameters are.
+        n_prompts: Prompts (clusters).
+        n_examples: Pairs of pairs.
+        n_parameters: Dimension of theta.
+        n_groups: Jackknife groups that hold prompts.
+        seed: Seed of the run.
+        level: Confidence level.
+        batch_size: B.
+        eta_l: Learning rate times smoothness.
+        curvature: How ``eta_l`` was measured, None where it was given.
+        alpha_star: alpha* at this B and eta L; None where mu is not estimable.
+        alpha_var: Variance-only limit ``tr(Sigma_e - Sigma_te) / Q1``, which needs no mu. It is not alpha*.
+        alpha_bias: Bias-only limit, what large batches tend to.
+        alpha_j: Minimiser of the descent bound with no term dropped, where eta L < 1.
+        alpha_adam: alpha* in Adam's metric, where an optimizer state was given.
+        alpha_direction: Weight for optimizers that ignore a gradient's length.
+        alpha_range: Where alpha* lies, after a small drift that leaves mu not estimable. It is no estimate of alpha*.
+        mse: Errors of ``trace``, ``empty``, ``zero``, ``half`` (the paper's 0.5), ``alpha_star``, ``shrunk_trace``.
+        bias_sq: ``trace``: norm(b_t)^2, ``empty``: norm(b_e)^2, ``cross``: b_t . b_e.
+        variance: Per example: ``trace``, ``empty``, ``cross`` and ``trace_sampling`` (Theorem 1's part of ``trace``).
+        trace_sampling_share: ``trace_sampling / trace``.
+        n_second_draws: Examples behind ``trace_sampling``: those with a second trace draw for both answers.
+        uncertainty: Standard errors and intervals of ``mse``, ``bias_sq`` and ``variance``, by the same names.
+        curve: alpha* over batch sizes.
+        parabola: ``alpha``, ``value``, ``low``, ``high`` of the error over alpha.
+        verdict: On the paper's 0.5.
+        layers: Per block.
+        layer_gain: What they save.
+        marginal: Where mu came from.
+        warnings: What a reader must know before quoting a number.
+        versions: Software.
+    """
+
+    model: str
+    template: str
+    objective: dict[str, Any]
+    subset: str
+    n_prompts: int
+    n_examples: int
+    n_parameters: int
+    n_groups: int
+    seed: int
+    level: float
+    batch_size: float
+    eta_l: float
+    curvature: dict[str, Any] | None
+    alpha_star: Weight | None
+    alpha_var: Weight
+    alpha_bias: Weight | None
+    alpha_j: Weight | None
+    alpha_adam: Weight | None
+    alpha_direction: Weight | None
+    alpha_range: AlphaRange | None
+    mse: dict[str, float | None]
+    bias_sq: dict[str, float | None]
+    variance: dict[str, float | None]
+    trace_sampling_share: Weight | None
+    n_second_draws: int
+    uncertainty: dict[str, dict[str, Uncertainty]]
+    curve: list[CurvePoint]
+    parabola: dict[str, list[float]]
+    verdict: Verdict | None
+    layers: list[Layer]
+    layer_gain: LayerGain | None
+    marginal: Marginal
+    warnings: list[str]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as it stands in ``report.json``."""
+        return {"study": "alpha-star", **asdict(self)}
+
+    def to_json(self) -> str:
+        """The text of ``report.json``."""
+        return to_json(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> AlphaReport:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            UserError: Not JSON, or not an alpha-star report.
+        """
+        try:
+            plain = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"This is not JSON ({error}). Give the report.json of an alpha-star run.") from error
+        return cls.from_dict(plain)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> AlphaReport:
+        """Reads what `to_dict` made.
+
+        Raises:
+            UserError: Not an alpha-star report.
+        """
+        try:
+            return cls(**cls._values(plain))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"This is no alpha-star report ({error}). Give the report.json of such a run.") from error
+
+    @classmethod
+    def _values(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        values = {f.name: plain[f.name] for f in fields(cls)}
+        kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(cls)}
+        single = {"Weight": Weight, "Verdict": Verdict, "LayerGain": LayerGain, "Marginal": Marginal,
+                  "AlphaRange": AlphaRange}  # fmt: skip
+        several = {"list[CurvePoint]": CurvePoint, "list[Layer]": Layer}
+        for name, value in values.items():
+            if value is None:
+                continue
+            if kinds[name] in single:
+                values[name] = _build(single[kinds[name]], value)
+            elif kinds[name] in several:
+                values[name] = [_build(several[kinds[name]], entry) for entry in value]
+        values["uncertainty"] = {
+            part: {name: _build(Uncertainty, entry) for name, entry in entries.items()}
+            for part, entries in plain["uncertainty"].items()
+        }
+        return values
+
+    def plot(self, folder: Path | str) -> list[Path]:
+        """Draws the figures into a folder and returns their paths."""
+        from bvpo_stats.studies.alpha_star.figures import alpha_figures
+
+        return alpha_figures(self.to_dict(), Path(folder))
+
+    def _repr_html_(self) -> str:
+        from bvpo_stats.studies.alpha_star.output import html
+
+        return html(self)
+
+
+def _build(kind: type[T], value: dict[str, Any]) -> T:
+    return kind(**value)

@@ -1,0 +1,286 @@
+"""The alpha-star study: stream gradients into moments, resume, merge processes, report (Theorems 1, 2 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bvpo_stats.distributed import World, joined_world
+from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
+from bvpo_stats.gradients.drift import project_sides
+from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
+from bvpo_stats.gradients.objectives import LOSSES, Objective
+from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
+from bvpo_stats.model.optimizer_state import read_second_moments
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device
+from bvpo_stats.model.subset import Subset, lora_subset
+from bvpo_stats.progress import progress
+from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.statistics.drift import DriftBound, drift_bound
+from bvpo_stats.statistics.moments import DEFAULT_GROUPS, Moments
+from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.shards import Shard
+from bvpo_stats.studies.alpha_star.analysis import Measured, analyse, check_groups
+from bvpo_stats.studies.alpha_star.inputs import (
+    AlphaInputs,
+    SubsetOptions,
+    fingerprints,
+    load_pairs,
+    load_traces,
+    prepare_subset,
+    shared_pairs,
+    theta_words,
+)
+from bvpo_stats.studies.alpha_star.marginal import bias_warnings, marginal_entry
+from bvpo_stats.studies.alpha_star.output import markdown
+from bvpo_stats.studies.alpha_star.report import AlphaReport
+from bvpo_stats.studies.alpha_star.settings import AlphaContext, AlphaSettings
+from bvpo_stats.studies.alpha_star.state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
+
+
+@dataclass(frozen=True)
+class AlphaOptions:
+    """How alpha* is estimated.
+
+    Attributes:
+        stream: Loss, marginal estimator, budgets.
+        settings: Batch size, step size, level.
+        groups: Jackknife groups, G.
+        curvature: Measure eta L with this; None to take it from ``settings``.
+        second_moments: Adam's second moments by parameter name, for alpha in Adam's metric; None for none.
+        epsilon: Adam's epsilon.
+    """
+
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    settings: AlphaSettings = field(default_factory=AlphaSettings)
+    groups: int = DEFAULT_GROUPS
+    curvature: CurvatureOptions | None = None
+    second_moments: dict[str, NDArray] | None = None
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True)
+class AlphaConfig:
+    """Settings of an alpha-star run.
+
+    Attributes:
+        policy: Which model.
+        inputs: Where pairs and traces are.
+        subset: Which parameters.
+        options: How.
+        optimizer_state: File of Adam's state.
+    """
+
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    inputs: AlphaInputs = field(default_factory=AlphaInputs)
+    subset: SubsetOptions = field(default_factory=SubsetOptions)
+    options: AlphaOptions = field(default_factory=AlphaOptions)
+    optimizer_state: Path | None = None
+
+
+def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
+    """Runs (or resumes) an alpha-star study in a folder and writes its report and figures.
+
+    The gradients are what takes time; batch size, step size and level only enter at the end. The same folder therefore
+    answers for another batch size without touching the model again.
+
+    Started by ``torchrun`` or ``accelerate launch``, each process takes its share of the prompts; the first one merges
+    and writes.
+
+    Returns:
+        The report; None in all processes but the first.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message.
+    """
+    with joined_world() as world:
+        identity = fingerprints(config.inputs)
+        pairs = load_pairs(config.inputs)
+        check_groups(_prompts(pairs), config.options.groups)
+        traces = load_traces(config.inputs, {pair.prompt_id for pair in pairs})
+        policy, subset, words = prepare_subset(
+            load_policy(on_own_device(config.policy, world.local_rank, world.size)), config.subset
+        )
+        options = config.options
+        if config.optimizer_state is not None:
+            options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
+        identity |= _identity(config, policy, words)
+        with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
+            report = _estimate(policy, subset, pairs, _Pass(traces, options, words, folder, world))
+            if world.leads:
+                _write(report, folder)
+        return report if world.leads else None
+
+
+def estimate_alpha_star(
+    policy: Policy,
+    pairs: Sequence[PreferencePair],
+    *,
+    traces: Sequence[TraceRecord] = (),
+    subset: Subset | None = None,
+    options: AlphaOptions | None = None,
+) -> AlphaReport:
+    """alpha* of a policy on preference pairs, with intervals, curves, layers and diagnostics.
+
+    Args:
+        policy: The policy at theta, dropout off (`bvpo_stats.model.policy.load_policy`).
+        pairs: D_t and D_e records together, told apart by their ``mode``; prompts that lack one kind are left out.
+        traces: Trace bank of the D_t pairs, where theta is not theta_ref.
+        subset: The parameters theta; None for the policy's LoRA adapter.
+        options: Loss, batch size, step size, level, marginal estimator.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message.
+    """
+    options = options or AlphaOptions()
+    pairs = shared_pairs(pairs)
+    check_groups(_prompts(pairs), options.groups)
+    words = "given parameters" if subset is not None else "LoRA adapter"
+    return _estimate(policy, subset or lora_subset(policy.model), pairs, _Pass(traces, options, words))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass over the prompts needs besides policy and pairs."""
+
+    traces: Sequence[TraceRecord]
+    options: AlphaOptions
+    words: str
+    folder: Path | None = None
+    world: World = field(default_factory=World)
+
+
+def _estimate(policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass) -> AlphaReport:
+    options, world = run.options, run.world
+    choice = world.broadcast(choose_marginal(policy, pairs, run.traces, options.stream) if world.leads else None)
+    assert choice is not None  # rank 0 made one
+    state = _stream(policy, subset, pairs, run, choice)
+    states = world.gather(state.to_arrays())
+    report = None
+    if world.leads:
+        merged = merge_states(PassState.from_arrays(arrays) for arrays in states)
+        report = _report(policy, subset, pairs, run, (choice, merged))
+    sent = world.broadcast(report)
+    assert sent is not None
+    return sent
+
+
+def _stream(
+    policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass, choice: MarginalChoice
+) -> PassState:
+    """Gradients of this process's prompts into moments, from where an earlier run stopped."""
+    options, world = run.options, run.world
+    order = list(dict.fromkeys(pair.prompt_id for pair in pairs))
+    mine = set(order[world.rank :: world.size])
+    shard = Shard(world.rank + 1, world.size)
+    checkpoint = Checkpoint(None if run.folder is None else shard.file(run.folder, MOMENTS_FILE))
+    metric = None
+    if options.second_moments is not None:
+        metric = block_metric(subset, options.second_moments, options.epsilon)
+    stream = replace(options.stream, method=choice.method)
+    own_pairs = [pair for pair in pairs if pair.prompt_id in mine]
+    own_traces = [trace for trace in run.traces if trace.prompt_id in mine]
+    try:
+        with progress("Gradients", len(mine), "prompts", done=len(checkpoint.state.done)) as advance:
+            if mine - checkpoint.state.done:
+                batches = gradient_batches(
+                    policy, subset, own_pairs, stream, traces=own_traces, done=checkpoint.state.done
+                )
+                for batch in batches:
+                    checkpoint.update(checkpoint.state.add(batch, options.groups, metric))
+                    advance(len(set(batch.prompt_ids)))
+    finally:
+        checkpoint.save()
+    return checkpoint.state
+
+
+def _report(
+    policy: Policy,
+    subset: Subset,
+    pairs: list[PreferencePair],
+    run: _Pass,
+    found: tuple[MarginalChoice, PassState],
+) -> AlphaReport:
+    (choice, state), options = found, run.options
+    if state.moments is None:
+        raise UserError("No prompt gave gradients; check the pairs.")
+    settings, measured = options.settings, None
+    if options.curvature is not None:
+        curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
+        settings = replace(settings, eta_l=curvature.eta_l)
+        measured = asdict(curvature)
+    context = AlphaContext(
+        model=policy.identity,
+        template=policy.template.name,
+        objective=objective_words(options.stream.objective),
+        subset=theta_words(policy, subset, run.words),
+        n_parameters=subset.size,
+        seed=options.stream.seed,
+        curvature=measured,
+        warnings=bias_warnings(choice, pairs, run.traces),
+    )
+    measurements = Measured(
+        state.moments.finalize(),
+        marginal_entry(choice, state.diagnostics),
+        n_second_draws=state.moments.n_second_draws,
+        adam=None if state.adam is None else state.adam.finalize(),
+        halves=None if state.halves is None else state.halves.finalize(),
+        drift=_drift_bound(policy, subset, pairs, run, state.moments) if choice.rung == "small drift" else None,
+    )
+    return analyse(measurements, settings, context)
+
+
+def _drift_bound(
+    policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass, moments: Moments
+) -> DriftBound:
+    """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
+    options, (t, e) = run.options, (moments.mean(name) for name in ("t", "e"))
+    direction = {block: t[block] - e[block] for block in t}
+    sides = project_sides(policy, subset, pairs, direction, options.stream)
+    level = (1 + options.settings.level) / 2
+    return drift_bound(sides.log_ratios, sides.projections, options.stream.objective.beta, level)
+
+
+def objective_words(objective: Objective) -> dict[str, Any]:
+    """The loss under the name that users know it by, with the constants it has."""
+    names = {ours: theirs for theirs, ours in LOSSES.items()}
+    words: dict[str, Any] = {"loss": names[objective.name], "beta": objective.beta}
+    return words | ({"gamma": objective.gamma} if objective.name == "simpo" else {})
+
+
+def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]:
+    """What decides the moments; batch size, step size and level do not."""
+    stream, state = config.options.stream, config.optimizer_state
+    return {
+        "model": policy.identity,
+        "template": policy.template.name,
+        "dtype": str(policy.model.dtype),
+        "theta": words,
+        "params": list(config.subset.params),
+        "lora": None if config.policy.adapter else asdict(config.subset.lora),
+        "objective": asdict(stream.objective),
+        "marginal": stream.method,
+        "traces_per_answer": stream.traces_per_answer,
+        "half_splits": stream.half_splits,
+        "reference": stream.reference,
+        "groups": config.options.groups,
+        "limit": config.inputs.limit,
+        "seed": stream.seed,
+        "optimizer_state": None if state is None else str(state),
+    }
+
+
+def _prompts(pairs: Sequence[PreferencePair]) -> int:
+    return len({pair.prompt_id for pair in pairs})
+
+
+def _write(report: AlphaReport, folder: Path) -> None:
+    figures = report.plot(folder / "figures")
+    write_atomic(folder / "report.md", markdown(report, figures))
+    write_atomic(folder / "report.json", report.to_json())

@@ -1,0 +1,205 @@
+"""Settings of an evaluation, and who takes part in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
+from bvpo_stats.records import MODES, Mode
+from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.store.shards import WHOLE, Shard
+from bvpo_stats.studies.evaluate.report import BASE
+from bvpo_stats.studies.sample.run import ENGINES
+
+Task = Literal["math", "alpaca-eval", "arena-hard"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+# Appendix C.2: 32,768 tokens for mathematics, 8,192 for the alignment benchmarks.
+_MAX_NEW_TOKENS: dict[Task, int] = {"math": 32_768, "alpaca-eval": 8_192, "arena-hard": 8_192}
+_EMBEDDED_MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Judging answers by a reward model.
+
+    Attributes:
+        reward: What scores the answers, see :func:`~bvpo_stats.sampling.rewards.load_reward`.
+        baseline: File of the answers to beat: AlpacaEval's or Arena-Hard's format.
+    """
+
+    reward: str
+    baseline: Path
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation; the defaults are the paper's protocol on the embedded model and task.
+
+    Attributes:
+        policy: The base model; for ``openai`` its tokenizer, for ``file`` needed only where token ids are missing.
+        adapters: Adapters (or fully fine-tuned models) to compare with it: folders or hub ids, ``NAME=PATH`` to name
+            one; for ``openai``, the server's names of them.
+        task: ``math``, ``alpaca-eval`` or ``arena-hard``.
+        data: Problems or instructions; empty for the task's own.
+        split: Split of a dataset.
+        instruction: Added to each problem; None for the usual one.
+        samples: k, responses per problem and mode; None for the benchmark's own.
+        temperature: Sampling temperature (Section 5.1: 0.6).
+        top_p: Nucleus mass; 1 is off.
+        max_new_tokens: Cut-off; None for the task's own.
+        seed: Decides every draw.
+        modes: Which of Thinking and NoThinking.
+        limit: Only the first so many problems of each benchmark.
+        level: Confidence level.
+        engine: ``transformers``, ``openai`` or ``file``.
+        server: The server of the ``openai`` engine.
+        samples_from: The files of the ``file`` engine; the first is the base, the others are compared with it.
+        batch_size: Responses drawn at once, None for automatic.
+        shard: Which part of the sampling this process does.
+        judge: Judges the answers of the alignment tasks; None leaves that to the benchmarks' own tools.
+    """
+
+    policy: PolicyOptions | None = field(default_factory=PolicyOptions)
+    adapters: tuple[str, ...] = ()
+    task: Task = "math"
+    data: tuple[str, ...] = ()
+    split: str | None = None
+    instruction: str | None = None
+    samples: int | None = None
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    seed: int = 0
+    modes: tuple[Mode, ...] = MODES
+    limit: int | None = None
+    level: float = 0.95
+    engine: str = "transformers"
+    server: ServerOptions | None = None
+    samples_from: tuple[Path, ...] = ()
+    batch_size: int | None = None
+    shard: Shard = WHOLE
+    judge: JudgeOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise UserError(f"--task {self.task}: unknown. Choose one of {', '.join(TASKS)}.")
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine {self.engine}: unknown. Choose one of {', '.join(ENGINES)}.")
+        if not 0 < self.level < 1:
+            raise UserError(f"--level {self.level}: must lie between 0 and 1, e.g. 0.95.")
+        if self.policy is None and self.engine != "file":
+            raise UserError(f"--engine {self.engine} needs --model.")
+        if self.policy is not None and self.policy.adapter is not None:
+            raise UserError("The base of an evaluation is a model without an adapter; list adapters as `adapters`.")
+        if self.engine == "file":
+            self._check_files()
+        elif self.samples_from:
+            raise UserError("--samples-from is for --engine file.")
+        if self.task == "math":
+            if self.judge is not None:
+                raise UserError("--judge is for alpaca-eval and arena-hard; math answers are checked, not judged.")
+        elif self.samples not in (None, 1):
+            raise UserError(f"--samples {self.samples}: {self.task} reads one answer per prompt; leave it out.")
+
+    def _check_files(self) -> None:
+        if not self.samples_from:
+            raise UserError("--engine file needs the responses: --samples-from FILE.")
+        if self.adapters:
+            raise UserError("--engine file loads no adapters; give their responses as further --samples-from FILE.")
+
+    @property
+    def model(self) -> str:
+        """Name of the base model as it was asked for."""
+        if self.engine == "file":
+            return str(self.samples_from[0])
+        assert self.policy is not None
+        return self.policy.model
+
+    @property
+    def tokens(self) -> int:
+        """The cut-off: as asked for, else the task's own (256 for the embedded model's short responses)."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return _EMBEDDED_MAX_NEW_TOKENS if self.model == EMBEDDED else _MAX_NEW_TOKENS[self.task]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model of an evaluation.
+
+    Attributes:
+        label: ``base``, or the name of an adapter.
+        source: What was asked for, for the records.
+        adapter: Adapter on top of the base model.
+        model: Another model in the base model's place (a fully fine-tuned one).
+        served_model: The server's name for it.
+        samples_from: File of its responses.
+    """
+
+    label: str
+    source: str
+    adapter: str | None = None
+    model: str | None = None
+    served_model: str | None = None
+    samples_from: Path | None = None
+
+
+def contestants(config: EvaluateConfig) -> list[Contestant]:
+    """The base model and those compared with it, in that order.
+
+    Raises:
+        UserError: A folder that holds neither an adapter nor a model, or a name used twice.
+    """
+    if config.engine == "file":
+        found = [Contestant(path.stem, str(path), samples_from=path) for path in config.samples_from]
+        found[0] = replace(found[0], label=BASE)
+    else:
+        served = config.server.served_model if config.server else None
+        found = [Contestant(BASE, config.model, served_model=served)]
+        found += [_contestant(*_split_name(entry), engine=config.engine) for entry in config.adapters]
+    return _distinct_labels(found)
+
+
+def _split_name(entry: str) -> tuple[str | None, str]:
+    name, equals, path = entry.partition("=")
+    return (name, path) if equals and "/" not in name else (None, entry)
+
+
+def _contestant(name: str | None, source: str, *, engine: str) -> Contestant:
+    if engine == "openai":
+        return Contestant(name or source, source, served_model=source)
+    folder = Path(source).expanduser()
+    label = name or folder.name
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            return Contestant(label, source, adapter=str(folder))
+        if (folder / "config.json").is_file():
+            return Contestant(label, source, model=str(folder))
+        raise UserError(f"--adapter {source}: the folder holds neither an adapter_config.json nor a config.json.")
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"--adapter {source}: no such folder. Give the folder or the hub id of an adapter.")
+    return Contestant(label, source, adapter=source)
+
+
+def _distinct_labels(found: Sequence[Contestant]) -> list[Contestant]:
+    """Labels name folders: anything unusual is replaced, and a label met before is lengthened by the parent folder."""
+    result: list[Contestant] = []
+    for contestant in found:
+        label = _tidy(contestant.label)
+        taken = {other.label for other in result}
+        if label in taken:
+            label = f"{_tidy(Path(contestant.source).expanduser().resolve().parent.name)}-{label}"
+        if label in taken:
+            raise UserError(f"Two models are called {label}. Name one of them: --adapter NAME={contestant.source}.")
+        result.append(replace(contestant, label=label))
+    return result
+
+
+def _tidy(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-.") or "model"

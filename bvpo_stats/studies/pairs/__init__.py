@@ -1,0 +1,1 @@
+"""The pairs study: preference data from samples."""

@@ -1,0 +1,157 @@
+"""What a pairs run reports: how many pairs, and what was set aside and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bvpo_stats.records import Mode, PreferencePair
+from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
+
+_COUNTS = (
+    "prompts",
+    "responses",
+    "truncated",
+    "unclosed",
+    "unscored",
+    "too_few",
+    "identical",
+    "ties",
+    "pairs",
+    "shared_best",
+    "shared_worst",
+    "other_tokens",
+)
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """Counts of one mode.
+
+    ``prompts = pairs + too_few + identical + ties``; responses set aside are not among those that could be chosen.
+
+    Attributes:
+        prompts: Prompts with at least one response.
+        responses: All responses.
+        truncated: Responses cut at the token limit.
+        unclosed: Responses that ended without closing their trace.
+        unscored: Complete responses without a reward.
+        too_few: Prompts with fewer than two complete, scored responses.
+        identical: Prompts whose answers (or whose best and worst) are the same text.
+        ties: Prompts whose different answers all have the same reward.
+        pairs: Pairs.
+        shared_best: Pairs whose largest reward several responses share; the lowest sample index was taken.
+        shared_worst: The same for the smallest reward.
+        other_tokens: Pairs whose text a tokenising trainer would read as other tokens than the sampler wrote.
+        mean_gap: Mean of chosen minus rejected reward; None without pairs.
+        min_gap: Smallest gap.
+        max_gap: Largest gap.
+        mean_chosen_tokens: Mean length of the chosen completions.
+        mean_rejected_tokens: Mean length of the rejected completions.
+    """
+
+    prompts: int
+    responses: int
+    truncated: int
+    unclosed: int
+    unscored: int
+    too_few: int
+    identical: int
+    ties: int
+    pairs: int
+    shared_best: int
+    shared_worst: int
+    other_tokens: int
+    mean_gap: float | None
+    min_gap: float | None
+    max_gap: float | None
+    mean_chosen_tokens: float | None
+    mean_rejected_tokens: float | None
+
+
+@dataclass
+class ModeTally:
+    """Running counts of one mode; see :class:`ModeSummary`."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    gap_sum: float = 0.0
+    gap_range: tuple[float, float] = (float("inf"), float("-inf"))
+    tokens: tuple[int, int] = (0, 0)
+
+    def count(self, responses: Sequence[ScoredCompletion], choice: Choice | SetAside) -> None:
+        """Counts one prompt's responses and what came of them."""
+        counts = self.counts
+        counts["prompts"] += 1
+        counts["responses"] += len(responses)
+        for response in responses:
+            completion = response.completion
+            if completion.finish_reason != "stop":
+                counts["truncated"] += 1
+            elif completion.answer_start is None:
+                counts["unclosed"] += 1
+            elif response.reward is None:
+                counts["unscored"] += 1
+        if isinstance(choice, Choice):
+            counts["pairs"] += 1
+            counts["shared_best"] += choice.n_best > 1
+            counts["shared_worst"] += choice.n_worst > 1
+        else:
+            counts[{"too few": "too_few", "identical": "identical", "tie": "ties"}[choice]] += 1
+
+    def count_pair(self, pair: PreferencePair, *, exact_text: bool) -> None:
+        """Counts a pair's gap and lengths."""
+        gap = pair.chosen_reward - pair.rejected_reward
+        self.gap_sum += gap
+        self.gap_range = (min(self.gap_range[0], gap), max(self.gap_range[1], gap))
+        self.tokens = (self.tokens[0] + len(pair.chosen_ids), self.tokens[1] + len(pair.rejected_ids))
+        self.counts["other_tokens"] += not exact_text
+
+    def summary(self) -> ModeSummary:
+        """The counts so far."""
+        n = self.counts["pairs"]
+        means = [total / n if n else None for total in (self.gap_sum, *self.tokens)]
+        low, high = self.gap_range if n else (None, None)
+        return ModeSummary(
+            **self.counts,
+            mean_gap=means[0],
+            min_gap=low,
+            max_gap=high,
+            mean_chosen_tokens=means[1],
+            mean_rejected_tokens=means[2],
+        )
+
+
+@dataclass(frozen=True)
+class PairsReport:
+    """A pairs run.
+
+    Attributes:
+        model: Identity of the sampling model.
+        template: Name of the template protocol.
+        reward: Identity of the reward.
+        n_prompts: Prompts with responses.
+        n_responses: Responses.
+        half_written: Half-written last lines of the samples that were passed over.
+        set_aside: Requests that gave the sampling run no usable response, by reason; its set_aside*.jsonl names them.
+        in_both_modes: Prompts with a pair in D_t and in D_e, which joint statistics need; None for one mode.
+        modes: Counts by mode.
+        ref_logps: Whether reference log-probabilities are stored.
+        versions: Software versions.
+    """
+
+    model: str
+    template: str
+    reward: str
+    n_prompts: int
+    n_responses: int
+    half_written: int
+    set_aside: dict[str, int]
+    in_both_modes: int | None
+    modes: dict[Mode, ModeSummary]
+    ref_logps: bool
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as it stands in ``report.json``."""
+        return {"study": "pairs", **asdict(self)}

@@ -1,0 +1,203 @@
+"""The pairs run: score final answers, choose best and worst, write D_t and D_e (Sections 3.3, 5.1 and C.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template
+from bvpo_stats.progress import progress
+from bvpo_stats.records import MODES, Completion, Mode, PreferencePair, to_dict
+from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, build_pair, choose, reads_back
+from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
+from bvpo_stats.sampling.sample import SET_ASIDE_FILE
+from bvpo_stats.sampling.sample_summary import count_set_aside
+from bvpo_stats.store.jsonl import append_jsonl, write_atomic
+from bvpo_stats.store.pair_table import write_parquet
+from bvpo_stats.store.row_log import RowLog
+from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
+from bvpo_stats.store.shards import run_files
+from bvpo_stats.studies.pairs.output import dataset_card, markdown
+from bvpo_stats.studies.pairs.report import ModeTally, PairsReport
+from bvpo_stats.studies.report_file import to_json, versions
+
+if TYPE_CHECKING:
+    from bvpo_stats.model.templates import Template
+
+SCORES_FILE = "scores.jsonl"
+REF_LOGPS_FILE = "ref_logps.jsonl"
+_WINDOW = 64  # prompts in memory at a time
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Settings of a pairs run.
+
+    Attributes:
+        samples: Folder of a sampling run.
+        reward: What ranks the answers, see :func:`~bvpo_stats.sampling.rewards.load_reward`.
+        policy: The sampling model: its tokenizer renders the prompts, its weights give reference log-probabilities.
+        modes: Which of D_t (thinking) and D_e (nothinking).
+        ref_logps: Store the reference log-probabilities of both sides of each pair.
+    """
+
+    samples: Path
+    reward: str
+    policy: PolicyOptions
+    modes: tuple[Mode, ...] = MODES
+    ref_logps: bool = False
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run share."""
+
+    index: SampleIndex
+    reward: Reward
+    template: Template
+    policy: Policy | None
+    scores: RowLog
+    ref_logps: RowLog
+
+
+def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
+    """Makes (or resumes) D_t and D_e in a folder: JSONL, Parquet, report.
+
+    Responses are read prompt by prompt through an on-disk index, so memory does not grow with their number. Rewards and
+    reference log-probabilities are put on record as they come; a run that was killed goes on after the last of them.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message.
+    """
+    fingerprint = samples_fingerprint(config.samples)
+    policy = load_policy(config.policy) if config.ref_logps else None
+    template = load_template(config.policy) if policy is None else policy.template
+    options = config.policy
+    reward = load_reward(
+        config.reward, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    identity = {
+        "samples": fingerprint,
+        "reward": reward.identity,
+        "template": template.name,
+        "modes": list(config.modes),
+        "reference": policy.identity if policy else None,
+        "dtype": str(policy.model.dtype) if policy else None,
+    }
+    with open_run(output, "pairs", identity) as folder:
+        with open_sample_index(config.samples, folder / ".samples.sqlite", config.modes) as index:
+            if policy is not None:
+                index.source.check_sampling_model(policy.identity)
+            scores, logps = RowLog(folder / SCORES_FILE), RowLog(folder / REF_LOGPS_FILE)
+            run = _Run(index, reward, template, policy, scores, logps)
+            tallies, joint = _write_pairs(run, config.modes, folder)
+        report = PairsReport(
+            model=index.source.model,
+            template=index.source.template,
+            reward=reward.identity,
+            n_prompts=index.source.n_prompts,
+            n_responses=index.source.n_responses,
+            half_written=index.source.half_written,
+            set_aside=count_set_aside(run_files(config.samples, SET_ASIDE_FILE)),
+            in_both_modes=joint if len(config.modes) == 2 else None,
+            modes={mode: tally.summary() for mode, tally in tallies.items()},
+            ref_logps=config.ref_logps,
+            versions=versions(),
+        )
+        for mode in config.modes:
+            write_parquet(folder / f"{mode}.jsonl", folder / f"{mode}.parquet", ref_logps=config.ref_logps)
+        write_atomic(folder / "report.json", to_json(report.to_dict()))
+        write_atomic(folder / "report.md", markdown(report))
+        write_atomic(folder / "README.md", dataset_card(report))
+    return report
+
+
+def _write_pairs(run: _Run, modes: Sequence[Mode], folder: Path) -> tuple[dict[Mode, ModeTally], int]:
+    """Writes each mode's pairs, in the order of prompt ids, and moves them into place when all are there."""
+    parts = {mode: folder / f"{mode}.jsonl.part" for mode in modes}
+    for part in parts.values():
+        part.write_bytes(b"")
+    tallies = {mode: ModeTally() for mode in modes}
+    joint = 0
+    with progress("Pairing", run.index.source.n_prompts, "prompts") as advance:
+        for window in run.index.windows(_WINDOW):
+            pairs = [pair for responses in _scored(run, window) for pair in _pairs(run, responses, modes, tallies)]
+            joint += len(pairs) - len({pair.prompt_id for pair in pairs})
+            if run.policy is not None:
+                pairs = _with_ref_logps(run, run.policy, pairs)
+            for mode, part in parts.items():
+                append_jsonl(part, (to_dict(pair) for pair in pairs if pair.mode == mode))
+            advance(len(window))
+    for mode, part in parts.items():
+        part.replace(folder / f"{mode}.jsonl")
+    return tallies, joint
+
+
+def _scored(run: _Run, window: list[list[Completion]]) -> Iterator[list[ScoredCompletion]]:
+    """The window's responses with the rewards of those that have a final answer."""
+    answers = [
+        Answer(c.prompt_id, c.mode, c.sample_index, c.prompt, c.answer or "", c.gold)
+        for responses in window
+        for c in responses
+        if c.complete
+    ]
+    keys = [{"prompt_id": a.prompt_id, "mode": a.mode, "sample_index": a.sample_index} for a in answers]
+    rows = iter(run.scores.rows(keys, lambda: [{"reward": score} for score in score_answers(run.reward, answers)]))
+    for responses in window:
+        yield [ScoredCompletion(c, next(rows)["reward"] if c.complete else None) for c in responses]
+
+
+def _pairs(
+    run: _Run, responses: list[ScoredCompletion], modes: Sequence[Mode], tallies: dict[Mode, ModeTally]
+) -> Iterator[PreferencePair]:
+    questions = {r.completion.prompt for r in responses}
+    if len(questions) > 1:
+        raise UserError(
+            f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
+            "samples. Make ids unique and sample again."
+        )
+    for mode in modes:
+        mine = [r for r in responses if r.completion.mode == mode]
+        if not mine:
+            continue
+        choice = choose(mine)
+        tallies[mode].count(mine, choice)
+        if isinstance(choice, Choice):
+            pair = build_pair(choice, run.template)
+            tallies[mode].count_pair(pair, exact_text=reads_back(pair, run.template.tokenizer))
+            yield pair
+
+
+def _with_ref_logps(run: _Run, policy: Policy, pairs: list[PreferencePair]) -> list[PreferencePair]:
+    keys = [{"prompt_id": pair.prompt_id, "mode": pair.mode} for pair in pairs]
+    rows = run.ref_logps.rows(keys, lambda: _reference_logps(policy, pairs))
+    return [
+        replace(pair, ref_chosen_logps=row["ref_chosen_logps"], ref_rejected_logps=row["ref_rejected_logps"])
+        for pair, row in zip(pairs, rows, strict=True)
+    ]
+
+
+def _reference_logps(policy: Policy, pairs: list[PreferencePair]) -> list[dict[str, float]]:
+    """Log pi_ref(completion | prompt) of both sides, summed over tokens in float64."""
+    from bvpo_stats.model.batching import TokenSequence
+    from bvpo_stats.model.completion_logprobs import completion_logprobs
+
+    sides = [
+        (pair, ids, side)
+        for pair in pairs
+        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids))
+    ]
+    logps = completion_logprobs(
+        policy,
+        [TokenSequence(pair.prompt_ids, ids) for pair, ids, _ in sides],
+        [f"pair {pair.prompt_id}/{pair.mode} ({side})" for pair, _, side in sides],
+    )
+    sums = [float(values.sum()) for values in logps]
+    return [
+        {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""The sample study: responses on record, from any engine."""

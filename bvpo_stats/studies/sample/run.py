@@ -1,0 +1,260 @@
+"""Sampling as a study: prompts in, responses on record, a summary of what was drawn."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.served import ServedPolicy, load_served_policy
+from bvpo_stats.model.templates import Template
+from bvpo_stats.records import MODES, Mode
+from bvpo_stats.sampling.engines.base import Engine, SamplingOptions
+from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.sampling.prompts import load_prompts
+from bvpo_stats.sampling.sample import (
+    SAMPLES_FILE,
+    SET_ASIDE_FILE,
+    SamplingRun,
+    SamplingTally,
+    automatic_batch_size,
+    read_completions,
+    sample_into,
+)
+from bvpo_stats.sampling.sample_summary import ModeSummary, count_set_aside, summarise
+from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
+from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.shards import WHOLE, Shard, run_files
+from bvpo_stats.studies.report_file import to_json, versions
+
+ENGINES = ("transformers", "openai", "file")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Settings of a sampling run.
+
+    Attributes:
+        policy: Which model; for ``openai`` its tokenizer, for ``file`` needed only where token ids are missing (else
+            None).
+        sampling: How responses are drawn.
+        engine: ``transformers``, ``openai`` or ``file``.
+        modes: Which of Thinking and NoThinking.
+        prompts: Source of the prompts.
+        split: Split, where the prompts are a dataset.
+        limit: Use only the first so many prompts.
+        batch_size: Responses drawn at once (``transformers``), None for automatic.
+        server: The server of the ``openai`` engine.
+        samples_from: The file of the ``file`` engine.
+        shard: Which part of the run this process does.
+        parquet: Whether to write the completions as Parquet, too.
+    """
+
+    policy: PolicyOptions | None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    engine: str = "transformers"
+    modes: tuple[Mode, ...] = MODES
+    prompts: str = "embedded"
+    split: str = "train"
+    limit: int | None = None
+    batch_size: int | None = None
+    server: ServerOptions | None = None
+    samples_from: Path | None = None
+    shard: Shard = WHOLE
+    parquet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine {self.engine}: unknown. Choose one of {', '.join(ENGINES)}.")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: at least 1 prompt is needed.")
+        if self.engine == "openai":
+            self._check_openai()
+        elif self.server is not None:
+            raise UserError("--base-url is for --engine openai.")
+        if self.engine == "file":
+            if self.samples_from is None:
+                raise UserError("--engine file needs the responses: --samples-from FILE.")
+            if not self.shard.whole:
+                raise UserError("--engine file has nothing to share out; leave out --shard.")
+        elif self.samples_from is not None:
+            raise UserError("--samples-from is for --engine file.")
+
+    def _check_openai(self) -> None:
+        if self.server is None:
+            raise UserError("--engine openai needs a server: --base-url, e.g. http://localhost:8000/v1.")
+        if self.policy is None:
+            raise UserError("--engine openai needs --model: the model that the server serves, for its tokenizer.")
+        if self.policy.adapter is not None:
+            raise UserError("--adapter cannot be put on a served model. Let the server load it.")
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a sampling run has on record, and how fast it went.
+
+    Attributes:
+        engine: Name of the engine.
+        model: Identity of the model.
+        template: Name of the protocol.
+        prompts: Fingerprint of the prompts (count and hash) or of the file.
+        shard: ``i/n``.
+        sampling: Sampling options, None for responses from elsewhere.
+        dialect: How the server was asked, None for the other engines or when nothing was left to ask.
+        modes: Summary by mode, of everything on record (of a shard: its own part).
+        set_aside: Requests set aside, by reason.
+        tally: What this call drew.
+        tokens_per_second: Tokens drawn a second by this call, None where it had nothing left to draw.
+        versions: Software versions.
+    """
+
+    engine: str
+    model: str
+    template: str
+    prompts: str
+    shard: str
+    sampling: SamplingOptions | None
+    dialect: str | None
+    modes: dict[Mode, ModeSummary]
+    set_aside: dict[str, int]
+    tally: SamplingTally
+    tokens_per_second: float | None
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as it stands in ``report.json``."""
+        return {"study": "sample", **asdict(self)}
+
+
+def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None) -> SampleReport:
+    """Runs (or resumes) a sampling run in a folder.
+
+    It leaves ``samples.jsonl``, ``report.json`` and, if asked for, ``samples.parquet`` there. A shard's files carry its
+    number: ``samples-00001-of-00004.jsonl`` and so on.
+
+    Args:
+        config: The settings.
+        output: Folder of the run.
+        loaded: The policy of the ``transformers`` engine, where the caller has it in memory already.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message. What was drawn is kept, and the same call resumes.
+    """
+    if config.engine == "file":
+        return _adopt(config, output)
+    survey = survey_prompts(load_prompts(config.prompts, limit=config.limit, split=config.split))
+    run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
+    with _open(config, output, identity | {"prompts": survey.fingerprint, **asdict(config.sampling)}) as folder:
+        prompts = load_prompts(config.prompts, limit=config.limit, split=config.split)
+        tally = sample_into(folder, prompts, run, n_prompts=survey.count, shard=config.shard)
+        dialect = getattr(run.engine, "dialect", None)
+        return _finish(
+            config,
+            folder,
+            SampleReport(
+                engine=config.engine,
+                model=run.model,
+                template=run.template.name,
+                prompts=survey.fingerprint,
+                shard=f"{config.shard.index}/{config.shard.count}",
+                sampling=config.sampling,
+                dialect=dialect.name if dialect else None,
+                **_on_record(config, folder, tally),
+            ),
+        )
+
+
+def _open(config: SampleConfig, output: Path, identity: dict[str, Any]) -> AbstractContextManager[Path]:
+    identity = {"engine": config.engine, "modes": list(config.modes), **identity}
+    return open_run(output, "sample", identity, shard=config.shard)
+
+
+def _local_run(config: SampleConfig, survey: PromptSurvey, loaded: Policy | None) -> tuple[SamplingRun, dict[str, Any]]:
+    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
+
+    policy = loaded or load_policy(config.policy or PolicyOptions())
+    longest = max(len(policy.template.prompt_ids(text, mode)) for text in survey.longest for mode in config.modes)
+    rows = automatic_batch_size(
+        config.batch_size, longest + config.sampling.max_new_tokens, policy.device.type != "cpu"
+    )
+    run = _run(config, TransformersEngine(policy), policy.template, policy.identity, rows)
+    return run, {"model": policy.identity, "template": policy.template.name, "dtype": str(policy.model.dtype)}
+
+
+def _server_run(config: SampleConfig) -> tuple[SamplingRun, dict[str, Any]]:
+    from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine
+
+    assert config.policy is not None
+    assert config.server is not None
+    policy = load_served_policy(config.policy)
+    engine = OpenAIEngine(policy, config.server, config.modes)
+    run = _run(config, engine, policy.template, engine.model, config.server.concurrency)
+    return run, {"model": engine.model, "template": policy.template.name}
+
+
+def _run(config: SampleConfig, engine: Engine, template: Template, model: str, rows: int) -> SamplingRun:
+    return SamplingRun(engine, template, config.sampling, model, batch_size=rows, modes=config.modes)
+
+
+def _adopt(config: SampleConfig, output: Path) -> SampleReport:
+    from bvpo_stats.sampling.engines.file_engine import adopt_into, file_fingerprint
+
+    assert config.samples_from is not None
+    policy: ServedPolicy | None = load_served_policy(config.policy) if config.policy else None
+    fingerprint = file_fingerprint(config.samples_from)
+    identity = {
+        "samples_from": fingerprint,
+        "template": policy.template.name if policy else None,
+        "limit": config.limit,
+    }
+    with _open(config, output, identity) as folder:
+        tally = adopt_into(folder, config.samples_from, policy, modes=config.modes, limit=config.limit)
+        first = next(read_completions(folder))
+        return _finish(
+            config,
+            folder,
+            SampleReport(
+                engine="file",
+                model=first.model,
+                template=first.template,
+                prompts=fingerprint,
+                shard="1/1",
+                sampling=None,
+                dialect=None,
+                **_on_record(config, folder, tally),
+            ),
+        )
+
+
+def _on_record(config: SampleConfig, folder: Path, tally: SamplingTally) -> dict[str, Any]:
+    samples, aside = _files(config, folder, SAMPLES_FILE), _files(config, folder, SET_ASIDE_FILE)
+    return {
+        "modes": summarise(completion for path in samples for completion in read_completions(path)),
+        "set_aside": count_set_aside(aside),
+        "tally": tally,
+        "tokens_per_second": tally.tokens / tally.seconds if tally.tokens and tally.seconds > 0 else None,
+        "versions": versions(),
+    }
+
+
+def _files(config: SampleConfig, folder: Path, name: str) -> list[Path]:
+    """A shard reports on its own file; the whole run on everything in the folder."""
+    if config.shard.whole:
+        return run_files(folder, name)
+    path = config.shard.file(folder, name)
+    return [path] if path.exists() else []
+
+
+def _finish(config: SampleConfig, folder: Path, report: SampleReport) -> SampleReport:
+    if config.parquet:
+        from bvpo_stats.store.parquet import write_completions
+
+        paths = _files(config, folder, SAMPLES_FILE)
+        rows = (completion for path in paths for completion in read_completions(path))
+        write_completions(config.shard.file(folder, "samples.parquet"), rows)
+    write_atomic(config.shard.file(folder, "report.json"), to_json(report.to_dict()))
+    return report

@@ -1,0 +1,1 @@
+"""The traces study: the trace bank."""

@@ -1,0 +1,196 @@
+"""The traces run: K traces for each answer of D_t, ready for the marginal gradient (statistics of K traces)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.progress import progress
+from bvpo_stats.records import PreferencePair, to_dict
+from bvpo_stats.sampling.pairs import read_pairs
+from bvpo_stats.sampling.trace_chain import TraceDrawer
+from bvpo_stats.sampling.trace_sides import pair_sides
+from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
+from bvpo_stats.store.jsonl import append_jsonl, write_atomic
+from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
+from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.traces.report import TracesReport, markdown
+
+TRACES_FILE = "traces.jsonl"
+PAIRS_FILE = "thinking.jsonl"
+_STATE_FILE = "progress.json"
+_WINDOW = 32  # pairs worked on together
+
+
+@dataclass(frozen=True)
+class TracesConfig:
+    """Settings of a traces run.
+
+    Attributes:
+        pairs: Folder of a pairs run with D_t, or its ``thinking.jsonl``.
+        samples: Folder of the sampling run that the pairs were made from.
+        policy: The sampling model.
+        bank: What goes into the bank.
+        seed: Decides every draw.
+        batch_size: Sequences generated at once.
+        limit: Use only the first so many pairs.
+    """
+
+    pairs: Path
+    samples: Path
+    policy: PolicyOptions
+    bank: BankOptions = field(default_factory=BankOptions)
+    seed: int = 0
+    batch_size: int = 64
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """How far a run has got: the bank is its file's first ``bytes`` bytes, made from the first ``pairs`` pairs."""
+
+    pairs: int
+    bytes: int
+    tally: BankTally
+
+
+def run_traces(config: TracesConfig, output: Path) -> TracesReport:
+    """Makes (or resumes) a trace bank in a folder: ``traces.jsonl`` and a report.
+
+    Pairs are worked on in windows; a run that was killed repeats at most one window, with the same random numbers.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message.
+    """
+    pairs_path = config.pairs / PAIRS_FILE if config.pairs.is_dir() else config.pairs
+    if not pairs_path.is_file():
+        raise UserError(
+            f"--pairs {config.pairs}: no {PAIRS_FILE} there. Give the --output folder of `bvpo-stats pairs`."
+        )
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f"--limit {config.limit}: at least 1 pair is needed.")
+    n_pairs, fingerprint = _survey(pairs_path)
+    samples = samples_fingerprint(config.samples)
+    policy = load_policy(config.policy)
+    total = n_pairs if config.limit is None else min(config.limit, n_pairs)
+    identity = {
+        "pairs": fingerprint,
+        "samples": samples,
+        "limit": config.limit,
+        "model": policy.identity,
+        "template": policy.template.name,
+        "dtype": str(policy.model.dtype),
+        "seed": config.seed,
+        **asdict(config.bank),
+    }
+    with open_run(output, "traces", identity) as folder:
+        with open_sample_index(config.samples, folder / ".samples.sqlite", ("thinking",)) as index:
+            index.source.check_sampling_model(policy.identity)
+            pairs = islice(read_pairs(pairs_path), total)
+            state, temperature = _fill_bank(config, policy, index, pairs, total, folder)
+        report = TracesReport(
+            model=policy.identity,
+            template=policy.template.name,
+            n_pairs=total,
+            sampled_at=temperature,
+            bank=config.bank,
+            burn_in=config.bank.burn_in_moves(temperature),
+            seed=config.seed,
+            tally=state.tally,
+            versions=versions(),
+        )
+        write_atomic(folder / "report.json", to_json(report.to_dict()))
+        write_atomic(folder / "report.md", markdown(report))
+    return report
+
+
+def _survey(path: Path) -> tuple[int, str]:
+    """(number of pairs, hash of the file), in constant memory.
+
+    Raises:
+        UserError: No pairs.
+    """
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb") as handle:
+        for line in handle:
+            digest.update(line)
+            count += bool(line.strip())
+    if not count:
+        raise UserError(f"{path} holds no pairs, so there is nothing to find traces for.")
+    return count, digest.hexdigest()[:16]
+
+
+def _fill_bank(
+    config: TracesConfig,
+    policy: Policy,
+    index: SampleIndex,
+    pairs: Iterator[PreferencePair],
+    total: int,
+    folder: Path,
+) -> tuple[_State, float]:
+    """Adds what is missing to the bank; returns its state and the temperature of the pairs' samples."""
+    bank, state_path = folder / TRACES_FILE, folder / _STATE_FILE
+    state = _restore(bank, state_path)
+    drawer = TraceDrawer(policy, config.bank.temperature, config.seed, config.batch_size)
+    temperatures: set[float] = set()
+    done = 0
+    with progress("Tracing", total, "pairs", done=state.pairs) as advance:
+        while window := list(islice(pairs, _WINDOW)):
+            done += len(window)
+            temperatures.update(pair.temperature for pair in window)
+            if len(temperatures) > 1:
+                raise UserError(
+                    f"Pairs sampled at several temperatures are mixed: {', '.join(map(str, sorted(temperatures)))}. "
+                    "Make one bank for each."
+                )
+            if done <= state.pairs:
+                continue
+            records = _window_records(window, index, drawer, config.bank, state.tally)
+            append_jsonl(bank, records)
+            state = _State(done, bank.stat().st_size, state.tally)
+            write_atomic(state_path, json.dumps(asdict(state)) + "\n")
+            advance(len(window))
+    return state, temperatures.pop()
+
+
+def _window_records(
+    window: list[PreferencePair], index: SampleIndex, drawer: TraceDrawer, options: BankOptions, tally: BankTally
+) -> Iterator[dict[str, Any]]:
+    for pair in window:
+        if (pair.model, pair.template) != (index.source.model, index.source.template):
+            raise UserError(
+                f"Pair {pair.prompt_id} is of {pair.model} ({pair.template}), the samples of {index.source.model} "
+                f"({index.source.template}). Give the samples that the pairs were made from."
+            )
+    positions = drawer.policy.max_positions
+    sides = [side for pair in window for side in pair_sides(pair, index.completions(pair.prompt_id), positions)]
+    return (to_dict(record) for record in trace_bank(sides, window[0].temperature, drawer, options, tally))
+
+
+def _restore(bank: Path, state_path: Path) -> _State:
+    """Reads how far a run has got and cuts the bank back to there.
+
+    Raises:
+        UserError: The bank is shorter than it was.
+    """
+    if not state_path.exists():
+        bank.write_bytes(b"")
+        return _State(0, 0, BankTally())
+    try:
+        stored = json.loads(state_path.read_text(encoding="utf-8"))
+        state = _State(stored["pairs"], stored["bytes"], BankTally(**stored["tally"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Cannot read {state_path} ({error}). Name a new --output folder.") from error
+    if not bank.exists() or bank.stat().st_size < state.bytes:
+        raise UserError(f"{bank} was cut since the run began. Name a new --output folder.")
+    os.truncate(bank, state.bytes)
+    return state

@@ -1,0 +1,1 @@
+"""The train study: BVPO, DPO and SimPO on preference pairs."""

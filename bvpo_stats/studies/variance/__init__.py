@@ -1,0 +1,1 @@
+"""The variance study: Appendix B of the paper."""

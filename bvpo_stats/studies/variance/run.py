@@ -1,0 +1,212 @@
+"""The variance study: sample in both modes, score with the policy, tabulate (Appendix B of the paper)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.records import MODES, Completion, Prompt
+from bvpo_stats.sampling.adopt import adopt_completions
+from bvpo_stats.sampling.engines.base import SamplingOptions
+from bvpo_stats.sampling.prompts import load_prompts
+from bvpo_stats.sampling.sample import (
+    SAMPLES_FILE,
+    SamplingRun,
+    automatic_batch_size,
+    check_one_source,
+    read_completions,
+    sample_into,
+)
+from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
+from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.studies.published import APPENDIX_B, published_name
+from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.variance.output import markdown
+from bvpo_stats.studies.variance.profiles import PositionProfile, histogram
+from bvpo_stats.studies.variance.report import VarianceReport
+from bvpo_stats.studies.variance.tables import (
+    Definitions,
+    ScoredSample,
+    reduce_sample,
+    variance_tables,
+)
+
+
+@dataclass(frozen=True)
+class VarianceConfig:
+    """Settings of a variance study.
+
+    Attributes:
+        policy: Which model.
+        sampling: How responses are drawn.
+        definitions: How the tables are defined.
+        prompts: Source of the prompts.
+        split: Split, where the prompts are a dataset.
+        limit: Use only the first so many prompts.
+        samples_from: Analyse these responses instead of drawing any.
+        batch_size: Responses drawn at once, None for automatic.
+    """
+
+    policy: PolicyOptions
+    sampling: SamplingOptions
+    definitions: Definitions
+    prompts: str = "embedded"
+    split: str = "train"
+    limit: int | None = None
+    samples_from: Path | None = None
+    batch_size: int | None = None
+
+
+def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
+    """Runs (or resumes) a variance study in a folder and writes its report and figures.
+
+    Raises:
+        UserError: Anything wrong with the input; see the message.
+    """
+    if config.samples_from is None and config.sampling.samples < 2:
+        raise UserError(
+            f"--samples {config.sampling.samples}: a variance needs at least 2 responses per prompt (the paper: 5)."
+        )
+    report = _from_elsewhere(config, output) if config.samples_from else _from_policy(config, output)
+    return report
+
+
+def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
+    prompts = list(load_prompts(config.prompts, limit=config.limit, split=config.split))
+    policy = load_policy(config.policy)
+    identity = {
+        "model": policy.identity,
+        "template": policy.template.name,
+        "dtype": str(policy.model.dtype),
+        "prompts": prompts_fingerprint(prompts),
+        **asdict(config.sampling),
+    }
+    with open_run(output, "variance", identity) as folder:
+        samples_path = folder / SAMPLES_FILE
+        sample_both_modes(policy, prompts, config.sampling, samples_path, config.batch_size)
+        order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
+        completions = sorted(
+            read_completions(samples_path), key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index)
+        )
+        score_into(folder / LOGPROBS_FILE, completions, policy)
+        report = _analyse(config, completions, folder / LOGPROBS_FILE, policy.identity)
+        _write(report, folder)
+    return report
+
+
+def sample_both_modes(
+    policy: Policy, prompts: list[Prompt], sampling: SamplingOptions, path: Path, batch_size: int | None = None
+) -> None:
+    """Draws responses with and without a trace, as far as the file does not hold them yet.
+
+    Args:
+        policy: The model.
+        prompts: The questions.
+        sampling: How to draw.
+        path: ``samples.jsonl`` of the run's folder.
+        batch_size: Responses drawn at once, None for automatic.
+    """
+    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
+
+    longest = max(len(policy.template.prompt_ids(p.prompt, "nothinking")) for p in prompts)
+    rows = automatic_batch_size(batch_size, longest + sampling.max_new_tokens, policy.device.type != "cpu")
+    run = SamplingRun(
+        TransformersEngine(policy), policy.template, sampling, policy.identity, batch_size=rows, modes=MODES
+    )
+    sample_into(path.parent, prompts, run, n_prompts=len(prompts))
+
+
+def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
+    path = config.samples_from
+    assert path is not None
+    if not path.is_file():
+        raise UserError(f"--samples-from {path}: no such file. Give a samples.jsonl.")
+    try:
+        completions = list(adopt_completions(path, None))
+        policy = None
+    except UserError:
+        policy = load_policy(config.policy)  # needed to tokenise, or to find where the traces end
+        completions = list(adopt_completions(path, policy.template, policy.eos_ids[0]))
+    if config.limit is not None:
+        kept = set(list(dict.fromkeys(c.prompt_id for c in completions))[: config.limit])
+        completions = [c for c in completions if c.prompt_id in kept]
+    if not completions:
+        raise UserError(f"--samples-from {path}: no responses in the file.")
+    check_one_source(completions)
+    completions.sort(key=lambda c: (c.prompt_id, MODES.index(c.mode), c.sample_index))
+    unscored = [c for c in completions if c.logprobs is None]
+    if unscored and policy is None:
+        policy = load_policy(config.policy)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    identity = {
+        "samples_from": digest,
+        "limit": config.limit,
+        "scored_by": policy.identity if policy else None,
+        "dtype": str(policy.model.dtype) if policy else None,
+    }
+    with open_run(output, "variance", identity) as folder:
+        if unscored and policy is not None:
+            score_into(folder / LOGPROBS_FILE, unscored, policy)
+        model = policy.identity if unscored and policy is not None else completions[0].model
+        report = _analyse(config, completions, folder / LOGPROBS_FILE, model)
+        _write(report, folder)
+    return report
+
+
+def prompts_fingerprint(prompts: list[Prompt]) -> str:
+    """A short hash of ids and texts, in order, with the count in front."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}\x1e".encode())
+    return f"{len(prompts)}:{digest.hexdigest()[:16]}"
+
+
+def _scored(completions: list[Completion], logprobs_path: Path, profile: PositionProfile) -> Iterator[ScoredSample]:
+    known = dict(read_logprobs(logprobs_path)) if logprobs_path.exists() else {}
+    for completion in completions:
+        values = np.asarray(completion.logprobs if completion.logprobs is not None else known[completion.key])
+        sample = reduce_sample(completion, values)
+        if completion.complete:
+            start = completion.answer_start or 0
+            if completion.mode == "thinking":
+                profile.add(completion.prompt_id, "trace", values[:start])
+                profile.add(completion.prompt_id, "answer", values[start:])
+            else:
+                profile.add(completion.prompt_id, "no-trace answer", values)
+        yield sample
+
+
+def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_path: Path, model: str) -> VarianceReport:
+    profile = PositionProfile()
+    samples = list(_scored(completions, logprobs_path, profile))
+    tables = variance_tables(samples, config.definitions)
+    name = published_name(config.policy.model)
+    return VarianceReport(
+        model=model,
+        seed=None if config.samples_from else config.sampling.seed,
+        tables=tables,
+        definitions=config.definitions,
+        sampling=None if config.samples_from else config.sampling,
+        template=completions[0].template,
+        published={"model": name, **APPENDIX_B[name]} if name else None,
+        lengths=histogram(samples, "length"),
+        logps=histogram(samples, "logp"),
+        positions=profile.bins(config.definitions.level),
+        versions=versions(),
+    )
+
+
+def _write(report: VarianceReport, folder: Path) -> None:
+    from bvpo_stats.studies.variance.figures import variance_figures
+
+    plain = report.to_dict()
+    write_atomic(folder / "report.json", to_json(plain))
+    figures = variance_figures(plain, folder / "figures")
+    write_atomic(folder / "report.md", markdown(report, figures))

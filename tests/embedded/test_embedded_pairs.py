@@ -1,0 +1,60 @@
+"""The shipped pairs and traces: of the shipped model, at temperature 1, enough of them, all answers with traces."""
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from bvpo_stats.embedded.assets import embedded_prompts
+from bvpo_stats.embedded.task import grade
+from bvpo_stats.gradients.examples import check_identity, join_examples
+from bvpo_stats.gradients.references import check_stored_log_probs
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_pairs, load_traces
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[PreferencePair]:
+    return load_pairs(AlphaInputs())
+
+
+@pytest.fixture(scope="module")
+def traces(pairs) -> list[TraceRecord]:
+    return load_traces(AlphaInputs(), {pair.prompt_id for pair in pairs})
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load_policy(PolicyOptions(device="cpu"))
+
+
+def test_enough_prompts_have_both_pairs(pairs):
+    modes = Counter(pair.mode for pair in pairs)
+    assert modes["thinking"] == modes["nothinking"] >= 256
+    assert len({p.prompt_id for p in embedded_prompts()} & {pair.prompt_id for pair in pairs}) >= 190
+
+
+def test_pairs_are_plain_draws_ranked_by_the_verifier(pairs):
+    golds = {prompt.prompt_id: prompt.gold for prompt in embedded_prompts()}
+    for pair in pairs:
+        assert (pair.temperature, pair.top_p) == (1.0, 1.0)
+        assert pair.chosen_reward > pair.rejected_reward
+        if pair.prompt_id in golds:
+            assert pair.chosen_reward == pytest.approx(grade(pair.chosen_answer, golds[pair.prompt_id]))
+
+
+def test_every_answer_has_eight_posterior_and_eight_prior_traces(pairs, traces):
+    bank: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for trace in traces:
+        bank[trace.prompt_id, trace.side][trace.source] += 1
+    assert len(bank) == 2 * sum(pair.mode == "thinking" for pair in pairs)
+    for counts in bank.values():
+        assert counts["anchor"] == 1
+        assert counts["anchor"] + counts["same-answer"] + counts["mh"] == counts["prior"] == 8
+
+
+def test_records_are_of_the_shipped_weights(policy, pairs, traces):
+    """Fails when the weights were trained anew and the records were not drawn again."""
+    examples = join_examples(pairs, traces).examples
+    check_identity(policy, examples)
+    assert check_stored_log_probs(policy, examples, 16) == 16

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.store.jsonl import append_jsonl, encode_row, read_jsonl, repair_tail, write_atomic
+
+ROWS = [{"a": 1, "text": "é▁｜"}, {"a": 2, "text": "line\nbreak"}]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files may not grow beyond 1,000 bytes: the kernel's EFBIG stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_come_back_with_their_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    append_jsonl(path, ROWS[:1])
+    append_jsonl(path, ROWS[1:])
+    append_jsonl(path, [])
+    assert list(read_jsonl(path)) == [(1, ROWS[0]), (2, ROWS[1])]
+    path.write_bytes(b"\n" + path.read_bytes())
+    assert [number for number, _ in read_jsonl(path)] == [2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_know_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        encode_row({"a": value})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a":1}\nnonsense\n', r":2: not JSON"),
+        (b'{"a":1}\n[1]\n', r":2: a JSON list"),
+        (b'{"a":"\xff"}\n', r":1: not valid UTF-8 \(byte 6\)"),
+        (b'{"a":1}\n{"a":', r":2: the last line is cut off"),
+        (b'{"a":1}\n{"a":"\xc3', r":2: the last line is cut off"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        list(read_jsonl(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read .*none\.jsonl: No such file"):
+        list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_a_file_cut_anywhere_is_repaired_to_its_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    append_jsonl(path, ROWS)
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        keep = 0 if size < first else first if size < len(whole) else size
+        assert list(read_jsonl(path, growing=True)) == list(enumerate(ROWS, start=1))[: whole[:keep].count(b"\n")]
+        assert repair_tail(path) == (keep != size)
+        assert path.read_bytes() == whole[:keep]
+
+
+def test_repair_finds_a_line_break_far_back(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a":1}\n{"b":"' + b"x" * 200_000)
+    assert repair_tail(path)
+    assert path.read_bytes() == b'{"a":1}\n'
+    path.write_bytes(b"x" * 200_000)
+    assert repair_tail(path)
+    assert path.read_bytes() == b""
+    assert not repair_tail(path)
+    assert not repair_tail(tmp_path / "none.jsonl")
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, small_disk: None) -> None:
+    path = tmp_path / "x.jsonl"
+    append_jsonl(path, ROWS)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"Disk full while writing .*goes on where it stopped"):
+        append_jsonl(path, [{"a": "y" * 300}] * 5)
+    assert path.read_bytes() == before
+    append_jsonl(path, ROWS[:1])  # there is still room for less
+    assert len(list(read_jsonl(path))) == 3
+
+
+def test_a_device_without_space_is_reported(tmp_path: Path) -> None:
+    full = tmp_path / "x.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Disk full"):
+        append_jsonl(full, ROWS)
+
+
+def test_whole_files_appear_at_once_or_not_at_all(tmp_path: Path, small_disk: None) -> None:
+    path = tmp_path / "report.json"
+    write_atomic(path, "old")
+    with pytest.raises(UserError, match="Disk full"):
+        write_atomic(path, "new" * 1_000)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.json"]
+    write_atomic(path, b"new")
+    assert path.read_text() == "new"
+
+
+def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot write .*No such file"):
+        write_atomic(tmp_path / "none" / "x", "data")
