@@ -40,8 +40,8 @@ class OpenAIEngine:
     """Draws completions from a server, many requests at a time.
 
     The first request settles how the server likes to be asked (:mod:`~bvpo_stats.sampling.engines.dialects`); from then
-    on a request that it refuses, or whose token ids are in doubt, is set aside. Requests that fail for passing reasons are
-    repeated. When the server is gone for good, everything that arrived has been yielded before the error is raised.
+    on a request that it refuses, or whose token ids are in doubt, is set aside. Requests that fail for passing reasons
+    are repeated. When the server is gone for good, everything that arrived has been yielded before the error is raised.
 
     Args:
         policy: Tokenizer and template of the served model.
