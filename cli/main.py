@@ -22,6 +22,7 @@ from bvpo_stats.cli import (
     train,
     variance,
 )
+from bvpo_stats.cli.build import Command
 
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
@@ -49,18 +50,18 @@ def root(
     """Gradient statistics for aligning large reasoning models (BVPO): how noisy are traces, and which alpha is best?"""
 
 
-app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-app.command("variance", epilog=variance.EXAMPLES)(variance.variance)
-app.command("sample", epilog=sample.EXAMPLES)(sample.sample)
-app.command("pairs", epilog=pairs.EXAMPLES)(pairs.pairs)
-app.command("traces", epilog=traces.EXAMPLES)(traces.traces)
-app.command("alpha-star", epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
-app.command("train", epilog=train.EXAMPLES)(train.train)
-app.command("evaluate", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command("oracle-training", epilog=oracle_training.EXAMPLES)(oracle_training.oracle_training)
-app.command("theorems", epilog=theorems.EXAMPLES)(theorems.theorems)
-app.command("figures", epilog=figures.EXAMPLES)(figures.figures)
-app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("demo", cls=Command, epilog=demo.EXAMPLES)(demo.demo)
+app.command("variance", cls=Command, epilog=variance.EXAMPLES)(variance.variance)
+app.command("sample", cls=Command, epilog=sample.EXAMPLES)(sample.sample)
+app.command("pairs", cls=Command, epilog=pairs.EXAMPLES)(pairs.pairs)
+app.command("traces", cls=Command, epilog=traces.EXAMPLES)(traces.traces)
+app.command("alpha-star", cls=Command, epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
+app.command("train", cls=Command, epilog=train.EXAMPLES)(train.train)
+app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("oracle-training", cls=Command, epilog=oracle_training.EXAMPLES)(oracle_training.oracle_training)
+app.command("theorems", cls=Command, epilog=theorems.EXAMPLES)(theorems.theorems)
+app.command("figures", cls=Command, epilog=figures.EXAMPLES)(figures.figures)
+app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
 app.add_typer(tiny.app, name="tiny")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from bvpo_stats.cli.build import Command
 
 TRAIN_EXAMPLES = """Examples:
 
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog=TRAIN_EXAMPLES)
+@app.command(cls=Command, epilog=TRAIN_EXAMPLES)
 def train(
     output: Annotated[Path, typer.Option(help="New folder for model, tokenizer and generation configuration.")],
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the examples.")] = 0,
@@ -50,7 +51,7 @@ def train(
     typer.echo(f"model written to {output}; measure it with: bvpo-stats tiny evaluate --model {output}")
 
 
-@app.command(epilog=EVALUATE_EXAMPLES)
+@app.command(cls=Command, epilog=EVALUATE_EXAMPLES)
 def evaluate(
     model: Annotated[Path | None, typer.Option(help="Model folder; the embedded model by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first LIMIT of the 200 held-out prompts.")] = None,

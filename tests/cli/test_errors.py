@@ -1,0 +1,52 @@
+"""Errors below the command line name fields; the command line says them as its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bvpo_stats.cli.build import in_options
+
+from tests.cli.running import failed_politely, run
+
+OPTIONS = {
+    "limit": "--limit",
+    "unmatched_prompts": "--unmatched",
+    "trust_remote_code": "--trust-remote-code",
+    "sources": "--sources",
+    "empty_trace": "--empty-trace",
+    "timeout": "--timeout",
+    "level": "--level",
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "spoken"),
+    [
+        ("`limit=0`: at least 1.", "--limit 0: at least 1."),
+        ("`limit=-7`: at least 1.", "--limit -7: at least 1."),
+        ('Use `unmatched_prompts="drop"`.', "Use --unmatched drop."),
+        ("Use `unmatched_prompts='drop'`.", "Use --unmatched drop."),
+        ("Allow it with `trust_remote_code=True`.", "Allow it with --trust-remote-code."),
+        ("`limit` and `level`: both.", "--limit and --level: both."),
+        ('`sources=("anchor", "mh")`', "--sources anchor,mh"),
+        ('`empty_trace="<think></think>"`', "--empty-trace '<think></think>'"),
+        ("`timeout=inf`: finite.", "--timeout inf: finite."),
+    ],
+)
+def test_fields_become_options(message: str, spoken: str) -> None:
+    assert in_options(message, OPTIONS) == spoken
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["`prompt_id` is missing.", "`samples=3` is of another command.", "run `bvpo-stats sample` first", "limit=0", ""],
+)
+def test_what_is_no_field_of_the_command_stays(message: str) -> None:
+    assert in_options(message, OPTIONS) == message
+
+
+def test_an_error_of_a_run_names_the_option(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.write_text("")
+    failed_politely(run("variance", "--limit", "0", "--output", folder), "--limit 0")
