@@ -11,7 +11,7 @@ from bvpo_stats.pages.kinds import KINDS
 from bvpo_stats.pages.runs import REPORT_FILE, Run, find_runs
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.studies.report_file import to_json
+from bvpo_stats.studies.base import to_json
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from bvpo_stats.lab.theorems import output as theorems_output
 from bvpo_stats.studies.alpha_star import figures as alpha_star_figures
 from bvpo_stats.studies.alpha_star import output as alpha_star_output
 from bvpo_stats.studies.alpha_star.report import AlphaReport
+from bvpo_stats.studies.base import Presentation
 from bvpo_stats.studies.evaluate import figures as evaluate_figures
 from bvpo_stats.studies.evaluate import output as evaluate_output
 from bvpo_stats.studies.pairs import output as pairs_output
-from bvpo_stats.studies.presentation import Presentation
 from bvpo_stats.studies.sample import output as sample_output
 from bvpo_stats.studies.traces import report as traces_report
 from bvpo_stats.studies.train import figures as train_figures

@@ -18,7 +18,7 @@ from bvpo_stats.pages.kinds import KINDS, story_order
 from bvpo_stats.pages.runs import Run, find_runs
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.studies.presentation import Presentation, ResultTable, caption
+from bvpo_stats.studies.base import Presentation, ResultTable, caption
 
 _MOST_ROWS = 80
 _LARGEST_IMAGE = 4 * 2**20  # bytes of a picture found in the folder of an unknown study

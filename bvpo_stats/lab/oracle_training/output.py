@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.lab.oracle_training.report import ESTIMATED, PAPER
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Finding, Presentation, ResultTable
+from bvpo_stats.studies.base import Finding, Presentation, ResultTable
 
 _HEAD = (
     "alpha from",
@@ -40,12 +39,12 @@ def present(report: dict[str, Any]) -> Presentation:
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """Prints the tables on standard output."""
     written = f"{folder / 'report.json'}, report.md, figures/, trajectories.jsonl"
-    presentation.print_presentation(present(report), written)
+    present(report).print(written)
 
 
 def markdown(report: dict[str, Any], figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    return presentation.markdown(present(report), figures, report["versions"])
+    return present(report).markdown(figures, report["versions"])
 
 
 def _findings(report: dict[str, Any]) -> list[Finding]:

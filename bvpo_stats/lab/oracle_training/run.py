@@ -19,7 +19,7 @@ from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.base import software_versions, to_json
 
 RUNS_FILE = "trajectories.jsonl"
 _POWER_STEPS = 30
@@ -108,7 +108,7 @@ def _train_all(config: OracleTrainingConfig, folder: Path, methods: Sequence[Met
         "settings": settings,
         "methods": [asdict(method) for method in methods],
         "results": summary(rows, config.level, config.steps),
-        "versions": versions(),
+        "versions": software_versions(),
     }
 
 

@@ -137,6 +137,5 @@ class TopicReport:
 
     def _repr_html_(self) -> str:
         from bvpo_stats.lab.theorems.output import present_topic
-        from bvpo_stats.studies import presentation
 
-        return presentation.html(present_topic(asdict(self)))
+        return present_topic(asdict(self)).html()

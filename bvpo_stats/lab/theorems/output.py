@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Finding, Presentation, ResultTable
+from bvpo_stats.studies.base import Finding, Presentation, ResultTable
 
 _HEAD = ("Claim", "Quantity", "Measured", "Should be", "Verdict", "Source")
 _TEXT_COLUMNS = (1, 4, 5)
@@ -104,7 +103,7 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     shown = present(report)
     tables = tuple(_narrow(table) for table in shown.tables)
     written = f"{folder / 'report.json'}, report.md (quantities, sources, remarks), figures/"
-    presentation.print_presentation(replace(shown, tables=tables, notes=shown.notes[:_DEFINITIONS]), written)
+    replace(shown, tables=tables, notes=shown.notes[:_DEFINITIONS]).print(written)
 
 
 def _narrow(table: ResultTable) -> ResultTable:

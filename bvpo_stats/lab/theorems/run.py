@@ -21,8 +21,7 @@ from bvpo_stats.lab.theorems.trace_weights import marginal_gradient
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.base import software_versions, to_json
 
 TOPICS: tuple[Callable[[Ground], TopicReport], ...] = (
     theorem1,
@@ -76,7 +75,7 @@ class TheoremsReport:
         return theorem_figures(self.to_dict(), folder)
 
     def _repr_html_(self) -> str:
-        return presentation.html(present(self.to_dict()))
+        return present(self.to_dict()).html()
 
 
 def check_theorems(config: TheoremConfig | None = None) -> TheoremsReport:
@@ -91,7 +90,7 @@ def check_theorems(config: TheoremConfig | None = None) -> TheoremsReport:
         for topic in TOPICS:
             reports.append(topic(ground))
             advance(1)
-    return TheoremsReport(ground.config, tuple(reports), versions())
+    return TheoremsReport(ground.config, tuple(reports), software_versions())
 
 
 def run_theorems(config: TheoremConfig, output: Path) -> TheoremsReport:
@@ -109,5 +108,5 @@ def run_theorems(config: TheoremConfig, output: Path) -> TheoremsReport:
         plain = report.to_dict()
         write_atomic(folder / "report.json", to_json(plain))
         figures = report.plot(folder / "figures")
-        write_atomic(folder / "report.md", presentation.markdown(present(plain), figures, report.versions))
+        write_atomic(folder / "report.md", present(plain).markdown(figures, report.versions))
     return report

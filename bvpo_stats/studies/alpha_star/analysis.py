@@ -24,7 +24,7 @@ from bvpo_stats.studies.alpha_star.tables import (
     sampling_share,
     tables,
 )
-from bvpo_stats.studies.report_file import versions
+from bvpo_stats.studies.base import software_versions
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def analyse(measured: Measured, settings: AlphaSettings, context: AlphaContext) 
         layer_gain=gain,
         marginal=marginal,
         warnings=[*context.warnings, *found],
-        versions=versions(),
+        versions=software_versions(),
     )
 
 

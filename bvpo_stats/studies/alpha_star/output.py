@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bvpo_stats.statistics.drift import AlphaRange
-from bvpo_stats.studies import presentation
 from bvpo_stats.studies.alpha_star.entries import Weight
 from bvpo_stats.studies.alpha_star.report import AlphaReport
-from bvpo_stats.studies.presentation import Finding, Mark, Presentation, ResultTable, number
+from bvpo_stats.studies.base import Finding, Mark, Presentation, ResultTable, number
 
 _ERRORS = {
     "trace": "g_t, with traces",
@@ -187,17 +186,17 @@ def present(report: AlphaReport) -> Presentation:
 
 def print_report(report: AlphaReport, folder: Path) -> None:
     """Prints the table, the verdict and the notes on standard output."""
-    presentation.print_presentation(present(report), f"{folder / 'report.json'}, report.md, figures/")
+    present(report).print(f"{folder / 'report.json'}, report.md, figures/")
 
 
 def markdown(report: AlphaReport, figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    return presentation.markdown(present(report), figures, report.versions)
+    return present(report).markdown(figures, report.versions)
 
 
 def html(report: AlphaReport) -> str:
     """The report as an HTML table, for notebooks."""
-    return presentation.html(present(report))
+    return present(report).html()
 
 
 def _percent(share: Weight) -> str:

@@ -18,7 +18,7 @@ from bvpo_stats.studies.alpha_star.entries import (
     Verdict,
     Weight,
 )
-from bvpo_stats.studies.report_file import to_json
+from bvpo_stats.studies.base import to_json
 
 T = TypeVar("T")
 

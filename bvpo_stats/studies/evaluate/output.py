@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.studies import presentation
+from bvpo_stats.studies.base import Finding, Mark, Presentation, ResultTable
 from bvpo_stats.studies.evaluate.benchmarks import PRESETS
 from bvpo_stats.studies.evaluate.report import BASE, EvaluationReport
-from bvpo_stats.studies.presentation import Finding, Mark, Presentation, ResultTable
 
 MODE_NAMES = {"thinking": "Thinking", "nothinking": "NoThinking"}
 _COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed", "empty": "Empty",
@@ -38,12 +37,12 @@ def print_report(report: EvaluationReport, folder: Path) -> None:
     """Prints the tables on standard output."""
     answers = [str(folder / path) for modes in report.answer_files.values() for path in modes.values()]
     written = ", ".join([str(folder / "report.json"), "report.md", *answers])
-    presentation.print_presentation(present(report.to_dict()), written)
+    present(report.to_dict()).print(written)
 
 
 def markdown(report: EvaluationReport, figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    return presentation.markdown(present(report.to_dict()), figures, report.versions)
+    return present(report.to_dict()).markdown(figures, report.versions)
 
 
 def _findings(report: dict[str, Any]) -> Iterator[Finding]:

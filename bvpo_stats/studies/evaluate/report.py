@@ -141,7 +141,6 @@ class EvaluationReport:
 
     def _repr_html_(self) -> str:
         """The tables, for notebooks."""
-        from bvpo_stats.studies import presentation
         from bvpo_stats.studies.evaluate.output import present
 
-        return presentation.html(present(self.to_dict()))
+        return present(self.to_dict()).html()

@@ -13,6 +13,7 @@ from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.prompts import EMBEDDED
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.evaluate.alignment import alignment_results
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig, contestants
@@ -24,7 +25,6 @@ from bvpo_stats.studies.evaluate.report import BASE, EvaluationReport, TaskResul
 from bvpo_stats.studies.evaluate.sampling import draw_responses
 from bvpo_stats.studies.evaluate.verdicts import unreadable_golds
 from bvpo_stats.studies.published import published_name, published_scores
-from bvpo_stats.studies.report_file import to_json, versions
 from bvpo_stats.studies.sample.run import SampleReport
 
 
@@ -127,7 +127,7 @@ def _report(config: EvaluateConfig, runs: dict[str, SampleReport], results: Task
         sampling=None if config.engine == "file" else _sampling(config),
         level=config.level,
         published={"model": published_name(base.model), "scores": rows} if rows else None,
-        versions=versions(),
+        versions=software_versions(),
         **{part.name: getattr(results, part.name) for part in fields(results)},
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Presentation, ResultTable, number
+from bvpo_stats.studies.base import Presentation, ResultTable, number
 
 if TYPE_CHECKING:
     from bvpo_stats.studies.pairs.report import PairsReport
@@ -80,7 +79,7 @@ def _cautions(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: PairsReport) -> str:
     """The report as Markdown."""
-    return presentation.markdown(present(report.to_dict()), [], report.versions)
+    return present(report.to_dict()).markdown([], report.versions)
 
 
 def dataset_card(report: PairsReport) -> str:
@@ -94,4 +93,4 @@ def dataset_card(report: PairsReport) -> str:
 def print_report(report: PairsReport, folder: Path) -> None:
     """Prints the counts on standard output."""
     names = ", ".join(f"{mode}.jsonl and .parquet" for mode in report.modes)
-    presentation.print_presentation(present(report.to_dict()), f"{names}, report.json in {folder}")
+    present(report.to_dict()).print(f"{names}, report.json in {folder}")

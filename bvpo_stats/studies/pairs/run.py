@@ -21,9 +21,9 @@ from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.shards import run_files
+from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.pairs.output import dataset_card, markdown
 from bvpo_stats.studies.pairs.report import ModeTally, PairsReport
-from bvpo_stats.studies.report_file import to_json, versions
 
 if TYPE_CHECKING:
     from bvpo_stats.model.templates import Template
@@ -106,7 +106,7 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             in_both_modes=joint if len(config.modes) == 2 else None,
             modes={mode: tally.summary() for mode, tally in tallies.items()},
             ref_logps=config.ref_logps,
-            versions=versions(),
+            versions=software_versions(),
         )
         for mode in config.modes:
             write_parquet(folder / f"{mode}.jsonl", folder / f"{mode}.parquet", ref_logps=config.ref_logps)

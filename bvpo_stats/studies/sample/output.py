@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Presentation, ResultTable
+from bvpo_stats.studies.base import Presentation, ResultTable
 
 if TYPE_CHECKING:
     from bvpo_stats.studies.sample.run import SampleReport
@@ -34,7 +33,7 @@ def present(report: dict[str, Any]) -> Presentation:
 
 def print_summary(report: SampleReport, folder: Path) -> None:
     """Prints the table of modes, the notes, and what was written."""
-    presentation.print_presentation(present(report.to_dict()), f"{folder}/")
+    present(report.to_dict()).print(f"{folder}/")
 
 
 def _row(name: str, mode: dict[str, Any]) -> tuple[str, ...]:

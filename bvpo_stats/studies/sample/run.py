@@ -29,7 +29,7 @@ from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import WHOLE, Shard, run_files
-from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.base import software_versions, to_json
 
 ENGINES = ("transformers", "openai", "file")
 
@@ -237,7 +237,7 @@ def _on_record(config: SampleConfig, folder: Path, tally: SamplingTally) -> dict
         "set_aside": count_set_aside(aside),
         "tally": tally,
         "tokens_per_second": tally.tokens / tally.seconds if tally.tokens and tally.seconds > 0 else None,
-        "versions": versions(),
+        "versions": software_versions(),
     }
 
 

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Presentation, ResultTable
+from bvpo_stats.studies.base import Presentation, ResultTable
 
 if TYPE_CHECKING:
     from bvpo_stats.sampling.traces import BankOptions, BankTally
@@ -102,9 +101,9 @@ def _cautions(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: TracesReport) -> str:
     """The report as Markdown."""
-    return presentation.markdown(present(report.to_dict()), [], report.versions)
+    return present(report.to_dict()).markdown([], report.versions)
 
 
 def print_report(report: TracesReport, folder: Path) -> None:
     """Prints the counts on standard output."""
-    presentation.print_presentation(present(report.to_dict()), f"traces.jsonl, report.json, report.md in {folder}")
+    present(report.to_dict()).print(f"traces.jsonl, report.json, report.md in {folder}")

@@ -22,7 +22,7 @@ from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
 from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
-from bvpo_stats.studies.report_file import to_json, versions
+from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.traces.report import TracesReport, markdown
 
 TRACES_FILE = "traces.jsonl"
@@ -106,7 +106,7 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
             burn_in=config.bank.burn_in_moves(temperature),
             seed=config.seed,
             tally=state.tally,
-            versions=versions(),
+            versions=software_versions(),
         )
         write_atomic(folder / "report.json", to_json(report.to_dict()))
         write_atomic(folder / "report.md", markdown(report))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Finding, Presentation, ResultTable, number
+from bvpo_stats.studies.base import Finding, Presentation, ResultTable, number
 
 _METHODS = {"dpo": "DPO on D_t", "simpo": "SimPO on D_t", "bvpo": "BVPO"}
 _ROWS = {
@@ -41,12 +40,12 @@ def present(report: dict[str, Any]) -> Presentation:
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """Prints tables and findings on standard output."""
-    presentation.print_presentation(present(report), f"{folder / 'model'}, report.json, report.md, figures/")
+    present(report).print(f"{folder / 'model'}, report.json, report.md, figures/")
 
 
 def markdown(report: dict[str, Any], figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    return presentation.markdown(present(report), figures, report["versions"])
+    return present(report).markdown(figures, report["versions"])
 
 
 def _name(report: dict[str, Any]) -> str:

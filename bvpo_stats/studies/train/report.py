@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bvpo_stats.studies.report_file import versions
+from bvpo_stats.studies.base import software_versions
 from bvpo_stats.training.trainer import BVPOTrainer
 
 _TIMING = ("train_", "total_flos", "alpha/time_share", "alpha/step")
@@ -49,7 +49,7 @@ def train_report(trainer: BVPOTrainer, method: str) -> dict[str, Any]:
         "history": history,
         "settings": trainer.identity,
         "seed": args.seed,
-        "versions": versions(),
+        "versions": software_versions(),
     }
 
 

@@ -204,7 +204,7 @@ def _progress_callback(advance: Any) -> Any:
 
 
 def _write(report: dict[str, Any], trainer: BVPOTrainer, folder: Path) -> None:
-    from bvpo_stats.studies.report_file import to_json
+    from bvpo_stats.studies.base import to_json
 
     figures = train_figures(report, folder / "figures")
     seconds = trainer.estimator.to_state()["seconds"]

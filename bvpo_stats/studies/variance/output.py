@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.studies import presentation
-from bvpo_stats.studies.presentation import Finding, Presentation, ResultTable
+from bvpo_stats.studies.base import Finding, Presentation, ResultTable
 from bvpo_stats.studies.variance.report import VarianceReport
 
 _TITLES = {
@@ -48,12 +47,12 @@ def present(report: dict[str, Any]) -> Presentation:
 def print_report(report: VarianceReport, folder: Path) -> None:
     """Prints Tables 3 to 5 on standard output."""
     written = f"{folder / 'report.json'}, report.md, figures/, samples"
-    presentation.print_presentation(present(report.to_dict()), written)
+    present(report.to_dict()).print(written)
 
 
 def markdown(report: VarianceReport, figures: list[Path]) -> str:
     """The report as Markdown, figures linked."""
-    return presentation.markdown(present(report.to_dict()), figures, report.versions)
+    return present(report.to_dict()).markdown(figures, report.versions)
 
 
 def _findings(report: dict[str, Any]) -> tuple[Finding, ...]:

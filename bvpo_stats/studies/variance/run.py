@@ -26,8 +26,8 @@ from bvpo_stats.sampling.sample import (
 from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.published import APPENDIX_B, published_name
-from bvpo_stats.studies.report_file import to_json, versions
 from bvpo_stats.studies.variance.output import markdown
 from bvpo_stats.studies.variance.profiles import PositionProfile, histogram
 from bvpo_stats.studies.variance.report import VarianceReport
@@ -199,7 +199,7 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
         lengths=histogram(samples, "length"),
         logps=histogram(samples, "logp"),
         positions=profile.bins(config.definitions.level),
-        versions=versions(),
+        versions=software_versions(),
     )
 
 
