@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import click
-from typer.core import TyperCommand
+import typer
+from typer.core import TyperCommand, TyperOption
 
 from bvpo_stats.errors import UserError
 
@@ -38,7 +38,7 @@ _FIELD = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 class Command(TyperCommand):
     """A command whose errors name its options, where those of the package name fields."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
@@ -48,7 +48,7 @@ class Command(TyperCommand):
     @property
     def fields(self) -> dict[str, str]:
         """Option of each field."""
-        options = {str(p.name): max(p.opts, key=len) for p in self.params if isinstance(p, click.Option)}
+        options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)}
         return {field: options[name] for field, name in _NAMES.items() if name in options} | options
 
 

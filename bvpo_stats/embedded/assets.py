@@ -34,5 +34,5 @@ def embedded_prompts(limit: int | None = None) -> list[Prompt]:
         UserError: ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit} leaves no prompts; use at least 1.")
+        raise UserError(f"`limit={limit}` leaves no prompts; use at least 1.")
     return generate_prompts(N_PROMPTS, PROMPT_SEED, "held-out")[:limit]

@@ -51,7 +51,7 @@ class CurvatureOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"--learning-rate {self.learning_rate}: must be positive.")
+            raise UserError(f"`learning_rate={self.learning_rate}`: must be positive.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def measure_curvature(
     """
     thinking = [pair for pair in pairs if pair.mode == "thinking"]
     if not thinking:
-        raise UserError("eta L is measured on D_t pairs, and there are none; give a number for --eta-l.")
+        raise UserError("eta L is measured on D_t pairs, and there are none; give a number for `eta_l`.")
     places = np.unique(np.linspace(0, len(thinking) - 1, min(options.n_pairs, len(thinking))).round().astype(int))
     chosen = [thinking[place] for place in places]
     loss = PairLoss(policy, subset, chosen, objective, options.max_tokens)
@@ -160,7 +160,7 @@ def measure_curvature(
     if not found.largest > 0:
         raise UserError(
             f"The largest Hessian eigenvalue is {found.largest:.3g}, so the loss has no curvature to measure eta L by; "
-            "give a number for --eta-l."
+            "give a number for `eta_l`."
         )
     return Curvature(
         eta_l=options.learning_rate * found.largest,

@@ -136,7 +136,7 @@ def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
             if record.template != policy.template.name:
                 raise UserError(
                     f"{kind} of prompt {record.prompt_id} uses the template {record.template}, but the policy's is "
-                    f"{policy.template.name}. Choose it with --template, or allow the mismatch if you know why."
+                    f"{policy.template.name}. Choose it with `template`, or allow the mismatch if you know why."
                 )
 
 

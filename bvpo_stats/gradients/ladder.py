@@ -229,7 +229,7 @@ def check_method(policy: Policy, examples: Sequence[Example], options: StreamOpt
 
 def _check(probe: Probe, method: MarginalMethod) -> None:
     if method not in ("auto", "none") and (obstacle := probe.obstacle(method)) is not None:
-        raise UserError(f"--marginal {method} is ruled out: {obstacle}. Use --marginal auto.")
+        raise UserError(f"`method={method!r}` is ruled out: {obstacle}. Use `method='auto'`.")
 
 
 def _asked_for(probe: Probe, method: MarginalMethod) -> MarginalChoice:

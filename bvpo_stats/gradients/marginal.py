@@ -164,7 +164,7 @@ class MarginalEstimator:
         if traces < 2:
             raise UserError(
                 f"The {self.method} estimator needs two traces for each answer; make a bank with more "
-                "(`bvpo-stats traces --traces-per-answer`)."
+                "(`traces_per_answer`)."
             )
 
         def functional(rows: Rows) -> Float[np.ndarray, " both_sides"]:
@@ -197,7 +197,7 @@ class MarginalEstimator:
         if not side.normalised or not len(rows):
             raise UserError(
                 f"The objective {self.objective.name} needs log pi(y | x) itself, which only prior traces give; use "
-                "--marginal prior with a bank that has them."
+                "`method='prior'` with a bank that has them."
             )
         return float(log_mean_weight(side.log_weights[rows]))
 

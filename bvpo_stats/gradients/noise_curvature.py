@@ -60,7 +60,7 @@ def noise_curvature(
     prompts = [p for p in dict.fromkeys(row.prompt_id for row in rows) if (p, "thinking") in found]
     prompts = [p for p in prompts if (p, "nothinking") in found][: options.n_pairs]
     if not prompts:
-        raise UserError("eta L is measured on prompts with both a D_t and a D_e pair; give a number for --eta-l.")
+        raise UserError("eta L is measured on prompts with both a D_t and a D_e pair; give a number for `eta_l`.")
     values = gradients.double().cpu().numpy()
     t, e = (values[[found[p, mode] for p in prompts]] for mode in ("thinking", "nothinking"))
     noise = t - e - (t - e).mean(axis=0)

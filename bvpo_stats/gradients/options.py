@@ -45,9 +45,9 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(MarginalMethod):
-            raise UserError(f"--marginal {self.method}: choose {', '.join(get_args(MarginalMethod))}.")
+            raise UserError(f"`method={self.method!r}`: choose {', '.join(get_args(MarginalMethod))}.")
         if self.traces_per_answer is not None and self.traces_per_answer < 1:
-            raise UserError(f"--traces-per-answer {self.traces_per_answer}: at least 1.")
+            raise UserError(f"`traces_per_answer={self.traces_per_answer}`: at least 1.")
         if self.max_tokens < 1:
             raise UserError(f"the budget of tokens per forward is {self.max_tokens}; it must be positive.")
         if not 0 <= self.max_padding < 1:

@@ -31,13 +31,13 @@ def select_traces(bank: SideBank, method: MarginalMethod, most: int | None) -> t
     if method == "prior" or method == "anchored":
         if not bank.prior:
             raise UserError(
-                f"The trace bank has no prior traces for {where}, which --marginal {method} needs; make the bank with "
-                "`bvpo-stats traces --sources anchor,prior`, or choose another method."
+                f"The trace bank has no prior traces for {where}, which `method={method!r}` needs; make the bank with "
+                "`sources=('anchor', 'prior')`, or choose another method."
             )
         if method == "prior":
             return bank.prior[:most]
         if math.isnan(bank.own.trace_logp):
-            raise UserError(f"The trace bank has no anchor for {where}; make the bank with --sources anchor,prior.")
+            raise UserError(f"The trace bank has no anchor for {where}; make it with `sources=('anchor', 'prior')`.")
         return (bank.own, *bank.prior)[:most]
     if method == "multilevel":
         return (independent if len(independent) >= len(bank.prior) else bank.prior)[:most]

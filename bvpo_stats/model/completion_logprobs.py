@@ -55,7 +55,7 @@ def completion_logprobs(
             if not np.isfinite(values).all():
                 raise UserError(
                     f"The model gives a NaN or infinite log-probability to {names[row]}. Check its weights, or load it "
-                    "in a wider type (--dtype float32)."
+                    "in a wider type (`dtype='float32'`)."
                 )
             results[row] = values
     return [values for values in results if values is not None]

@@ -34,20 +34,20 @@ def read_second_moments(path: Path, subset: Subset) -> dict[str, Float[np.ndarra
     if path.is_dir():
         found = next((path / name for name in _FILES if (path / name).is_file()), None)
         if found is None:
-            raise UserError(f"--optimizer-state {path}: the folder holds none of {', '.join(_FILES)}.")
+            raise UserError(f"`optimizer_state={str(path)!r}`: the folder holds none of {', '.join(_FILES)}.")
         path = found
     if not path.is_file():
-        raise UserError(f"--optimizer-state {path}: no such file.")
+        raise UserError(f"`optimizer_state={str(path)!r}`: no such file.")
     moments = _from_safetensors(path) if path.suffix == ".safetensors" else _from_torch(path, subset)
     result = {}
     for name, weight in subset.parameters.items():
         value = moments.get(name)
         if value is None:
-            raise UserError(f"--optimizer-state {path}: no second moments of {name}; is it another model's state?")
+            raise UserError(f"`optimizer_state={str(path)!r}`: no second moments of {name}; another model's state?")
         if value.shape != weight.shape:
             raise UserError(
-                f"--optimizer-state {path}: {name} has shape {tuple(value.shape)} there and {tuple(weight.shape)} in "
-                "the model; is it another model's state?"
+                f"`optimizer_state={str(path)!r}`: {name} has shape {tuple(value.shape)} there and "
+                f"{tuple(weight.shape)} in the model; is it another model's state?"
             )
         result[name] = value.double().cpu().numpy().reshape(-1)
     return result
@@ -60,7 +60,7 @@ def _from_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--optimizer-state {path}: cannot be read ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"`optimizer_state={str(path)!r}`: cannot be read ({str(error).splitlines()[0]}).") from error
     wanted = {key: value for key, value in tensors.items() if key.endswith(f".{_KEY}")}
     return {key.removesuffix(f".{_KEY}"): value for key, value in (wanted or tensors).items()}
 
@@ -70,18 +70,18 @@ def _from_torch(path: Path, subset: Subset) -> dict[str, torch.Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--optimizer-state {path}: the file asks to run code when it is read, or is damaged; it was refused. Save "
-            "the state as safetensors (parameter name to exp_avg_sq)."
+            f"`optimizer_state={str(path)!r}`: the file asks to run code when it is read, or is damaged; it was "
+            "refused. Save the state as safetensors (parameter name to exp_avg_sq)."
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ... for files that are none of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--optimizer-state {path}: cannot be read ({reason}).") from error
+        raise UserError(f"`optimizer_state={str(path)!r}`: cannot be read ({reason}).") from error
     state = loaded.get("state") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(entry, dict) and _KEY in entry for entry in state.values()):
-        raise UserError(f"--optimizer-state {path}: no Adam state ({_KEY}) in it.")
+        raise UserError(f"`optimizer_state={str(path)!r}`: no Adam state ({_KEY}) in it.")
     if len(state) != len(subset.parameters):
         raise UserError(
-            f"--optimizer-state {path}: the state of {len(state)} weights, but {len(subset.parameters)} are selected; "
-            "select what was trained, or save the state as safetensors by parameter name."
+            f"`optimizer_state={str(path)!r}`: the state of {len(state)} weights, but {len(subset.parameters)} are "
+            "selected; select what was trained, or save the state as safetensors by parameter name."
         )
     return {name: state[key][_KEY] for name, key in zip(subset.parameters, sorted(state), strict=True)}

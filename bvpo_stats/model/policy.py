@@ -121,7 +121,7 @@ def load_policy(options: PolicyOptions) -> Policy:
     words = model.get_input_embeddings().weight.shape[0]
     if max(*template.prompt_ids("probe", "nothinking"), *eos_ids) >= words:
         raise UserError(
-            f"--model {options.model}: its tokenizer uses ids beyond the model's {words} embeddings; they do not "
+            f"`model={options.model!r}`: its tokenizer uses ids beyond the model's {words} embeddings; they do not "
             "belong together."
         )
     identity = content_identity(options.model, source, model)
@@ -223,10 +223,10 @@ def model_source(model: str) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UserError(f"--model {model}: the folder has no config.json, so it holds no transformers model.")
+            raise UserError(f"`model={model!r}`: the folder has no config.json, so it holds no transformers model.")
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"--model {model}: no such folder. Give a model folder, a hub id, or leave it out.")
+        raise UserError(f"`model={model!r}`: no such folder. Give a model folder, a hub id, or leave it out.")
     return model
 
 
@@ -234,10 +234,10 @@ def _load_error(model: str, error: Exception) -> UserError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
-        return UserError(f"--model {model} ships its own code. Allow it with --trust-remote-code if you trust it.")
+        return UserError(f"`model={model!r}` ships its own code. Trust it? Allow it: `trust_remote_code=True`.")
     if "safetensors" in str(error):
-        return UserError(f"--model {model}: no safetensors weights ({reason}). Convert them with save_pretrained.")
-    return UserError(f"Cannot load --model {model}: {reason} Check the name, the folder's files, and hub access.")
+        return UserError(f"`model={model!r}`: no safetensors weights ({reason}). Convert them with save_pretrained.")
+    return UserError(f"Cannot load `model={model!r}`: {reason} Check the name, the folder's files, and hub access.")
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -259,7 +259,7 @@ def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"Cannot load --adapter {adapter} on this model: {reason} Is it an adapter of another base?"
+            f"Cannot load `adapter={adapter!r}` on this model: {reason} Is it an adapter of another base?"
         ) from error
 
 
@@ -285,7 +285,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # torch raises AssertionError or RuntimeError, depending on the build
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"`device={name!r}`: not available here ({str(error).splitlines()[0]}).") from error
     return device
 
 
@@ -293,7 +293,7 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
     if name == "auto":
         return "auto" if pick_device(device).type != "cpu" else torch.float32
     if name not in DTYPES:
-        raise UserError(f"--dtype {name}: unknown. Choose auto or one of {', '.join(DTYPES)}.")
+        raise UserError(f"`dtype={name!r}`: unknown. Choose auto or one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

@@ -48,7 +48,7 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
     except Exception as error:  # whatever a tokenizer's files provoke
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"Cannot load the tokenizer of --model {options.model}: {reason} Check the name, the folder's files, and "
+            f"Cannot load the tokenizer of `model={options.model!r}`: {reason} Check the name, the folder's files, and "
             "hub access."
         ) from error
     try:
@@ -60,6 +60,6 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
         if int(extra) not in ids:
             ids.append(int(extra))
     if not ids:
-        raise UserError(f"The tokenizer of --model {options.model} names no end-of-sequence token.")
+        raise UserError(f"The tokenizer of `model={options.model!r}` names no end-of-sequence token.")
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
     return ServedPolicy(template, tuple(ids))

@@ -163,7 +163,7 @@ def find_template(
         raise UserError("The tokenizer has no chat template. Use the model's own chat (not base) tokenizer.")
     if name is not None:
         if name not in PROTOCOLS:
-            raise UserError(f"--template {name}: unknown. Choose one of {', '.join(PROTOCOLS)}.")
+            raise UserError(f"`template={name!r}`: unknown. Choose one of {', '.join(PROTOCOLS)}.")
         protocol = PROTOCOLS[name]
     else:
         protocol = _recognise(tokenizer, empty_trace)
@@ -172,7 +172,7 @@ def find_template(
     elif not _has_think_tags(tokenizer):
         raise UserError(
             "The tokenizer has no <think> and </think> tokens, so it is unclear how this model spells an empty trace. "
-            "Give it with --empty-trace, e.g. --empty-trace '<think></think>'."
+            "Give it with `empty_trace`, e.g. `empty_trace='<think></think>'`."
         )
     return Template(protocol, tokenizer)
 
@@ -193,10 +193,11 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, empty_trace: str | None) -> P
     if not _has_think_tags(tokenizer):
         raise UserError(
             "The tokenizer has no <think> and </think> tokens and its chat template is none of "
-            f"{', '.join(PROTOCOLS)}. Say how an empty trace is spelled with --empty-trace, e.g. '<think></think>'."
+            f"{', '.join(PROTOCOLS)}. Say how an empty trace is spelled, e.g. "
+            "`empty_trace='<think></think>'`."
         )
     raise UserError(
-        f"The chat template is none of {', '.join(PROTOCOLS)}. Choose one with --template, or give --empty-trace."
+        f"The chat template is none of {', '.join(PROTOCOLS)}. Choose one with `template`, or give `empty_trace`."
     )
 
 

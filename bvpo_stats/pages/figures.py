@@ -58,7 +58,7 @@ def draw_all(sources: Sequence[Path], output: Path) -> list[Drawn]:
     names = [run.folder.resolve().name for run in runs] if sources else [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"Several runs are called {', '.join(twice)}. Draw them with separate calls and --output.")
+        raise UserError(f"Several runs are called {', '.join(twice)}. Draw them with separate calls and `output`.")
     drawn = []
     with progress("Drawing", len(runs), "runs") as advance:
         for run, name in zip(runs, names, strict=True):
@@ -79,5 +79,5 @@ def _check_same_study(run: Run, folder: Path) -> None:
     if there != run.study:
         raise UserError(
             f"{folder} holds figures of {there}, and {run.name} is a run of {run.study}. Nothing was overwritten; name "
-            "another --output."
+            "another `output`."
         )

@@ -77,7 +77,7 @@ def write_page(root: Path, output: Path | None = None, title: str | None = None)
     runs = sorted(find_runs(root), key=lambda run: (story_order(run.study), run.name))
     output = output or (root if root.is_dir() else root.parent) / "report.html"
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder. Name the HTML file.")
+        raise UserError(f"`output={str(output)!r}` is a folder. Name the HTML file.")
     sections = []
     with progress("Reporting", len(runs), "runs") as advance:
         for place, run in enumerate(runs, start=1):

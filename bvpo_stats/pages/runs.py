@@ -46,7 +46,7 @@ def find_runs(root: Path) -> list[Run]:
     if root.is_file() and root.name == REPORT_FILE:
         root = root.parent
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder. Give the --output folder of a run, or a folder that holds some.")
+        raise UserError(f"{root}: no such folder. Give the `output` folder of a run, or a folder that holds some.")
     runs = []
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -56,7 +56,7 @@ def find_runs(root: Path) -> list[Run]:
                 folders.clear()
             runs.append(read_run(folder, _name(folder, root)))
     if not runs:
-        raise UserError(f"{root}: no run in it. Give the --output folder of a run, or a folder that holds some.")
+        raise UserError(f"{root}: no run in it. Give the `output` folder of a run, or a folder that holds some.")
     return runs
 
 
@@ -69,7 +69,7 @@ def read_run(folder: Path, name: str) -> Run:
     if report is None and problem is None:
         problem = (
             f"No {REPORT_FILE} yet: the run is going on, was interrupted, or is one of several shards. The same "
-            "command with the same --output goes on with it."
+            "command with the same `output` goes on with it."
         )
     study = (report or {}).get("study", command)
     return Run(folder, name, str(study) if study is not None else None, configuration, report, problem)

@@ -65,7 +65,7 @@ def adopt_row(
         raise UserError(f"{where}: the completion is empty.")
     if "answer_start" not in row and not ("trace" in row and row.get("answer") is None):
         if template is None:
-            raise UserError(f"{where}: no `answer_start`, and no model to find it with. Give --model.")
+            raise UserError(f"{where}: no `answer_start`, and no model to find it with. Give `model`.")
         row["answer_start"], row["trace"], row["answer"] = template.split(row["completion_ids"], row["mode"])
     defaults = {
         "prompt": "",
@@ -91,7 +91,7 @@ def _digest(key: str) -> int:
 
 def _tokenise(row: dict[str, Any], where: str, template: Template | None, eos_id: int | None) -> None:
     if template is None:
-        raise UserError(f"{where}: no token ids, and no model to tokenise with. Give --model.")
+        raise UserError(f"{where}: no token ids, and no model to tokenise with. Give `model`.")
     if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
         raise UserError(f"{where}: needs `prompt_ids` and `completion_ids`, or `prompt` and `text`.")
     row.setdefault("prompt_ids", list(template.prompt_ids(row["prompt"], row["mode"])))

@@ -131,7 +131,7 @@ def _prompt_and_closing(response: Completion, template: Template) -> tuple[tuple
     if prompt_ids + closing != response.prompt_ids:
         raise UserError(
             f"The sample {response.key} was drawn from another prompt than template {template.name} renders. Give "
-            "--model (and --template, --empty-trace) as in sampling."
+            "`model` (and `template`, `empty_trace`) as in sampling."
         )
     return prompt_ids, closing
 

@@ -33,7 +33,7 @@ def load_prompts(source: str, *, limit: int | None = None, split: str = "train")
         UserError: Missing source, no prompts, a row without a prompt, or a prompt id met twice.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: at least 1 prompt is needed.")
+        raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
     prompts = _unique(_rows(source, split))
     found = False
     for prompt in islice(prompts, limit):
@@ -54,7 +54,7 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
         yield where, prompt_from_row(row, where)
 
 
-def source_rows(source: str, split: str, option: str = "--prompts") -> Iterator[tuple[str, dict[str, Any]]]:
+def source_rows(source: str, split: str, option: str = "`prompts`") -> Iterator[tuple[str, dict[str, Any]]]:
     """Streams the rows of a file or dataset, each with its place for error messages.
 
     Args:

@@ -186,7 +186,7 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
                 if row.get(field) != value:
                     raise UserError(
                         f"{path}:{number}: a record of {field} {row.get(field)!r} among those of {value!r}. "
-                        "Remove it, or name a new --output folder."
+                        "Remove it, or name a new `output` folder."
                     )
             yield f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
 

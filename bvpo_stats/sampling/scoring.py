@@ -65,7 +65,7 @@ def _batch_logprobs(sequences: list[TokenSequence], names: list[str], policy: Po
         if not all(map(_finite, row)):
             raise UserError(
                 f"The model gives a NaN or infinite log-probability to response {name}. Check its weights, or load it "
-                "in a wider type (--dtype float32)."
+                "in a wider type (`dtype='float32'`)."
             )
     return [[round(value, _DECIMALS) for value in row] for row in rows]
 

@@ -74,7 +74,7 @@ def pair_sides(pair: PreferencePair, samples: Sequence[Completion], max_position
     if pair.top_p < 1:
         raise UserError(
             f"Pair {pair.prompt_id} was sampled with top-p {pair.top_p:g}: cut-off traces have no proposal "
-            "probability, so no weights. Sample with --top-p 1."
+            "probability, so no weights. Sample with `top_p=1`."
         )
     by_index = {sample.sample_index: sample for sample in samples}
     found = []
@@ -84,7 +84,7 @@ def pair_sides(pair: PreferencePair, samples: Sequence[Completion], max_position
         own = by_index.get(index)
         if own is None or own.completion_ids != ids or own.prompt_ids != pair.prompt_ids:
             raise UserError(
-                f"The {side} response of pair {pair.prompt_id} (sample {index}) is not in --samples. Give the "
+                f"The {side} response of pair {pair.prompt_id} (sample {index}) is not in `samples`. Give the "
                 "samples that the pairs were made from."
             )
         found.append(_side(pair, side, own, samples, max_positions))

@@ -49,15 +49,15 @@ class BankOptions:
 
     def __post_init__(self) -> None:
         if self.traces_per_answer < 1:
-            raise UserError(f"--traces-per-answer {self.traces_per_answer}: at least 1.")
+            raise UserError(f"`traces_per_answer={self.traces_per_answer}`: at least 1.")
         unknown = [source for source in self.sources if source not in SOURCES]
         if unknown or not self.sources:
-            raise UserError(f"--sources {','.join(self.sources)}: choose from {', '.join(SOURCES)}.")
+            raise UserError(f"`sources={self.sources!r}`: choose from {', '.join(SOURCES)}.")
         if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be positive.")
+            raise UserError(f"`temperature={self.temperature}`: must be positive.")
         if self.mh_moves < 1 or (self.burn_in or 0) < 0:
             raise UserError(
-                f"--mh-moves {self.mh_moves} --burn-in {self.burn_in}: at least 1 move, and no negative burn-in."
+                f"`mh_moves={self.mh_moves}` `burn_in={self.burn_in}`: at least 1 move, and no negative burn-in."
             )
 
     def burn_in_moves(self, sampled_at: float) -> int:

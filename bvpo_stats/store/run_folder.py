@@ -45,7 +45,7 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
     """
     identity = json.loads(json.dumps({"command": command, **identity}))
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file. Name a folder.")
+        raise UserError(f"`output={str(folder)!r}` is a file. Name a folder.")
     _check_contents(folder, identity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def _check_contents(folder: Path, identity: dict[str, Any]) -> None:
         _check_same_run(folder, path, identity)
     elif strangers:
         raise UserError(
-            f"--output {folder} is not empty and holds no run of bvpo-stats. Nothing was overwritten; name a new "
-            "folder."
+            f"`output={str(folder)!r}` is not empty and holds no run of bvpo-stats. Nothing was overwritten; name "
+            "a new folder."
         )
 
 
@@ -87,7 +87,7 @@ def _check_same_run(folder: Path, path: Path, identity: dict[str, Any]) -> None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path} ({error}). Name a new --output folder.") from error
+        raise UserError(f"Cannot read {path} ({error}). Name a new `output` folder.") from error
     differing = [
         f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} now"
         for key in sorted(set(stored) | set(identity))
@@ -95,7 +95,7 @@ def _check_same_run(folder: Path, path: Path, identity: dict[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"--output {folder} belongs to a different run ({'; '.join(differing)}). "
+            f"`output={str(folder)!r}` belongs to a different run ({'; '.join(differing)}). "
             "Nothing was overwritten; name a new folder, or repeat the settings of the old run to resume it."
         )
 

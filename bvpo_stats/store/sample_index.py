@@ -61,8 +61,8 @@ class SampleSource:
         """
         if self.engine == "transformers" and identity != self.model:
             raise UserError(
-                f"The samples were drawn by {self.model}, but --model is {identity}. Reference log-probabilities and "
-                "traces need the sampling model: give the same --model and --adapter as in sampling."
+                f"The samples were drawn by {self.model}, but `model` is {identity}. Reference log-probabilities and "
+                "traces need the sampling model: give the same `model` and `adapter` as in sampling."
             )
 
 
@@ -144,12 +144,12 @@ def sample_files(samples: Path) -> list[Path]:
     if samples.is_file():
         return [samples]
     if not samples.exists():
-        raise UserError(f"--samples {samples}: no such folder. Give the --output folder of `bvpo-stats sample`.")
+        raise UserError(f"`samples={str(samples)!r}`: no such folder. Give the `output` folder of `bvpo-stats sample`.")
     paths = run_files(samples, "samples.jsonl")
     if not paths:
         raise UserError(
-            f"--samples {samples}: no samples.jsonl there, so it is not the folder of a sampling run. Give the "
-            "--output folder of `bvpo-stats sample`."
+            f"`samples={str(samples)!r}`: no samples.jsonl there, so it is not the folder of a sampling run. Give the "
+            "`output` folder of `bvpo-stats sample`."
         )
     return paths
 
@@ -203,7 +203,7 @@ def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, 
             raise UserError(f"{line.where}: {_twice(connection, paths, row, key)}") from error
     connection.execute("COMMIT")
     if not count:
-        raise UserError(f"--samples {samples}: no responses in {' or '.join(modes)} mode there.")
+        raise UserError(f"`samples={str(samples)!r}`: no responses in {' or '.join(modes)} mode there.")
     prompts = connection.execute("SELECT COUNT(*) FROM (SELECT DISTINCT prompt_id FROM samples)").fetchone()[0]
     return SampleSource(first["model"], first["template"], first["engine"], prompts, count, half_written)
 
@@ -233,7 +233,7 @@ def _parse(line: _Line) -> dict[str, object] | None:
     bad = [name for name, kind in wanted.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
     if bad or row["mode"] not in MODES or not row["prompt_id"]:
         raise UserError(
-            f"{line.where}: not a sample (check {', '.join(bad or ['mode', 'prompt_id'])}). Give the --output folder "
+            f"{line.where}: not a sample (check {', '.join(bad or ['mode', 'prompt_id'])}). Give the `output` folder "
             "of `bvpo-stats sample`; responses from elsewhere go through its file engine first."
         )
     return {name: row[name] for name in wanted}

@@ -65,10 +65,10 @@ def parse_shard(value: str) -> Shard:
     """
     match = _SHARD.fullmatch(value.strip())
     if match is None:
-        raise UserError(f"--shard {value}: give i/n, e.g. 1/4 for the first of four.")
+        raise UserError(f"`shard={value!r}`: give i/n, e.g. 1/4 for the first of four.")
     index, count = int(match[1]), int(match[2])
     if not 1 <= index <= count:
-        raise UserError(f"--shard {value}: shards are numbered 1 to {max(count, 1)}.")
+        raise UserError(f"`shard={value!r}`: shards are numbered 1 to {max(count, 1)}.")
     return Shard(index, count)
 
 

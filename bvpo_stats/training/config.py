@@ -76,15 +76,15 @@ class BVPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eta_l != AUTO:
-            self.eta_l = _positive("--eta-l", self.eta_l)
+            self.eta_l = _positive("eta_l", self.eta_l)
         for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{_option(name)} {value}: at least 1.")
+                raise UserError(f"`{name}={value}`: at least 1.")
         if self.alpha_probe_prompts < 0:
-            raise UserError(f"--alpha-probe-prompts {self.alpha_probe_prompts}: at least 0.")
+            raise UserError(f"`alpha_probe_prompts={self.alpha_probe_prompts}`: at least 0.")
         if self.unmatched_prompts not in ("error", "drop"):
-            raise UserError(f"--unmatched {self.unmatched_prompts}: choose error or drop.")
+            raise UserError(f"`unmatched_prompts={self.unmatched_prompts!r}`: choose error or drop.")
         self.objective(), self.controller()  # complain about their own settings
 
     @property
@@ -108,20 +108,16 @@ class BVPOConfig(TrainingArguments):
             UserError: An unknown loss, or constants it cannot have.
         """
         if self.loss_type not in LOSSES:
-            raise UserError(f"--loss {self.loss_type}: choose {', '.join(LOSSES)}.")
+            raise UserError(f"`loss_type={self.loss_type!r}`: choose {', '.join(LOSSES)}.")
         name = LOSSES[self.loss_type]
         return Objective(name, self.beta, self.simpo_gamma if name == "simpo" else 0.0)
 
 
-def _positive(option: str, value: float | str) -> float:
+def _positive(field: str, value: float | str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise UserError(f"{option} {value}: give a positive number, or auto.")
+        raise UserError(f"`{field}={value}`: give a positive number, or auto.")
     return number
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -126,7 +126,8 @@ def join_prompts(
         counts = " and ".join(f"{len(found)} in {_SETS[mode]} alone" for mode, found in alone.items())
         raise UserError(
             f"Prompt {prompts[0]} is in {_SETS[mode]} only ({counts}); each step needs both pairs of its prompts. Make "
-            f"both sets from the same prompts, or train on the {len(everywhere)} shared ones with --unmatched drop."
+            f"both sets from the same prompts, or train on the {len(everywhere)} shared ones with "
+            "`unmatched_prompts='drop'`."
         )
     if not everywhere:
         raise UserError("D_t and D_e share no prompts; make both from the same samples.")
@@ -161,7 +162,7 @@ def select_prompts(
     kept = [prompt for prompt in prompts if max_length is None or _longest(prompt) <= max_length]
     if not kept:
         raise UserError(
-            f"All {len(prompts)} prompts have a sequence of more than {max_length} tokens; raise --max-length."
+            f"All {len(prompts)} prompts have a sequence of more than {max_length} tokens; raise `max_length`."
         )
     covered: dict[str, set[str]] = {}
     for trace in traces:

@@ -91,9 +91,9 @@ def preset(name: str, method: Method) -> Preset:
     (0.1, 7e-07, 128, 0.5)
     """
     if method not in METHODS:
-        raise UserError(f"--method {method}: choose {', '.join(METHODS)}.")
+        raise UserError(f"`method={method!r}`: choose {', '.join(METHODS)}.")
     if name not in PRESETS:
-        raise UserError(f"--preset {name}: choose {', '.join(PRESETS)}.")
+        raise UserError(f"`preset={name!r}`: choose {', '.join(PRESETS)}.")
     alpha = 0.5 if method == "bvpo" else 1.0
     loss, beta, gamma = "sigmoid", _BVPO_BETA.get(name, 0.1), 0.0
     if method == "dpo":

@@ -129,7 +129,7 @@ def make_estimator(
     if not hasattr(policy.model, "disable_adapter"):
         raise UserError(
             "alpha = adaptive needs every prompt's own gradient, which is formed for LoRA adapters only; train one "
-            "(--lora-r), or give alpha as a number."
+            "(LoRA, with `r` of at least 1), or give alpha as a number."
         )
     subset = lora_subset(policy.model)
     held_out = {prompt.prompt_id for prompt in selection.probe}

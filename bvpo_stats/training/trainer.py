@@ -66,7 +66,7 @@ class BVPOTrainer(Trainer):
     ) -> None:
         if args.bf16 or args.fp16:
             raise UserError(
-                "Mixed precision by autocast is not supported; load the model in bfloat16 instead (--dtype)."
+                "Mixed precision by autocast is not supported; load the model in bfloat16 instead (`dtype`)."
             )
         self.config = args
         self.policy = trainable_policy(as_policy(model, processing_class), peft_config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 from bvpo_stats.cli.build import in_options
 
+import bvpo_stats
 from tests.cli.running import failed_politely, run
 
 OPTIONS = {
@@ -50,3 +53,22 @@ def test_an_error_of_a_run_names_the_option(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.write_text("")
     failed_politely(run("variance", "--limit", "0", "--output", folder), "--limit 0")
+
+
+def test_no_message_of_the_package_names_an_option() -> None:
+    """Docstrings may name commands; what reaches a Python user names fields."""
+    package, found = Path(bvpo_stats.__file__).parent, []
+    for path in sorted(package.rglob("*.py")):
+        if path.is_relative_to(package / "cli"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found += [
+            f"{path.relative_to(package)}:{node.lineno}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+            and re.search(r"(?<![\w-])--[a-z]", node.value)
+        ]
+    assert not found

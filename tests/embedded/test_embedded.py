@@ -55,7 +55,7 @@ def test_default_prompts_are_held_out_and_limited():
     for prompt in prompts:
         expression = "".join(c for c in prompt.prompt if c in "0123456789+-*")
         assert split_of(expression) == "held-out"
-    with pytest.raises(UserError, match="--limit 0"):
+    with pytest.raises(UserError, match="`limit=0`"):
         embedded_prompts(0)
 
 

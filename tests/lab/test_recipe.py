@@ -83,7 +83,7 @@ def test_nothing_is_overwritten(trained, tmp_path):
     file.write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         train(file, SMALL, show_progress=False)
-    with pytest.raises(UserError, match="--steps 0"):
+    with pytest.raises(UserError, match="`steps=0`"):
         train(tmp_path / "new", replace(SMALL, steps=0), show_progress=False)
     assert not (tmp_path / "new").exists()
 

@@ -116,7 +116,7 @@ def test_overrides() -> None:
 
 
 def test_custom_template_needs_the_empty_trace() -> None:
-    with pytest.raises(UserError, match="--empty-trace"):
+    with pytest.raises(UserError, match="`empty_trace"):
         find_template(plain())
     template = find_template(plain(), empty_trace="<think></think>")
     assert template.prompt_text(QUESTION, "thinking") == "[user] 1+1?\n[assistant] "
@@ -124,12 +124,12 @@ def test_custom_template_needs_the_empty_trace() -> None:
 
 
 def test_named_template_without_think_tokens_needs_the_empty_trace() -> None:
-    with pytest.raises(UserError, match="--empty-trace"):
+    with pytest.raises(UserError, match="`empty_trace"):
         find_template(plain(), name="r1-distill")
 
 
 def test_unknown_and_missing_templates() -> None:
-    with pytest.raises(UserError, match=r"--template nonsense.*r1-distill"):
+    with pytest.raises(UserError, match=r"`template='nonsense'`.*r1-distill"):
         find_template(r1(R1_DISTILL), name="nonsense")
     with pytest.raises(UserError, match="no chat template"):
         find_template(byte_tokenizer(None, ["</s>"], eos="</s>"))

@@ -484,7 +484,7 @@ def test_a_key_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         Server(ServerOptions("http://localhost:1", api_key_env="TOY_KEY"))
 
 
-@pytest.mark.parametrize(("key", "hint"), [(None, "--api-key-env"), ("TOY_KEY", "Check the key")])
+@pytest.mark.parametrize(("key", "hint"), [(None, "`api_key_env`"), ("TOY_KEY", "Check the key")])
 def test_a_refused_key_says_what_to_do(monkeypatch: pytest.MonkeyPatch, key: str | None, hint: str) -> None:
     monkeypatch.setenv("TOY_KEY", "s3cret")
     with pytest.raises(UserError, match=f"answers 401 .*{hint}"):

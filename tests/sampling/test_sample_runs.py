@@ -183,15 +183,15 @@ def test_a_server_that_is_down_leaves_no_folder_behind(tmp_path: Path, random_mo
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"engine": "vllm"}, "--engine vllm: unknown"),
-        ({"engine": "openai"}, "--base-url"),
-        ({"engine": "openai", "server": ServerOptions("http://x"), "policy": None}, "needs --model"),
-        ({"engine": "openai", "server": ServerOptions("http://x"), "policy": PolicyOptions(adapter="a")}, "--adapter"),
-        ({"server": ServerOptions("http://x")}, "--base-url is for --engine openai"),
-        ({"engine": "file"}, "--samples-from"),
-        ({"samples_from": Path("x")}, "--samples-from is for --engine file"),
-        ({"engine": "file", "samples_from": Path("x"), "shard": Shard(1, 2)}, "--shard"),
-        ({"limit": 0}, "--limit 0"),
+        ({"engine": "vllm"}, "`engine='vllm'`: unknown"),
+        ({"engine": "openai"}, "`base_url`"),
+        ({"engine": "openai", "server": ServerOptions("http://x"), "policy": None}, "needs `model`"),
+        ({"engine": "openai", "server": ServerOptions("http://x"), "policy": PolicyOptions(adapter="a")}, "`adapter`"),
+        ({"server": ServerOptions("http://x")}, "`base_url` is for `engine='openai'`"),
+        ({"engine": "file"}, "`samples_from`"),
+        ({"samples_from": Path("x")}, "`samples_from` is for `engine='file'`"),
+        ({"engine": "file", "samples_from": Path("x"), "shard": Shard(1, 2)}, "`shard`"),
+        ({"limit": 0}, "`limit=0`"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes: dict[str, Any], words: str) -> None:

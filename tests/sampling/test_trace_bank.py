@@ -163,8 +163,8 @@ def any_pair(oracle: Oracle) -> tuple[PreferencePair, list]:
     ("changes", "words"),
     [
         ({"mode": "nothinking"}, "has no traces"),
-        ({"top_p": 0.95}, "--top-p 1"),
-        ({"chosen_index": 77}, r"chosen response of pair .* \(sample 77\) is not in --samples"),
+        ({"top_p": 0.95}, "`top_p=1`"),
+        ({"chosen_index": 77}, r"chosen response of pair .* \(sample 77\) is not in `samples`"),
         ({"rejected_ids": (1, 2)}, "rejected response"),
     ],
 )
@@ -177,11 +177,11 @@ def test_pairs_that_have_no_bank(oracle: Oracle, changes: dict, words: str) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"traces_per_answer": 0}, "--traces-per-answer 0"),
-        ({"sources": ("anchor", "dream")}, "--sources anchor,dream"),
-        ({"sources": ()}, "--sources"),
-        ({"temperature": 0.0}, "--temperature 0.0"),
-        ({"mh_moves": 0}, "--mh-moves 0"),
+        ({"traces_per_answer": 0}, "`traces_per_answer=0`"),
+        ({"sources": ("anchor", "dream")}, r"`sources=\('anchor', 'dream'\)`"),
+        ({"sources": ()}, "`sources="),
+        ({"temperature": 0.0}, "`temperature=0.0`"),
+        ({"mh_moves": 0}, "`mh_moves=0`"),
         ({"burn_in": -1}, "burn-in"),
     ],
 )

@@ -116,5 +116,5 @@ def test_a_policy_that_did_not_draw_the_samples_is_refused(tmp_path: Path) -> No
     folder = write_samples(tmp_path / "a", [replace(c, engine="transformers") for c in records(1)])
     with open_sample_index(folder, tmp_path / "index.sqlite") as index:
         index.source.check_sampling_model("embedded@test")
-        with pytest.raises(UserError, match="drawn by embedded@test, but --model is other"):
+        with pytest.raises(UserError, match="drawn by embedded@test, but `model` is other"):
             index.source.check_sampling_model("other")

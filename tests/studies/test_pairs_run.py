@@ -146,7 +146,7 @@ def test_reference_log_probabilities_are_those_of_the_exact_ids(tmp_path: Path, 
             truth = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
             assert stored == pytest.approx(truth, abs=1e-4)
     wrong = [replace(c, model="other@0", engine="transformers") for c in synthetic(2)]
-    with pytest.raises(UserError, match=r"drawn by other@0, but --model is embedded"):
+    with pytest.raises(UserError, match=r"drawn by other@0, but `model` is embedded"):
         run_pairs(config(write_samples(tmp_path / "w", wrong), ref_logps=True), tmp_path / "x")
 
 

@@ -97,7 +97,7 @@ def test_inputs_that_do_not_belong_together(inputs: Inputs) -> None:
         run_traces(replace(inputs.config, pairs=inputs.folder), out)
     with pytest.raises(UserError, match="no such folder"):
         run_traces(replace(inputs.config, samples=inputs.folder / "none"), out)
-    with pytest.raises(UserError, match="--limit 0"):
+    with pytest.raises(UserError, match="`limit=0`"):
         run_traces(replace(inputs.config, limit=0), out)
     with pytest.raises(UserError, match="which has no traces"):
         run_traces(replace(inputs.config, pairs=inputs.folder / "pairs" / "nothinking.jsonl"), out)

@@ -143,7 +143,7 @@ def test_all_truncated_is_an_error(tmp_path: Path, samples: Path) -> None:
     rows = [dict(json.loads(line), finish_reason="length") for line in samples.read_text().splitlines()]
     path = tmp_path / "cut.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="--max-new-tokens"):
+    with pytest.raises(UserError, match="`max_new_tokens`"):
         tables(path)
 
 

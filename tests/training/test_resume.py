@@ -84,7 +84,7 @@ def test_another_configuration_is_refused(random_model: Path, pairs: Path, strai
 
 
 def test_resume_insists_on_a_checkpoint(random_model: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--resume: .* has no checkpoint"):
+    with pytest.raises(UserError, match=r"`resume=True`: .* has no checkpoint"):
         run_train(replace(run_config(random_model, pairs), must_resume=True), tmp_path / "run")
 
 

@@ -174,7 +174,7 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
     lengths = sorted(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs[:PROMPTS])
     trainer = BVPOTrainer(policy, settings(tmp_path, max_length=lengths[-4]), pairs)
     assert trainer.selection.too_long == sum(length > lengths[-4] for length in lengths)
-    with pytest.raises(UserError, match="--max-length"):
+    with pytest.raises(UserError, match="`max_length`"):
         BVPOTrainer(policy, settings(tmp_path, max_length=5), pairs)
 
 
@@ -186,11 +186,11 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
         ({"alpha": "best"}, "alpha 'best': give a number"),
         ({"alpha_prior": 2.0, "alpha": "adaptive"}, "alpha 2.0: must lie between 0"),
         ({"alpha_ema": 1.0, "alpha": "adaptive"}, "decays of averages"),
-        ({"eta_l": 0}, "--eta-l 0"),
+        ({"eta_l": 0}, "`eta_l=0`"),
         ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"unmatched_prompts": "keep"}, "error or drop"),
-        ({"max_tokens": 0}, "--max-tokens 0"),
+        ({"max_tokens": 0}, "`max_tokens=0`"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, object], words: str) -> None:

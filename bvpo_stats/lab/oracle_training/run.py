@@ -57,13 +57,13 @@ class OracleTrainingConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise UserError(f"--seeds {self.seeds}: intervals over seeds need at least 2.")
+            raise UserError(f"`seeds={self.seeds}`: intervals over seeds need at least 2.")
         if self.batch_size < 2:
-            raise UserError(f"--batch-size {self.batch_size}: the variance of a step needs at least 2 pairs.")
+            raise UserError(f"`batch_size={self.batch_size}`: the variance of a step needs at least 2 pairs.")
         if not self.eta_l or min(self.eta_l) <= 0:
-            raise UserError("--eta-l: give positive numbers, such as 0.2,0.6,1.4.")
+            raise UserError("`eta_l`: give positive numbers, such as 0.2,0.6,1.4.")
         if min(self.steps, self.traces, self.probe_every) < 1:
-            raise UserError("--steps, --traces-per-answer and --probe-every must be at least 1.")
+            raise UserError("`steps`, `traces_per_answer` and `probe_every` must be at least 1.")
 
 
 def run_oracle_training(

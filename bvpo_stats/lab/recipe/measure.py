@@ -179,7 +179,7 @@ def evaluate_folder(
         UserError: The folder holds no such model, or an option is out of range.
     """
     if n_samples < 2 or temperature <= 0 or (limit is not None and limit < 2):
-        raise UserError("--samples and --limit must be at least 2 and --temperature above 0.")
+        raise UserError("`samples` and `limit` must be at least 2 and `temperature` above 0.")
     try:
         # local_files_only: a mistyped folder must not be looked up on the hub.
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()

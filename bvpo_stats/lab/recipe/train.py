@@ -77,16 +77,16 @@ def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def _load_checkpoint(output: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The checkpoint of an interrupted run of this recipe, or None when the folder is new or empty."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder.")
+        raise UserError(f"`output={str(output)!r}` is a file; name a folder.")
     path = output / CHECKPOINT
     if not path.exists():
         names = [p.name for p in output.iterdir()] if output.exists() else []
         if set(names) - {path.with_suffix(".partial").name}:
-            raise UserError(f"--output {output} is not empty; name a new folder, nothing was overwritten.")
+            raise UserError(f"`output={str(output)!r}` is not empty; name a new folder, nothing was overwritten.")
         return None
     state = torch.load(path, weights_only=True)
     if state["recipe"] != json.dumps(asdict(recipe)):
-        raise UserError(f"--output {output} holds an interrupted run with other options; name a new folder.")
+        raise UserError(f"`output={str(output)!r}` holds an interrupted run with other options; name a new folder.")
     return state
 
 
@@ -174,7 +174,7 @@ def train(output: Path, recipe: Recipe | None = None, *, show_progress: bool = T
     """
     recipe = recipe or Recipe()
     if recipe.steps < 1:
-        raise UserError(f"--steps {recipe.steps} is too few; use at least 1.")
+        raise UserError(f"`steps={recipe.steps}` is too few; use at least 1.")
     state = _load_checkpoint(output, recipe)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()

@@ -51,11 +51,11 @@ class TheoremConfig:
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
-            raise UserError(f"--beta {self.beta}: must be positive.")
+            raise UserError(f"`beta={self.beta}`: must be positive.")
         if self.draws < 2_048:
-            raise UserError(f"--draws {self.draws}: at least 2048, or sampled checks say nothing at batch size 128.")
+            raise UserError(f"`draws={self.draws}`: at least 2048, or sampled checks say nothing at batch size 128.")
         if self.embedded_prompts < 0 or 0 < self.embedded_prompts < 10:
-            raise UserError(f"--embedded-prompts {self.embedded_prompts}: 0 for none, else at least 10.")
+            raise UserError(f"`embedded_prompts={self.embedded_prompts}`: 0 for none, else at least 10.")
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,18 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise UserError(f"--samples {self.samples}: at least 1 response per prompt is needed.")
+            raise UserError(f"`samples={self.samples}`: at least 1 response per prompt is needed.")
         if not 0 < self.temperature < float("inf"):
             raise UserError(
-                f"--temperature {self.temperature}: must be positive. At 0 every sample is the same, so there is "
+                f"`temperature={self.temperature}`: must be positive. At 0 every sample is the same, so there is "
                 "nothing to measure; the paper uses 0.8."
             )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must lie in (0, 1]; 1 switches nucleus sampling off.")
+            raise UserError(f"`top_p={self.top_p}`: must lie in (0, 1]; 1 switches nucleus sampling off.")
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1.")
+            raise UserError(f"`max_new_tokens={self.max_new_tokens}`: must be at least 1.")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative.")
+            raise UserError(f"`seed={self.seed}`: must not be negative.")
 
 
 @dataclass(frozen=True)

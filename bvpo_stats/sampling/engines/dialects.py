@@ -127,7 +127,7 @@ def check_chat_modes(rule: ChatRule, modes: tuple[Mode, ...], template: str) -> 
         if mode not in rule.arguments:
             raise UserError(
                 f"A chat endpoint cannot make the exact {mode} prompt of template {template}: the server renders its "
-                "own. Use a server with /v1/completions (vLLM, SGLang, transformers serve), or leave that --mode out."
+                "own. Use a server with /v1/completions (vLLM, SGLang, transformers serve), or leave that mode out."
             )
 
 

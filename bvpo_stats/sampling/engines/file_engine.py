@@ -69,7 +69,7 @@ def _one_source(completions: Iterator[Completion], source: Path) -> Iterator[Com
             if name != other:
                 raise UserError(
                     f"{source}: response {completion.key} is of {field} {other!r}, those before it of {name!r}. "
-                    "Give each a file and an --output folder of its own."
+                    "Give each a file and an `output` folder of its own."
                 )
         yield completion
 
@@ -96,5 +96,5 @@ def file_fingerprint(path: Path) -> str:
             while block := handle.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check --samples-from.") from error
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check `samples_from`.") from error
     return digest.hexdigest()[:16]

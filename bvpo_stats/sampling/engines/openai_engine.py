@@ -100,12 +100,12 @@ class OpenAIEngine:
             if answer.reasoning:
                 raise UserError(
                     "The server splits the trace off the response, so its exact tokens are lost. Start it without a "
-                    "reasoning parser, or use --endpoint completions."
+                    "reasoning parser, or use `endpoint='completions'`."
                 )
             difference = prompt_mismatch(answer, request)
             if difference is not None:
                 raise UserError(
-                    f"{difference.capitalize()}: is --model the model that it serves, and --template right?"
+                    f"{difference.capitalize()}: is `model` the model that it serves, and `template` right?"
                 )
             if dialect.prompt == "messages" and answer.prompt_tokens is None and answer.prompt_token_ids is None:
                 raise UserError("The chat endpoint does not say how long its prompts are, so they cannot be checked.")
@@ -245,10 +245,10 @@ def _only_model(server: Server) -> str:
     try:
         names = _listed_models(server)
     except RefusedError as error:
-        raise UserError(f"The server at {where} does not list its models ({error}). Give --served-model.") from error
+        raise UserError(f"The server at {where} does not list its models ({error}). Give `served_model`.") from error
     except (KeyError, TypeError) as error:
-        raise UserError(f"The server at {where} does not list its models. Give --served-model.") from error
+        raise UserError(f"The server at {where} does not list its models. Give `served_model`.") from error
     if len(names) != 1:
         offer = f"offers {', '.join(names[:8])}" if names else "lists no models"
-        raise UserError(f"The server at {where} {offer}. Choose one with --served-model.")
+        raise UserError(f"The server at {where} {offer}. Choose one with `served_model`.")
     return names[0]

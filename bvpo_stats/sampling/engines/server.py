@@ -55,19 +55,19 @@ class ServerOptions:
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--base-url {self.base_url}: give an address such as http://localhost:8000/v1.")
+            raise UserError(f"`base_url={self.base_url!r}`: give an address such as http://localhost:8000/v1.")
         if parts.username is not None or parts.password is not None:
             raise UserError(
-                "--base-url must not hold a password. Put the key in a variable and name it: --api-key-env."
+                "`base_url` must not hold a password. Put the key in a variable and name it: `api_key_env`."
             )
         if self.endpoint not in ("auto", "completions", "chat"):
-            raise UserError(f"--endpoint {self.endpoint}: unknown. Choose auto, completions or chat.")
+            raise UserError(f"`endpoint={self.endpoint!r}`: unknown. Choose auto, completions or chat.")
         if self.concurrency < 1:
-            raise UserError(f"--concurrency {self.concurrency}: must be at least 1.")
+            raise UserError(f"`concurrency={self.concurrency}`: must be at least 1.")
         if not 0 < self.timeout < float("inf"):
-            raise UserError(f"--timeout {self.timeout}: must be a positive number of seconds.")
+            raise UserError(f"`timeout={self.timeout}`: must be a positive number of seconds.")
         if self.retries < 0:
-            raise UserError(f"--retries {self.retries}: must not be negative.")
+            raise UserError(f"`retries={self.retries}`: must not be negative.")
 
     @property
     def root(self) -> str:
@@ -121,7 +121,7 @@ class Server:
         if options.api_key_env is not None:
             self._key = os.environ.get(options.api_key_env)
             if not self._key:
-                raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set.")
+                raise UserError(f"`api_key_env={options.api_key_env!r}`: this environment variable is not set.")
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
         if urllib.parse.urlsplit(options.base_url).hostname in _LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
@@ -193,11 +193,11 @@ class Server:
         if error.code in _BUSY and not final:
             return _PassingError(f"answers {error.code} ({message})", _retry_after(error.headers.get("Retry-After")))
         if error.code in (401, 403):
-            hint = "Check the key" if self._key else "Name the variable that holds the key with --api-key-env"
+            hint = "Check the key" if self._key else "Name the variable that holds the key with `api_key_env`"
             return UserError(f"The server at {self.options.base_url} answers {error.code} ({message}). {hint}.")
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "elsewhere")
-            return UserError(f"The server at {self.options.base_url} redirects to {where}. Give that as --base-url.")
+            return UserError(f"The server at {self.options.base_url} redirects to {where}. Give that as `base_url`.")
         return RefusedError(error.code, message)
 
     def _hide(self, text: str) -> str:
@@ -221,7 +221,7 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 def _reason(error: object, timeout: float) -> str:
     if isinstance(error, TimeoutError):
-        return f"did not answer within {timeout:g} s (--timeout)"
+        return f"did not answer within {timeout:g} s (`timeout`)"
     if isinstance(error, ConnectionRefusedError):
         return "refuses the connection; is it running?"
     if isinstance(error, http.client.IncompleteRead):

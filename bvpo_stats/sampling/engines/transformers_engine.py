@@ -61,7 +61,7 @@ class InverseCdfSampler(LogitsProcessor):
         """Inverse-CDF draw of one token per row."""
         if torch.isnan(scores).any():
             raise UserError(
-                "The model returns NaN logits. Check its weights, or load it in a wider type (--dtype float32)."
+                "The model returns NaN logits. Check its weights, or load it in a wider type (`dtype='float32'`)."
             )
         probabilities = torch.softmax(scores.to(torch.float64) / self._options.temperature, dim=-1)
         if self._options.top_p < 1:
@@ -109,7 +109,7 @@ class TransformersEngine:
             if len(requests) == 1:
                 raise UserError(
                     f"Out of memory on a single response of {options.max_new_tokens} tokens. "
-                    "Lower --max-new-tokens, or use a smaller --dtype."
+                    "Lower `max_new_tokens`, or use a smaller `dtype`."
                 ) from None
         torch.cuda.empty_cache()
         half = len(requests) // 2

@@ -43,5 +43,5 @@ def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_r
     if kind not in ("model", "file") and _FUNCTION.fullmatch(spec):
         return FunctionReward(spec)
     raise UserError(
-        f"--reward {spec}: unknown. Choose embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."
+        f"`reward={spec!r}`: unknown. Choose embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."
     )

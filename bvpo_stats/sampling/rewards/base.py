@@ -73,13 +73,14 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
     scores = reward.score(list(first.values()))
     if len(scores) != len(first):
         raise UserError(
-            f"--reward {reward.identity} gave {len(scores)} scores for {len(first)} answers. It must give one for each."
+            f"`reward={reward.identity!r}` gave {len(scores)} scores for {len(first)} answers. It must give "
+            "one for each."
         )
     for answer, score in zip(first.values(), scores, strict=True):
         if score is not None and not math.isfinite(score):
             raise UserError(
-                f"--reward {reward.identity} gave {score} to the sample {answer.key}. Fix the reward (a reward model: "
-                "check its weights, or use --dtype float32), or give None to leave a sample out."
+                f"`reward={reward.identity!r}` gave {score} to the sample {answer.key}. Fix the reward (a reward "
+                "model: check its weights, or use `dtype='float32'`), or give None to leave a sample out."
             )
     by_name = dict(zip(first, scores, strict=True))
     return [None if (score := by_name[name]) is None else float(score) for name in names]

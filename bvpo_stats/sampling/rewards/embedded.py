@@ -37,7 +37,7 @@ def required_gold(answer: Answer, reward: str) -> str:
     """
     if answer.gold is None:
         raise UserError(
-            f"--reward {reward} compares with a gold answer, and the prompt {answer.prompt_id} has none. Give the "
+            f"`reward={reward!r}` compares with a gold answer, and the prompt {answer.prompt_id} has none. Give the "
             "prompts a field `gold` before sampling, or choose a reward that needs none."
         )
     return answer.gold

@@ -48,7 +48,7 @@ class FunctionReward:
             return [None if score is None else float(score) for score in scores]
         except Exception as error:  # the function is the user's program; whatever it raises is about that program
             raise UserError(
-                f"--reward {self._spec} fails with {type(error).__name__}: {error}. It is called as function("
+                f"`reward={self._spec!r}` fails with {type(error).__name__}: {error}. It is called as function("
                 "prompts=[...], completions=[...], gold=[...]) and must return a list of numbers or None."
             ) from error
 
@@ -62,13 +62,13 @@ def _import(spec: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise UserError(f"--reward {spec}: cannot import {module_name} ({type(error).__name__}: {error}).") from error
+        raise UserError(f"`reward={spec!r}`: cannot import {module_name} ({type(error).__name__}: {error}).") from error
     finally:
         if added:
             sys.path.remove(here)
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--reward {spec}: the module {module_name} has no function {name!r}.")
+        raise UserError(f"`reward={spec!r}`: the module {module_name} has no function {name!r}.")
     return function
 
 

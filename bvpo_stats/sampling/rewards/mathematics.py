@@ -28,7 +28,7 @@ class MathVerifyReward:
             import math_verify
         except ImportError as error:
             raise UserError(
-                "--reward math-verify needs the package math-verify. Install it with: pip install 'bvpo-stats[math]'"
+                "`reward='math-verify'` needs the package math-verify. Install it with: pip install 'bvpo-stats[math]'"
             ) from error
         self._library = math_verify
 

@@ -30,7 +30,7 @@ class FileReward:
     def __init__(self, path: Path) -> None:
         self._path = path
         if not path.is_file():
-            raise UserError(f"--reward file:{path}: no such file. Give a JSONL file of scores.")
+            raise UserError(f"`reward='file:{path}'`: no such file. Give a JSONL file of scores.")
         self.identity = f"file:{path.name}@{_digest(path)}"
         self._folder = tempfile.TemporaryDirectory(prefix="bvpo-scores-")  # removed with this object
         self._database = sqlite3.connect(Path(self._folder.name) / "scores.sqlite", isolation_level=None)

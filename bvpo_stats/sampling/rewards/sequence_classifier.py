@@ -103,8 +103,9 @@ class ModelReward:
         values = output.logits if score is None else score
         if values.ndim == 2 and values.shape[1] != 1:
             raise UserError(
-                f"--reward model:{self._options.source} gives {values.shape[1]} logits, not one score. Use a model "
-                "with num_labels 1; a multi-objective head with a score of its own (ArmoRM) needs --trust-remote-code."
+                f"`reward='model:{self._options.source}'` gives {values.shape[1]} logits, not one score. Use a model "
+                "with num_labels 1; a multi-objective head with a score of its own (ArmoRM) needs "
+                "`trust_remote_code=True`."
             )
         return values.reshape(len(values)).double().tolist()
 
@@ -120,7 +121,7 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
 
     from bvpo_stats.model.policy import DTYPES
 
-    source, name = options.source, f"--reward model:{options.source}"
+    source, name = options.source, f"`reward='model:{options.source}'`"
     folder = Path(source).expanduser()
     if folder.exists() and not (folder / "config.json").exists():
         raise UserError(f"{name}: the folder has no config.json, so it holds no transformers model.")
@@ -128,7 +129,7 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
         raise UserError(f"{name}: no such folder.")
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype}: unknown. Choose auto or one of {', '.join(DTYPES)}.")
+        raise UserError(f"`dtype={options.dtype!r}`: unknown. Choose auto or one of {', '.join(DTYPES)}.")
     dtype = DTYPES.get(options.dtype, torch.float32 if device == "cpu" else "auto")
     path = str(folder) if folder.exists() else source
     try:
@@ -143,14 +144,14 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
         model = model.to(device).eval()
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise UserError(f"{name} ships its own code. Allow it with --trust-remote-code if you trust it.") from error
+            raise UserError(f"{name} ships its own code. Trust it? Allow it: `trust_remote_code=True`.") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"Cannot load {name}: {reason} Check the name, the folder's files, and hub access.") from error
     if info["missing_keys"]:  # transformers fills a missing head with random numbers and a warning
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         advice = "Is it a language model? Give a reward model."
         if getattr(model.config, "auto_map", None) and not options.trust_remote_code:
-            advice = "It ships its own code, which may have one: allow it with --trust-remote-code if you trust it."
+            advice = "It ships its own code, which may have one: allow it, if you trust it: `trust_remote_code=True`."
         raise UserError(f"{name} has no trained reward head (missing: {missing}). {advice}")
     if tokenizer.chat_template is None:
         raise UserError(

@@ -51,8 +51,8 @@ class AlphaInputs:
             UserError: It is not there.
         """
         if mode == "thinking":
-            return _locate(self.pairs, "thinking", "--pairs")
-        return _locate(self.pairs if self.empty_pairs is None else self.empty_pairs, "nothinking", "--empty-pairs")
+            return _locate(self.pairs, "thinking", "`pairs`")
+        return _locate(self.pairs if self.empty_pairs is None else self.empty_pairs, "nothinking", "`empty_pairs`")
 
     def traces_path(self) -> Path | None:
         """File of the trace bank; None where there is none.
@@ -61,7 +61,7 @@ class AlphaInputs:
             UserError: It is not there.
         """
         traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
-        return None if traces is None else _locate(traces, "traces", "--traces")
+        return None if traces is None else _locate(traces, "traces", "`traces`")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
     Raises:
         UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
     """
-    path, option = inputs.set_path(mode), "--pairs" if mode == "thinking" else "--empty-pairs"
+    path, option = inputs.set_path(mode), "`pairs`" if mode == "thinking" else "`empty_pairs`"
     return list(_pairs(path, mode, option))
 
 
@@ -155,7 +155,7 @@ def shared_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> l
         )
     if limit is not None:
         if limit < 1:
-            raise UserError(f"--limit {limit}: at least 1 prompt is needed.")
+            raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
         shared = shared[:limit]
     kept = set(shared)
     return [pair for pair in pairs if pair.prompt_id in kept]
@@ -200,7 +200,7 @@ def _locate(source: str, stem: str, option: str) -> Path:
         if path is None:
             raise UserError(
                 f"{option}: this installation has no embedded pairs; make some with bvpo-stats sample, pairs and "
-                "traces, and give them as --pairs, --empty-pairs and --traces."
+                "traces, and give them as `pairs`, `empty_pairs` and `traces`."
             )
         return path
     given = Path(source).expanduser()

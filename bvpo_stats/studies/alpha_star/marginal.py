@@ -66,7 +66,7 @@ def bias_warnings(
         return ()
     return (
         f"The {choice.method} estimate of mu is biased by construction here (of order 1/K for K traces): alpha shifts "
-        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; --marginal multilevel "
+        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; `method='multilevel'` "
         "leaves a bias of order 1/K^2.",
     )
 

@@ -30,7 +30,7 @@ class AlphaSettings:
         noise_scale(self.batch_size, self.eta_l)
         t_quantile(self.level, 20)
         if self.method not in get_args(Method):
-            raise UserError(f"--interval {self.method}: choose {', '.join(get_args(Method))}.")
+            raise UserError(f"`interval={self.method!r}`: choose {', '.join(get_args(Method))}.")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class AnswerFile:
         missing = [p for p, answer in zip(prompts, found, strict=True) if answer is None]
         if missing:
             raise UserError(
-                f"--baseline {path} has no answer to {len(missing)} of the {len(found)} prompts, e.g. "
+                f"`baseline={str(path)!r}` has no answer to {len(missing)} of the {len(found)} prompts, e.g. "
                 f"{missing[0].prompt_id} ({missing[0].prompt[:60]!r}). Give the baseline's answers to all of them."
             )
         return [answer for answer in found if answer is not None]
@@ -145,14 +145,14 @@ def read_answer_file(path: Path) -> AnswerFile:
         name = row.get("generator") or row.get("model") or row.get("model_id")
         names |= {str(name)} if name else set()
     if not answers:
-        raise UserError(f"--baseline {path} holds no answers.")
+        raise UserError(f"`baseline={str(path)!r}` holds no answers.")
     return AnswerFile(names.pop() if len(names) == 1 else path.stem, answers)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise UserError(
-            f"--baseline {path}: no such file. Give the answers to beat, in AlpacaEval's or Arena-Hard's form."
+            f"`baseline={str(path)!r}`: no such file. Give the answers to beat, in AlpacaEval's or Arena-Hard's form."
         )
     if path.suffix == ".json":
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(read_json_list(path), start=1))
@@ -172,7 +172,7 @@ def _read_row(row: dict[str, Any], where: str) -> tuple[list[str], str]:
         answer = _first_turn(row["choices"])
     if not keys or not isinstance(answer, str):
         raise UserError(
-            f"{where}: not an answer; it needs `instruction` and `output` (AlpacaEval), or `uid` and `messages` "
+            f'{where}: not an answer; it needs "instruction" and "output" (AlpacaEval), or "uid" and "messages" '
             f"(Arena-Hard). Fields: {', '.join(row) or 'none'}."
         )
     return list(dict.fromkeys(keys)), answer

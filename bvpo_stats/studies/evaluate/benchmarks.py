@@ -19,7 +19,7 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 """What DeepSeek advises to add to a math problem; the paper does not print its own wording."""
 
 _EMBEDDED_SAMPLES = 8
-_OPTION = "--data"
+_OPTION = "`data`"
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def load_benchmarks(
     benchmarks = [_load(name, split, instruction, limit) for name in names]
     for number, benchmark in enumerate(benchmarks):
         if benchmark.name in {other.name for other in benchmarks[:number]}:
-            raise UserError(f"--data: two benchmarks are called {benchmark.name}. Rename a file, or leave one out.")
+            raise UserError(f"`data`: two benchmarks are called {benchmark.name}. Rename a file, or leave one out.")
     return benchmarks if samples is None else [replace(benchmark, samples=samples) for benchmark in benchmarks]
 
 
 def _load(source: str, split: str | None, instruction: str | None, limit: int | None) -> Benchmark:
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: at least 1 problem is needed.")
+        raise UserError(f"`limit={limit}`: at least 1 problem is needed.")
     if source == EMBEDDED:
         from bvpo_stats.embedded.assets import embedded_prompts
 
@@ -135,7 +135,7 @@ def _load(source: str, split: str | None, instruction: str | None, limit: int | 
     found = ((where, problem_from_row(row, where)) for where, row in rows)
     problems, duplicates = distinct(found, keep_first=preset is not None, limit=limit)
     if not problems:
-        raise UserError(f"--data {source} holds no problems. A row needs the fields `problem` and `answer`.")
+        raise UserError(f"`data={source!r}` holds no problems. A row needs the fields `problem` and `answer`.")
     wording = BOXED if instruction is None else instruction
     return Benchmark(
         name=source.lower() if preset else Path(source).stem,
@@ -152,8 +152,8 @@ def _refuse_near_presets(source: str) -> None:
     """A word that is no path, no hub id and no preset is a mistyped preset; the hub need not be asked."""
     if "/" not in source and "." not in source and not Path(source).exists():
         raise UserError(
-            f"--data {source}: unknown. Choose embedded, {PAPER} (all six), {', '.join(PRESETS)}, or give a file or a "
-            "dataset with the fields `problem` and `answer`."
+            f"`data={source!r}`: unknown. Choose embedded, {PAPER} (all six), {', '.join(PRESETS)}, or give a file or "
+            "a dataset with the fields `problem` and `answer`."
         )
 
 

@@ -88,30 +88,30 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise UserError(f"--task {self.task}: unknown. Choose one of {', '.join(TASKS)}.")
+            raise UserError(f"`task={self.task!r}`: unknown. Choose one of {', '.join(TASKS)}.")
         if self.engine not in ENGINES:
-            raise UserError(f"--engine {self.engine}: unknown. Choose one of {', '.join(ENGINES)}.")
+            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(ENGINES)}.")
         if not 0 < self.level < 1:
-            raise UserError(f"--level {self.level}: must lie between 0 and 1, e.g. 0.95.")
+            raise UserError(f"`level={self.level}`: must lie between 0 and 1, e.g. 0.95.")
         if self.policy is None and self.engine != "file":
-            raise UserError(f"--engine {self.engine} needs --model.")
+            raise UserError(f"`engine={self.engine!r}` needs `model`.")
         if self.policy is not None and self.policy.adapter is not None:
             raise UserError("The base of an evaluation is a model without an adapter; list adapters as `adapters`.")
         if self.engine == "file":
             self._check_files()
         elif self.samples_from:
-            raise UserError("--samples-from is for --engine file.")
+            raise UserError("`samples_from` is for `engine='file'`.")
         if self.task == "math":
             if self.judge is not None:
-                raise UserError("--judge is for alpaca-eval and arena-hard; math answers are checked, not judged.")
+                raise UserError("`judge` is for alpaca-eval and arena-hard; math answers are checked, not judged.")
         elif self.samples not in (None, 1):
-            raise UserError(f"--samples {self.samples}: {self.task} reads one answer per prompt; leave it out.")
+            raise UserError(f"`samples={self.samples}`: {self.task} reads one answer per prompt; leave it out.")
 
     def _check_files(self) -> None:
         if not self.samples_from:
-            raise UserError("--engine file needs the responses: --samples-from FILE.")
+            raise UserError("`engine='file'` needs the responses: `samples_from`.")
         if self.adapters:
-            raise UserError("--engine file loads no adapters; give their responses as further --samples-from FILE.")
+            raise UserError("`engine='file'` loads no adapters; give their responses as further `samples_from`.")
 
     @property
     def model(self) -> str:
@@ -181,9 +181,9 @@ def _contestant(name: str | None, source: str, *, engine: str) -> Contestant:
             return Contestant(label, source, adapter=str(folder))
         if (folder / "config.json").is_file():
             return Contestant(label, source, model=str(folder))
-        raise UserError(f"--adapter {source}: the folder holds neither an adapter_config.json nor a config.json.")
+        raise UserError(f"`adapters={source!r}`: the folder holds neither an adapter_config.json nor a config.json.")
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"--adapter {source}: no such folder. Give the folder or the hub id of an adapter.")
+        raise UserError(f"`adapters={source!r}`: no such folder. Give the folder or the hub id of an adapter.")
     return Contestant(label, source, adapter=source)
 
 
@@ -196,7 +196,7 @@ def _distinct_labels(found: Sequence[Contestant]) -> list[Contestant]:
         if label in taken:
             label = f"{_tidy(Path(contestant.source).expanduser().resolve().parent.name)}-{label}"
         if label in taken:
-            raise UserError(f"Two models are called {label}. Name one of them: --adapter NAME={contestant.source}.")
+            raise UserError(f"Two models are called {label}. Name one of them: `adapters='NAME={contestant.source}'`.")
         result.append(replace(contestant, label=label))
     return result
 

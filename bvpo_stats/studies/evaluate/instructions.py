@@ -47,7 +47,7 @@ def load_instructions(task: str, source: str, *, split: str | None = None, limit
         UserError: No prompts, a row without one, or the same prompt twice.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: at least 1 prompt is needed.")
+        raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
     datasets: dict[str, str] = {}
 
     def prompts() -> Iterator[tuple[str, Prompt]]:
@@ -56,14 +56,14 @@ def load_instructions(task: str, source: str, *, split: str | None = None, limit
 
             yield from ((f"{EMBEDDED}:{number}", prompt) for number, prompt in enumerate(embedded_prompts(), start=1))
             return
-        for where, row in source_rows(INSTRUCTION_FILES.get(source, source), split or "test", "--data"):
+        for where, row in source_rows(INSTRUCTION_FILES.get(source, source), split or "test", "`data`"):
             prompt = instruction_from_row(row, where)
             datasets.setdefault(prompt.prompt_id, str(row.get("dataset") or row.get("category") or Path(source).stem))
             yield where, prompt
 
     found, duplicates = distinct(prompts(), keep_first=source in INSTRUCTION_FILES, limit=limit)
     if not found:
-        raise UserError(f"--data {source} holds no prompts.")
+        raise UserError(f"`data={source!r}` holds no prompts.")
     benchmark = Benchmark(task, task, source, 1, "judge", tuple(found), duplicates)
     return InstructionSet(benchmark, {p.prompt_id: datasets.get(p.prompt_id, EMBEDDED) for p in found})
 

@@ -78,7 +78,7 @@ def load_judge(config: EvaluateConfig, benchmark: Benchmark, models: int) -> Jud
     path = config.judge.baseline
     answers = read_answer_file(path)
     if config.judge.reward.startswith("file:") and models > 1:
-        raise UserError("--reward file: holds the scores of one model. Evaluate one model at a time with it.")
+        raise UserError("`reward='file:...'` holds the scores of one model. Evaluate one model at a time with it.")
     texts = answers.answers_to(benchmark.problems, path)
     options = config.policy
     reward = load_reward(

@@ -65,7 +65,7 @@ def _outcomes(config: EvaluateConfig, entrant: Contestant, benchmark: Benchmark,
         outcomes = judge_responses(index, benchmark, config.modes, log, entrant.label)
     for mode in config.modes:
         if not np.isfinite(outcomes.correct[mode]).any():
-            raise UserError(f"{entrant.source}: no {mode} answers to {benchmark.name}. Leave the mode out: --mode.")
+            raise UserError(f"{entrant.source}: no {mode} answers to {benchmark.name}. Leave the mode out: `modes`.")
     return outcomes
 
 

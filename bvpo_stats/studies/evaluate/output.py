@@ -177,7 +177,7 @@ def _cautions(report: dict[str, Any]) -> Iterator[str]:
     for where, counts in _each_count(report):
         cut = counts["truncated"] / counts["responses"] if counts["responses"] else 0.0
         if cut > _MANY_CUT:
-            yield f"{cut:.0%} of the responses of {where} were cut. Raise --max-new-tokens."
+            yield f"{cut:.0%} of the responses of {where} were cut. Raise `max_new_tokens`."
         if counts["missing"]:
             yield f"{counts['missing']} responses of {where} are missing; they count neither way."
         if counts["timeouts"]:

@@ -78,7 +78,7 @@ def _math(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
 
 def _alignment(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
     if len(config.data) > 1:
-        raise UserError(f"--data: {config.task} takes one set of prompts, {len(config.data)} were given.")
+        raise UserError(f"`data`: {config.task} takes one set of prompts, {len(config.data)} were given.")
     source = config.data[0] if config.data else EMBEDDED if config.model == EMBEDDED else config.task
     asked = load_instructions(config.task, source, split=config.split, limit=config.limit)
     judge = load_judge(config, asked.benchmark, len(entrants))

@@ -55,7 +55,7 @@ def unreadable_golds(benchmark: Benchmark) -> tuple[str, ...]:
     scores = load_reward(MathVerifyReward.identity).score(probes)
     unreadable = tuple(probe.prompt_id for probe, score in zip(probes, scores, strict=True) if score is None)
     if len(unreadable) == len(probes):
-        raise UserError(f"--data {benchmark.source}: math-verify can read none of the gold answers. Check `answer`.")
+        raise UserError(f"`data={benchmark.source!r}`: math-verify can read none of the gold answers. Check `answer`.")
     return unreadable
 
 

@@ -74,10 +74,10 @@ def _cautions(report: dict[str, Any]) -> list[str]:
         if cut > _MANY_CUT:
             lines.append(
                 f"{cut:.0%} of the {name} responses were cut; what is left for pairs is a selection of short ones. "
-                "Raise --max-new-tokens."
+                "Raise `max_new_tokens`."
             )
     if sum(report["set_aside"].values()) > sum(mode["responses"] for mode in report["modes"].values()):
-        lines.append("More was set aside than kept. Is --model the model that the server serves?")
+        lines.append("More was set aside than kept. Is `model` the model that the server serves?")
     if report["dialect"] is not None and report["dialect"].endswith("plain"):
         lines.append("This server takes OpenAI's own fields only; top-k and other defaults of its own may be in force.")
     return lines

@@ -69,28 +69,28 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise UserError(f"--engine {self.engine}: unknown. Choose one of {', '.join(ENGINES)}.")
+            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(ENGINES)}.")
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit}: at least 1 prompt is needed.")
+            raise UserError(f"`limit={self.limit}`: at least 1 prompt is needed.")
         if self.engine == "openai":
             self._check_openai()
         elif self.server is not None:
-            raise UserError("--base-url is for --engine openai.")
+            raise UserError("`base_url` is for `engine='openai'`.")
         if self.engine == "file":
             if self.samples_from is None:
-                raise UserError("--engine file needs the responses: --samples-from FILE.")
+                raise UserError("`engine='file'` needs the responses: `samples_from`.")
             if not self.shard.whole:
-                raise UserError("--engine file has nothing to share out; leave out --shard.")
+                raise UserError("`engine='file'` has nothing to share out; leave out `shard`.")
         elif self.samples_from is not None:
-            raise UserError("--samples-from is for --engine file.")
+            raise UserError("`samples_from` is for `engine='file'`.")
 
     def _check_openai(self) -> None:
         if self.server is None:
-            raise UserError("--engine openai needs a server: --base-url, e.g. http://localhost:8000/v1.")
+            raise UserError("`engine='openai'` needs a server: `base_url`, e.g. http://localhost:8000/v1.")
         if self.policy is None:
-            raise UserError("--engine openai needs --model: the model that the server serves, for its tokenizer.")
+            raise UserError("`engine='openai'` needs `model`: the model that the server serves, for its tokenizer.")
         if self.policy.adapter is not None:
-            raise UserError("--adapter cannot be put on a served model. Let the server load it.")
+            raise UserError("`adapter` cannot be put on a served model. Let the server load it.")
 
 
 @dataclass(frozen=True)

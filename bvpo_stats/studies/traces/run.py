@@ -74,10 +74,10 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
     pairs_path = config.pairs / PAIRS_FILE if config.pairs.is_dir() else config.pairs
     if not pairs_path.is_file():
         raise UserError(
-            f"--pairs {config.pairs}: no {PAIRS_FILE} there. Give the --output folder of `bvpo-stats pairs`."
+            f"`pairs={str(config.pairs)!r}`: no {PAIRS_FILE} there. Give the `output` folder of `bvpo-stats pairs`."
         )
     if config.limit is not None and config.limit < 1:
-        raise UserError(f"--limit {config.limit}: at least 1 pair is needed.")
+        raise UserError(f"`limit={config.limit}`: at least 1 pair is needed.")
     n_pairs, fingerprint = _survey(pairs_path)
     samples = samples_fingerprint(config.samples)
     policy = load_policy(config.policy)
@@ -189,8 +189,8 @@ def _restore(bank: Path, state_path: Path) -> _State:
         stored = json.loads(state_path.read_text(encoding="utf-8"))
         state = _State(stored["pairs"], stored["bytes"], BankTally(**stored["tally"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Cannot read {state_path} ({error}). Name a new --output folder.") from error
+        raise UserError(f"Cannot read {state_path} ({error}). Name a new `output` folder.") from error
     if not bank.exists() or bank.stat().st_size < state.bytes:
-        raise UserError(f"{bank} was cut since the run began. Name a new --output folder.")
+        raise UserError(f"{bank} was cut since the run began. Name a new `output` folder.")
     os.truncate(bank, state.bytes)
     return state

@@ -154,7 +154,7 @@ def _measured(report: dict[str, Any]) -> str:
 def _cautions(report: dict[str, Any]) -> list[str]:
     prompts, lines = report["prompts"], []
     if prompts["too_long"]:
-        lines.append(f"{prompts['too_long']} prompts were set aside: a response is longer than --max-length.")
+        lines.append(f"{prompts['too_long']} prompts were set aside: a response is longer than `max_length`.")
     if prompts["unmatched"]:
         lines.append(f"{prompts['unmatched']} prompts were set aside: only one of D_t and D_e has them.")
     return lines

@@ -86,7 +86,7 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
             return finished if world.leads else None
         checkpoint = last_checkpoint(folder / _CHECKPOINTS)
         if config.must_resume and checkpoint is None:
-            raise UserError(f"--resume: {output} has no checkpoint to go on from. Leave --resume out to start.")
+            raise UserError(f"`resume=True`: {output} has no checkpoint to go on from. Leave `resume` out to start.")
         trainer = BVPOTrainer(policy, args, pairs, traces=traces)
         _quieten(trainer)
         with progress("Training", _steps(trainer), "steps", done=_done(checkpoint)) as advance:
@@ -110,7 +110,7 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size < 1 or config.batch_size % processes:
         raise UserError(
-            f"--batch-size {config.batch_size}: prompts per step over all processes, a multiple of their number "
+            f"`batch_size={config.batch_size}`: prompts per step over all processes, a multiple of their number "
             f"({processes})."
         )
     settings: dict[str, Any] = {
@@ -134,7 +134,7 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
     if args.world_size != processes:  # each would train a model of its own, on a part of every batch
         raise UserError(
             f"{processes} processes were started, but transformers sees {args.world_size} of them (device "
-            f"{args.device}). Give --device cpu or cuda, or start fewer processes than there are GPUs."
+            f"{args.device}). Give `device` as cpu or cuda, or start fewer processes than there are GPUs."
         )
     return args
 
@@ -146,7 +146,7 @@ def _check_trackers(report_to: str | list[str]) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to:
         if name not in ("none", "all", *installed):
             there = ", ".join(installed) or "none"
-            raise UserError(f"--report-to {name}: no such tracker is installed (there: {there}); install its package.")
+            raise UserError(f"`report_to={name!r}`: no such tracker is installed (there: {there}).")
 
 
 def _prompts(inputs: AlphaInputs, args: BVPOConfig) -> tuple[list[PreferencePair], list[TrainingPrompt]]:
@@ -158,7 +158,7 @@ def _prompts(inputs: AlphaInputs, args: BVPOConfig) -> tuple[list[PreferencePair
     if inputs.limit is None:
         unmatched = args.unmatched_prompts
     elif inputs.limit < 1:
-        raise UserError(f"--limit {inputs.limit}: at least 1 prompt is needed.")
+        raise UserError(f"`limit={inputs.limit}`: at least 1 prompt is needed.")
     prompts, _ = join_prompts(pairs, trace=trace, empty=empty, unmatched=unmatched)  # type: ignore[arg-type]
     if inputs.limit is not None:
         prompts = prompts[: inputs.limit]

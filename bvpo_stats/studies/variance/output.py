@@ -97,8 +97,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{report['n_samples']} complete responses to {report['n_prompts']} questions; {report['truncated']} truncated "
         f"or unclosed responses set aside, {report['dropped_prompts']} questions dropped for lack of complete "
         "responses.",
-        f"Variances over the responses of a question divide by n{' - 1' if definitions['ddof'] else ''} (--ddof) and "
-        f"are averaged over questions; NLL is {pooling} (--nll).",
+        f"Variances over the responses of a question divide by n{' - 1' if definitions['ddof'] else ''} (`ddof`) and "
+        f"are averaged over questions; NLL is {pooling} (`nll`).",
         "Log-probabilities are the policy's own at temperature 1, whatever the sampling temperature; a trace includes "
         "its closing tag, an answer its end-of-sequence token.",
         f"Intervals: {definitions['level']:.0%}, delete-one-question jackknife, paired over questions.",
@@ -119,7 +119,7 @@ def _cautions(report: dict[str, Any]) -> list[str]:
         return []
     return [
         f"{share:.0%} of the responses were truncated; what is left is a selection of short ones. Raise "
-        "--max-new-tokens."
+        "`max_new_tokens`."
     ]
 
 

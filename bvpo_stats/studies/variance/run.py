@@ -72,7 +72,7 @@ def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
     """
     if config.samples_from is None and config.sampling.samples < 2:
         raise UserError(
-            f"--samples {config.sampling.samples}: a variance needs at least 2 responses per prompt (the paper: 5)."
+            f"`samples={config.sampling.samples}`: a variance needs at least 2 responses per prompt (the paper: 5)."
         )
     report = _from_elsewhere(config, output) if config.samples_from else _from_policy(config, output)
     return report
@@ -127,7 +127,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     path = config.samples_from
     assert path is not None
     if not path.is_file():
-        raise UserError(f"--samples-from {path}: no such file. Give a samples.jsonl.")
+        raise UserError(f"`samples_from={str(path)!r}`: no such file. Give a samples.jsonl.")
     try:
         completions = list(adopt_completions(path, None))
         policy = None
@@ -138,7 +138,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
         kept = set(list(dict.fromkeys(c.prompt_id for c in completions))[: config.limit])
         completions = [c for c in completions if c.prompt_id in kept]
     if not completions:
-        raise UserError(f"--samples-from {path}: no responses in the file.")
+        raise UserError(f"`samples_from={str(path)!r}`: no responses in the file.")
     check_one_source(completions)
     completions.sort(key=lambda c: (c.prompt_id, MODES.index(c.mode), c.sample_index))
     unscored = [c for c in completions if c.logprobs is None]

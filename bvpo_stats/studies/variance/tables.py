@@ -34,11 +34,11 @@ class Definitions:
 
     def __post_init__(self) -> None:
         if self.nll not in ("tokens", "questions"):
-            raise UserError(f"--nll {self.nll}: must be tokens or questions.")
+            raise UserError(f"`nll={self.nll!r}`: must be tokens or questions.")
         if self.ddof not in (0, 1):
-            raise UserError(f"--ddof {self.ddof}: must be 0 or 1.")
+            raise UserError(f"`ddof={self.ddof}`: must be 0 or 1.")
         if not 0 < self.level < 1:
-            raise UserError(f"--level {self.level}: must lie between 0 and 1, e.g. 0.95.")
+            raise UserError(f"`level={self.level}`: must lie between 0 and 1, e.g. 0.95.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def reduce_sample(completion: Completion, logprobs: Float[np.ndarray, " tokens"]
         )
     if not np.isfinite(values).all():
         raise UserError(
-            f"Sample {completion.key}: a log-probability is NaN or infinite. Check the model's weights and --dtype."
+            f"Sample {completion.key}: a log-probability is NaN or infinite. Check the model's weights and `dtype`."
         )
     start = completion.answer_start or 0
     return ScoredSample(
@@ -187,7 +187,7 @@ def variance_tables(samples: Iterable[ScoredSample], definitions: Definitions | 
     if not usable:
         raise UserError(
             f"No question has at least 2 complete responses in both modes ({truncated} truncated or unclosed responses "
-            "were set aside). Raise --max-new-tokens or --samples."
+            "were set aside). Raise `max_new_tokens` or `samples`."
         )
     rows = np.stack([question_features(g["thinking"], g["nothinking"], definitions.ddof) for g in usable.values()])
     tables = _entries(rows, definitions)
