@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from bvpo_stats.training.adaptive import AdaptiveController, AdaptiveOptions
-from bvpo_stats.training.controllers import (
+from bvpo_stats.training.alpha import (
+    AdaptiveController,
+    AdaptiveOptions,
     AlphaRecord,
     Controller,
     FixedController,
-    ScheduleController,
+    Observation,
+    StepSize,
+    StepSums,
     from_state,
     make_controller,
 )
-from bvpo_stats.training.observations import Observation, StepSums
-from bvpo_stats.training.step_size import StepSize
 
 __all__ = [
     "AdaptiveController",
@@ -23,7 +24,6 @@ __all__ = [
     "Controller",
     "FixedController",
     "Observation",
-    "ScheduleController",
     "StepSize",
     "StepSums",
     "from_state",

@@ -9,9 +9,8 @@ from transformers import TrainingArguments
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import LOSSES, Objective
-from bvpo_stats.training.controllers import Controller, make_controller
+from bvpo_stats.training.alpha import ADAPTIVE, Controller, FixedController, make_controller
 
-ADAPTIVE = "adaptive"
 AUTO = "auto"
 
 
@@ -91,6 +90,18 @@ class BVPOConfig(TrainingArguments):
     def adaptive(self) -> bool:
         """Whether alpha is estimated during the run."""
         return self.alpha == ADAPTIVE
+
+    @property
+    def needed_sets(self) -> tuple[bool, bool]:
+        """Whether the loss has a trace part and an empty-trace part: alpha = 1 and alpha = 0 do without the other."""
+        controller = self.controller()
+        only = controller.constant if isinstance(controller, FixedController) else None
+        return only != 0, only != 1
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts per optimizer step, over all processes."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size)
 
     def controller(self) -> Controller:
         """The controller of alpha, before the first step.

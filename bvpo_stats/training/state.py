@@ -40,7 +40,6 @@ def run_identity(
         for pair in prompt.pairs:
             digest.update(json.dumps([pair.prompt_id, pair.mode, pair.chosen_ids, pair.rejected_ids]).encode())
     trained = hashlib.blake2b(json.dumps(sorted(weights.items())).encode(), digest_size=8)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {name: getattr(args, name, None) for name in _DECISIVE}
     return json.loads(
         json.dumps(
@@ -48,7 +47,7 @@ def run_identity(
                 "model": model,
                 "trained weights": trained.hexdigest(),
                 "pairs": digest.hexdigest(),
-                "batch size": batch,
+                "batch size": args.prompts_per_step,
                 **settings,
             },
             default=str,

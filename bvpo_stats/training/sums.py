@@ -2,7 +2,7 @@
 
 Per prompt i, with t_i and e_i its gradients: S_t = sum_i t_i, S_e = sum_i e_i and D_tt, D_te, D_ee = sum_i of the inner
 products. The sums give the step's gradient, (alpha S_t + (1 - alpha) S_e) / n, and together with the D's the
-U-statistics of :class:`~bvpo_stats.training.observations.StepSums`. All in float64.
+U-statistics of :class:`~bvpo_stats.training.alpha.StepSums`. All in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bvpo_stats.model.sinks import Sink
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.training.observations import StepSums
+from bvpo_stats.training.alpha import StepSums
 
 
 class PromptSums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from transformers.trainer_utils import TrainOutput
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.checkpointing import gradient_checkpointing
-from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
 from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.training.alpha import AdaptiveOptions
+from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows
+from bvpo_stats.training.data import PromptRows, PromptSelection, as_pairs, collate_rows, join_prompts, select_prompts
 from bvpo_stats.training.deposit import through_wrapper, with_gradient
-from bvpo_stats.training.estimator import Processes
 from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
 from bvpo_stats.training.metrics import PairMetrics
 from bvpo_stats.training.reference import DisabledAdapter, StoredReference, precompute_reference
 from bvpo_stats.training.scored import scored_gradient
-from bvpo_stats.training.setup import as_policy, check_batch, make_estimator, select_for, trainable_policy
 from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
 
 
@@ -69,9 +70,9 @@ class BVPOTrainer(Trainer):
                 "Mixed precision by autocast is not supported; load the model in bfloat16 instead (`dtype`)."
             )
         self.config = args
-        self.policy = trainable_policy(as_policy(model, processing_class), peft_config)
+        self.policy = trainable_policy(_as_policy(model, processing_class), peft_config)
         pairs = as_pairs(train_dataset, "train_dataset") + as_pairs(empty_dataset or (), "empty_dataset")
-        self.selection = select_for(args, pairs, traces)
+        self.selection = _select(args, pairs, traces)
         super().__init__(
             model=self.policy.model,
             args=args,
@@ -87,10 +88,17 @@ class BVPOTrainer(Trainer):
                 "GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.loss_is_scaled_for_ga = False
-        check_batch(args, len(self.selection.train))
+        if args.dataloader_drop_last and len(self.selection.train) < args.prompts_per_step:
+            raise UserError(
+                f"There are {len(self.selection.train)} prompts to train on, fewer than one batch of "
+                f"{args.prompts_per_step}; lower the batch size (or the probe set), or give more pairs."
+            )
         self._pair_model = PairModel(self.policy, args.objective(), self._reference(), args.max_tokens)
         self._metrics = PairMetrics()
-        self.estimator, self._subset = make_estimator(args, self.policy, self.selection, traces, self._processes())
+        world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
+        self.estimator, self._subset = make_estimator(
+            args, self.policy, self.selection, traces, world, self._summed if world.size > 1 else None
+        )
         self._alpha_in_use = self.estimator.alpha
         self.identity = run_identity(
             args,
@@ -190,12 +198,6 @@ class BVPOTrainer(Trainer):
         assert isinstance(reduced, Tensor)
         return reduced.to(values.device)
 
-    def _processes(self) -> Processes:
-        world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
-        return Processes(
-            world.rank, world.size, world.gather, world.broadcast, self._summed if world.size > 1 else None
-        )
-
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Any:
         """Dropout off; with checkpointing, where it was asked for."""
@@ -229,3 +231,53 @@ class AlphaCallback(TrainerCallback):
         scheduler = self._trainer.lr_scheduler
         assert scheduler is not None
         return float(scheduler.get_last_lr()[0])
+
+
+def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
+    """A policy from what users have: a name, a loaded model with its tokenizer, or a policy."""
+    if isinstance(model, Policy):
+        return model
+    if isinstance(model, str):
+        return load_policy(PolicyOptions(model=model))
+    return wrap_model(model, tokenizer)
+
+
+def trainable_policy(policy: Policy, peft_config: Any) -> Policy:
+    """The policy with its trainable weights marked: the adapter's where there is one, else all of them.
+
+    Raises:
+        UserError: A new adapter is asked for on top of another.
+    """
+    from peft import get_peft_model
+
+    model: Any = policy.model
+    if peft_config is not None:
+        if hasattr(model, "disable_adapter"):
+            raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
+        model = get_peft_model(model, peft_config)
+    if not hasattr(model, "disable_adapter"):
+        model.requires_grad_(True)
+    elif not any(weight.requires_grad for weight in model.parameters()):  # loaded for inference
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("lora_" in name)
+    return replace(policy, model=model.eval())
+
+
+def _select(args: BVPOConfig, pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]) -> PromptSelection:
+    """The prompts that the settings train on, and those they hold out.
+
+    Raises:
+        UserError: As in `join_prompts` and `select_prompts`.
+    """
+    trace, empty = args.needed_sets
+    unmatched: Any = args.unmatched_prompts
+    joined = join_prompts(pairs, trace=trace, empty=empty, unmatched=unmatched)
+    probe = 0
+    if args.adaptive:
+        spare = len(joined[0]) - args.prompts_per_step if args.dataloader_drop_last else len(joined[0]) // 2
+        probe = max(0, min(args.alpha_probe_prompts, spare))
+    selection = select_prompts(joined, max_length=args.max_length, probe=probe, traces=traces, seed=args.seed)
+    if args.adaptive and len(selection.probe) < AdaptiveOptions().min_prompts:
+        # Of no use to the estimate: train on them.
+        selection = select_prompts(joined, max_length=args.max_length)
+    return selection

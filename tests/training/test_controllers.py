@@ -17,15 +17,13 @@ from bvpo_stats.training import (
     AdaptiveOptions,
     FixedController,
     Observation,
-    ScheduleController,
     StepSize,
     StepSums,
-    averages,
     from_state,
     make_controller,
 )
-from bvpo_stats.training.adaptive import ratio_parts
-from bvpo_stats.training.averages import ProbeAverage
+from bvpo_stats.training.alpha import adaptive
+from bvpo_stats.training.alpha.adaptive import ProbeAverage, ratio_parts
 
 D = 6
 MEAN_T, MEAN_E, MU = (np.eye(D)[0] * s for s in (1.0, 0.2, 0.9))
@@ -121,7 +119,7 @@ def test_v_statistics_in_the_controller_are_biased_and_u_statistics_are_not(monk
         return gaps.mean() / (gaps.std() / np.sqrt(len(gaps)))
 
     assert abs(z(4)) < 3.5
-    monkeypatch.setattr(averages, "estimates", lambda summary: estimates(v_statistics(summary)))
+    monkeypatch.setattr(adaptive, "estimates", lambda summary: estimates(v_statistics(summary)))
     assert z(4) > 6  # fails the check above by far
 
 
@@ -217,7 +215,7 @@ def test_trace_share_where_second_draws_are_given() -> None:
 
 
 def test_schedule_and_step_size() -> None:
-    schedule = ScheduleController(((2, 0.0), (4, 1.0)))
+    schedule = FixedController.of("2:0.0,4:1.0")
     alphas = [schedule.alpha]
     for k in range(5):
         schedule = schedule.update(Observation(k, 8))
@@ -225,7 +223,7 @@ def test_schedule_and_step_size() -> None:
     assert alphas == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
     assert StepSize(eta_l=1.0, peak=2e-5).at(1e-5) == 0.5
     assert StepSize(peak=2e-5, smoothness=1e4).at(1e-5) == pytest.approx(0.1)
-    assert FixedController(0.3).record.why == "fixed"
+    assert FixedController.of(0.3).record.why == "fixed"
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,8 @@ from bvpo_stats.lab.oracle.ensemble import Copies, Ensemble
 from bvpo_stats.lab.oracle.smoothness import Curvatures
 from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.statistics.summary import Array
-from bvpo_stats.training.adaptive import AdaptiveController, AdaptiveOptions, Criterion, ratio_parts
-from bvpo_stats.training.controllers import Controller
-from bvpo_stats.training.observations import Observation, StepSums
+from bvpo_stats.training.alpha import AdaptiveController, AdaptiveOptions, Controller, Observation, StepSums
+from bvpo_stats.training.alpha.adaptive import Criterion, ratio_parts
 
 Curvature = Literal["noise", "norm", "one"]
 """L in eta L: the mean curvature along the gradient noise, ``tr(H Sigma) / tr Sigma`` with Sigma = Cov(g_t - g_e); the
@@ -81,7 +80,7 @@ class Method:
         name: In the tables.
         source: ``fixed``; ``exact`` moments at every step; or ``estimated`` by the adaptive controller from samples.
         alpha: The fixed alpha, or the prior.
-        criterion: What alpha minimises, see `bvpo_stats.training.adaptive`.
+        criterion: What alpha minimises, see `bvpo_stats.training.alpha.adaptive`.
         curvature: Which L.
         eta_l_factor: Multiplies eta L; anything but 1 is an injected error.
         options: Of the controller.

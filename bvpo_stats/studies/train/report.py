@@ -38,7 +38,7 @@ def train_report(trainer: BVPOTrainer, method: str) -> dict[str, Any]:
             "too_long": selection.too_long,
             "unmatched": selection.unmatched,
         },
-        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": args.prompts_per_step,
         "steps": trainer.state.global_step,
         "learning_rate": args.learning_rate,
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

@@ -21,12 +21,11 @@ from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_set, load_tra
 from bvpo_stats.studies.train.figures import train_figures
 from bvpo_stats.studies.train.output import markdown
 from bvpo_stats.studies.train.report import train_report
-from bvpo_stats.training.config import ADAPTIVE, BVPOConfig
+from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import TrainingPrompt, join_prompts
 from bvpo_stats.training.presets import Method
-from bvpo_stats.training.setup import needed_sets, trainable_policy
 from bvpo_stats.training.state import last_checkpoint, run_identity
-from bvpo_stats.training.trainer import BVPOTrainer
+from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy
 
 REPORT = "report.json"
 MODEL = "model"
@@ -74,8 +73,7 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
     args = _arguments(config, output)
     world = World(args.process_index, args.world_size, args.local_process_index)
     pairs, prompts = _prompts(config.inputs, args)
-    adaptive = args.alpha == ADAPTIVE
-    traces = load_traces(config.inputs, {prompt.prompt_id for prompt in prompts}) if adaptive else []
+    traces = load_traces(config.inputs, {prompt.prompt_id for prompt in prompts}) if args.adaptive else []
     policy = _policy(config, world)
     weights = {name: tuple(w.shape) for name, w in policy.model.named_parameters() if w.requires_grad}
     identity = {"method": config.method, "limit": config.inputs.limit}
@@ -151,7 +149,7 @@ def _check_trackers(report_to: str | list[str]) -> None:
 
 def _prompts(inputs: AlphaInputs, args: BVPOConfig) -> tuple[list[PreferencePair], list[TrainingPrompt]]:
     """The pairs of the sets that the loss needs, and their prompts; of the first ``limit`` shared ones."""
-    trace, empty = needed_sets(args)
+    trace, empty = args.needed_sets
     modes: tuple[tuple[Mode, bool], ...] = (("thinking", trace), ("nothinking", empty))
     sets = [load_set(inputs, mode) for mode, needed in modes if needed]
     pairs, unmatched = [pair for found in sets for pair in found], "drop"

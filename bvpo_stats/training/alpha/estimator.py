@@ -1,41 +1,34 @@
-"""Alpha during a run: a controller, fed by the steps' own gradients and by looks at a probe set."""
+"""Alpha in a run: the controller, fed by the steps' own gradients and by looks at a probe set of held-out prompts."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from bvpo_stats.training.controllers import Controller, from_state
-from bvpo_stats.training.observations import Observation, StepSums
+from bvpo_stats.distributed import World
+from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.curvature import CurvatureOptions
+from bvpo_stats.gradients.noise_curvature import noise_curvature
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.subset import Subset, lora_subset
+from bvpo_stats.records import TraceRecord
+from bvpo_stats.training.alpha import AdaptiveOptions, Controller, Observation, StepSize, StepSums, from_state
+from bvpo_stats.training.config import AUTO, BVPOConfig
+from bvpo_stats.training.data import PromptSelection
 from bvpo_stats.training.probe import ProbeSet
-from bvpo_stats.training.step_size import StepSize
 from bvpo_stats.training.sums import PromptSums
+
+_log = logging.getLogger(__name__)
 
 PROBE_SHARE = 0.02
 """Share of a step's tokens that a look at the probe set may cost per step, where the cadence is left to us."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """How the processes of a run talk.
-
-    Attributes:
-        rank: This one's number.
-        size: Their number.
-        gather: Every process's value at the first, an empty list elsewhere.
-        broadcast: The first's value, everywhere.
-        reduce: A tensor, added up over all.
-    """
-
-    rank: int
-    size: int
-    gather: Callable[[Any], list[Any]]
-    broadcast: Callable[[Any], Any]
-    reduce: Callable[[Any], Any] | None
 
 
 class AlphaEstimator:
@@ -46,8 +39,9 @@ class AlphaEstimator:
         controller: Controller,
         step_size: StepSize,
         batch_size: int,
-        processes: Processes,
+        world: World,
         *,
+        reduce: Callable[[Any], Any] | None = None,
         probe: ProbeSet | None = None,
         update_steps: int = 1,
         sums_steps: int = 1,
@@ -59,7 +53,8 @@ class AlphaEstimator:
             controller: Decides.
             step_size: How eta L follows from the learning rate.
             batch_size: Prompts per optimizer step, over all processes.
-            processes: The run's processes.
+            world: The run's processes.
+            reduce: Adds a tensor up over them; None for a single one.
             probe: The probe set; None for none.
             update_steps: Steps between two looks at it.
             sums_steps: Steps between two that form their gradients prompt by prompt.
@@ -68,7 +63,7 @@ class AlphaEstimator:
         self.controller, self.step_size = controller, step_size
         self.updates: list[dict[str, Any]] = []
         self.mu = "no probe set"
-        self._batch_size, self._processes = batch_size, processes
+        self._batch_size, self._world, self._reduce = batch_size, world, reduce
         self._probe, self.update_steps, self._measure = probe, update_steps, measure
         self._sums_steps = sums_steps
         self._sums: PromptSums | None = None
@@ -99,7 +94,7 @@ class AlphaEstimator:
             return
         if self._measure is not None:
             with self._timed():
-                smoothness = self._processes.broadcast(self._measure() if self._processes.rank == 0 else None)
+                smoothness = self._world.broadcast(self._measure() if self._world.leads else None)
             self.step_size = replace(self.step_size, smoothness=smoothness)
         self._update(-1, learning_rate, None, look=True)
 
@@ -112,7 +107,7 @@ class AlphaEstimator:
         """
         sums, self._sums = self._sums, None
         with self._timed():
-            found = None if sums is None else sums.step_sums(self._processes.reduce)
+            found = None if sums is None else sums.step_sums(self._reduce)
         # Without traces mu can only be had at the reference point, which training has left.
         renewable = self.wants_sums and self._probe is not None and self._probe.has_traces
         self._update(step, learning_rate, found, look=renewable and (step + 1) % self.update_steps == 0)
@@ -145,7 +140,7 @@ class AlphaEstimator:
         moments = None
         if look and self._probe is not None:
             with self._timed():
-                found = self._probe.look((self._processes.rank, self._processes.size), self._processes.gather)
+                found = self._probe.look((self._world.rank, self._world.size), self._world.gather)
             self.mu, moments = found.reason, found.moments
         observation = Observation(
             step=step,
@@ -159,12 +154,12 @@ class AlphaEstimator:
             self.controller = self.controller.update(observation)
             return
         with self._timed():  # decided once and told to all, so that no last bit can make processes disagree
-            decided = None
-            if self._processes.rank == 0:
+            decided: Any = None
+            if self._world.leads:
                 self.controller = self.controller.update(observation)
                 decided = (self.controller.to_state(), self.mu)
-            if self._processes.size > 1:
-                state, self.mu = self._processes.broadcast(decided)
+            if self._world.size > 1:
+                state, self.mu = self._world.broadcast(decided)
                 self.controller = from_state(state)
         if look:
             self.updates.append(asdict(self.controller.record) | {"mu": self.mu})
@@ -183,3 +178,77 @@ def default_update_steps(probe_tokens: int, step_tokens: float) -> int:
     30
     """
     return max(1, math.ceil(probe_tokens / (PROBE_SHARE * max(step_tokens, 1.0))))
+
+
+def make_estimator(
+    args: BVPOConfig,
+    policy: Policy,
+    selection: PromptSelection,
+    traces: Sequence[TraceRecord],
+    world: World,
+    reduce: Callable[[Any], Any] | None,
+) -> tuple[AlphaEstimator, Subset | None]:
+    """Alpha's estimator, and the weights whose gradients it needs prompt by prompt.
+
+    Raises:
+        UserError: Weights or records that cannot be estimated from.
+    """
+    step_size = StepSize(eta_l=1.0 if args.eta_l == AUTO else float(args.eta_l), peak=args.learning_rate)
+    common = (args.controller(), step_size, args.prompts_per_step, world)
+    if not args.adaptive:
+        return AlphaEstimator(*common), None
+    if not selection.probe:
+        estimator = AlphaEstimator(*common)
+        estimator.mu = (
+            f"the probe set would be smaller than {AdaptiveOptions().min_prompts} prompts, too small for an interval: "
+            f"alpha is held at the prior {args.alpha_prior:g}"
+        )
+        _say(estimator.mu)
+        return estimator, None
+    if not hasattr(policy.model, "disable_adapter"):
+        raise UserError(
+            "alpha = adaptive needs every prompt's own gradient, which is formed for LoRA adapters only; train one "
+            "(`peft_config`; on the command line LoRA with `r` of at least 1), or give alpha as a number."
+        )
+    subset = lora_subset(policy.model)
+    held_out = {prompt.prompt_id for prompt in selection.probe}
+    probe = ProbeSet(
+        policy,
+        subset,
+        [pair for prompt in selection.probe for pair in prompt.pairs],
+        [trace for trace in traces if trace.prompt_id in held_out],
+        StreamOptions(
+            objective=args.objective(),
+            traces_per_answer=args.alpha_traces_per_answer,
+            allow_mismatch=args.allow_mismatch,
+            seed=args.seed,
+            max_tokens=args.max_tokens,
+        ),
+    )
+    tokens = [
+        2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for row in selection.train for p in row.pairs
+    ]
+    step_tokens = args.prompts_per_step * sum(tokens) / len(selection.train)
+    measure = None
+    if args.eta_l == AUTO:
+        pairs = [pair for prompt in selection.probe for pair in prompt.pairs]
+        curvature = CurvatureOptions(args.learning_rate, n_pairs=len(selection.probe), seed=args.seed)
+        measure = functools.partial(noise_curvature, policy, subset, pairs, args.objective(), curvature)
+    estimator = AlphaEstimator(
+        *common,
+        reduce=reduce,
+        probe=probe,
+        update_steps=args.alpha_update_steps or default_update_steps(probe.tokens(), step_tokens),
+        sums_steps=args.alpha_sums_steps,
+        measure=measure,
+    )
+    if not probe.has_traces:
+        _say(
+            "there is no trace bank: mu = E g_t is taken at the reference point, before the first step, where it holds "
+            "for DPO on pairs sampled at temperature 1 without top-p, and is not renewed"
+        )
+    return estimator, subset
+
+
+def _say(sentence: str) -> None:
+    _log.warning("alpha: %s.", sentence)
