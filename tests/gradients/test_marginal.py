@@ -10,7 +10,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.marginal import MarginalEstimator, SideTraces, diagnose_side
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle import Oracle, OracleConfig, build_oracle
-from bvpo_stats.lab.oracle.scored import ANSWER_TOKENS, marginal_responses, pair_gradients
+from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, marginal_responses, pair_gradients
 from bvpo_stats.statistics.marginal import level_probabilities
 
 TOL = 1e-10

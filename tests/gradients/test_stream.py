@@ -11,7 +11,7 @@ from bvpo_stats.gradients.blocks import OTHER, BlockLayout, block_of
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
 from bvpo_stats.lab.oracle import example_gradients
-from bvpo_stats.lab.oracle.sampled_records import Spelling
+from bvpo_stats.lab.oracle.draws import Spelling
 from bvpo_stats.statistics.moments import Moments
 from tests.gradients.conftest import population
 

@@ -8,10 +8,19 @@ import pytest
 from bvpo_stats.gradients.curvature import lanczos
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle import at, draw_examples, exact_moments, example_gradients
-from bvpo_stats.lab.oracle.copy_moments import copy_moments, curvature_root, in_metric
-from bvpo_stats.lab.oracle.copy_samples import Pairs, draw_probe, marginal_vectors, noise_curvature, pair_vectors
-from bvpo_stats.lab.oracle.ensemble import Ensemble
-from bvpo_stats.lab.oracle.smoothness import Curvatures, hessian_products
+from bvpo_stats.lab.oracle.ensemble import (
+    Curvatures,
+    Ensemble,
+    Pairs,
+    copy_moments,
+    curvature_root,
+    draw_probe,
+    hessian_products,
+    in_metric,
+    marginal_vectors,
+    noise_curvature,
+    pair_vectors,
+)
 
 
 @pytest.fixture(scope="module")

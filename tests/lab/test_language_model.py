@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.oracle.grammar import PROMPT_LENGTH, Grammar, build_tokenizer
+from bvpo_stats.lab.oracle.language import PROMPT_LENGTH, Grammar, build_tokenizer
 from bvpo_stats.model.batching import TokenSequence, collate
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
 

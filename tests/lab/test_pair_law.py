@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.oracle.pair_law import best_worst_law, distinct_pair_law
+from bvpo_stats.lab.oracle.build import best_worst_law, distinct_pair_law
 
 
 @pytest.mark.parametrize("n_samples", [2, 3, 5])

@@ -9,8 +9,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import ModelShape, Oracle, OracleConfig, build_oracle
-from bvpo_stats.lab.oracle.draws import draw_examples
-from bvpo_stats.lab.oracle.sampled_records import completion_records, pair_records
+from bvpo_stats.lab.oracle.draws import completion_records, draw_examples, pair_records
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.sampling.trace_chain import TraceDrawer
 from bvpo_stats.sampling.trace_sides import PairSide, pair_sides

@@ -15,7 +15,7 @@ import pytest
 from bvpo_stats.gradients.blocks import block_of
 from bvpo_stats.gradients.stream import StreamOptions
 from bvpo_stats.lab.oracle import Oracle, draw_examples, example_gradients
-from bvpo_stats.lab.oracle.scored import DPO, marginal_responses, pair_gradients, trace_responses
+from bvpo_stats.lab.oracle.exact import DPO, marginal_responses, pair_gradients, trace_responses
 from bvpo_stats.statistics.intervals import t_quantile
 from bvpo_stats.statistics.layers import layer_alphas
 from bvpo_stats.statistics.moments import Moments

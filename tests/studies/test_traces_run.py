@@ -12,8 +12,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import OracleConfig, build_oracle
-from bvpo_stats.lab.oracle.draws import draw_examples
-from bvpo_stats.lab.oracle.sampled_records import completion_records, pair_records
+from bvpo_stats.lab.oracle.draws import completion_records, draw_examples, pair_records
 from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.records import to_dict
 from bvpo_stats.sampling.traces import BankOptions, read_traces

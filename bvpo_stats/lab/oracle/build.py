@@ -4,23 +4,254 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.special import logsumexp
 from torch import Tensor
 from transformers import Qwen2Config
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.oracle.enumeration import SequenceTable, enumerate_sequences
-from bvpo_stats.lab.oracle.grammar import PROMPT_LENGTH, Grammar, build_tokenizer
-from bvpo_stats.lab.oracle.language_model import N_STATES, GrammarLM
-from bvpo_stats.lab.oracle.pair_law import distinct_pair_law
+from bvpo_stats.lab.acceptance.replicates import isometric_coordinates
+from bvpo_stats.lab.oracle.language import N_STATES, PROMPT_LENGTH, Grammar, GrammarLM, build_tokenizer
+from bvpo_stats.model.batching import Batch, TokenSequence, collate
+from bvpo_stats.model.head import Head, head_logprobs, last_hidden_states, output_head
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import score_pass
+from bvpo_stats.model.sinks import Keep
 from bvpo_stats.model.subset import LoraOptions, create_lora, lora_subset
 from bvpo_stats.model.templates import find_template
+
+_CHUNK = 1024  # sequences at a time: bounds the memory of their scores
+
+
+def best_worst_law(
+    probabilities: Float[np.ndarray, " answers"], rewards: Float[np.ndarray, " answers"], n_samples: int
+) -> Float[np.ndarray, "answers answers"]:
+    r"""Joint law of the best and the worst of n independent answers.
+
+    With the answers in ascending order of reward and C(b, a) the sum of the probabilities from b to a, all n answers
+    lie in [b, a] with probability C(b, a)^n, so
+
+        P(best = a, worst = b) = C(b, a)^n - C(b+1, a)^n - C(b, a-1)^n + C(b+1, a-1)^n,
+
+    and on the diagonal (all n answers equal) it is p_a^n. The reward looks at the answer only, so given its answer the
+    trace of the selected response keeps its law q(r | x, y): selection does not touch it.
+
+    Args:
+        probabilities: Law of one answer; sums to 1.
+        rewards: Distinct rewards of the answers.
+        n_samples: n, at least 2.
+
+    Returns:
+        P[a, b] = P(best is answer a, worst is answer b); the diagonal holds the ties, from which no pair can be made.
+
+    Raises:
+        UserError: Fewer than two samples, or rewards with ties.
+
+    >>> law = best_worst_law(np.array([0.25, 0.75]), np.array([1.0, 0.0]), 2)
+    >>> law.tolist()
+    [[0.0625, 0.375], [0.0, 0.5625]]
+    """
+    if n_samples < 2:
+        raise UserError("A pair needs at least two samples per prompt; raise n_samples.")
+    if len(set(np.asarray(rewards).tolist())) != len(rewards):
+        raise UserError("Two answers have the same reward, so best and worst are ambiguous; give distinct rewards.")
+    order = np.argsort(rewards)
+    cumulative = np.concatenate([[0.0], np.cumsum(np.asarray(probabilities, dtype=np.float64)[order])])
+
+    def all_between(low: int, high: int) -> float:
+        return float((cumulative[high + 1] - cumulative[low]) ** n_samples) if low <= high else 0.0
+
+    law = np.zeros((len(order), len(order)))
+    for high, best in enumerate(order):
+        for low, worst in enumerate(order[: high + 1]):
+            inside = all_between(low, high) - all_between(low + 1, high)
+            law[best, worst] = max(0.0, inside - all_between(low, high - 1) + all_between(low + 1, high - 1))
+    return law
+
+
+def distinct_pair_law(
+    probabilities: Float[np.ndarray, " answers"], rewards: Float[np.ndarray, " answers"], n_samples: int
+) -> Float[np.ndarray, "answers answers"]:
+    """:func:`best_worst_law` given that the two answers differ, as in D_t and D_e: tied prompts are drawn again.
+
+    >>> distinct_pair_law(np.array([0.25, 0.75]), np.array([1.0, 0.0]), 2).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
+    """
+    law = best_worst_law(probabilities, rewards, n_samples)
+    np.fill_diagonal(law, 0.0)
+    return law / law.sum()
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of all sequences under one policy at one temperature, split where the answer begins.
+
+    Attributes:
+        trace: log pi(r | x), closing tag included.
+        answer: log pi(y | x, r).
+    """
+
+    trace: Float[np.ndarray, "prompts traces"]
+    answer: Float[np.ndarray, "prompts traces answers"]
+
+    @functools.cached_property
+    def joint(self) -> Float[np.ndarray, "prompts traces answers"]:
+        """Log pi(r, y | x)."""
+        return self.trace[..., None] + self.answer
+
+    @functools.cached_property
+    def marginal(self) -> Float[np.ndarray, "prompts answers"]:
+        """Log pi(y | x) = log sum_r pi(r, y | x)."""
+        return np.asarray(logsumexp(self.joint, axis=1))
+
+    @functools.cached_property
+    def answer_law(self) -> Float[np.ndarray, "prompts answers"]:
+        """Pi(y | x)."""
+        return np.exp(self.marginal)
+
+    @functools.cached_property
+    def posterior(self) -> Float[np.ndarray, "prompts traces answers"]:
+        """Pi(r | x, y), which sums to 1 over traces."""
+        return np.exp(self.joint - self.marginal[:, None])
+
+
+@dataclass(frozen=True)
+class SequenceTable:
+    """All sequences (x, r, y): traces in the order of :meth:`Grammar.traces`, so trace 0 is the empty one.
+
+    Attributes:
+        policy: Under pi_theta at temperature 1.
+        reference: Under pi_ref at temperature 1.
+        sampling: Under pi_ref at the sampling temperature: the law q of the responses.
+        scores: grad_theta log pi_theta(r, y | x), parameters in the order of ``Oracle.theta``.
+        trace_tokens: Tokens of each trace, closing tag included.
+    """
+
+    policy: LogProbs
+    reference: LogProbs
+    sampling: LogProbs
+    scores: Float[np.ndarray, "prompts traces answers parameters"]
+    trace_tokens: Int[np.ndarray, " traces"]
+
+    @functools.cached_property
+    def log_ratio(self) -> Float[np.ndarray, "prompts traces answers"]:
+        """Delta(r, y) = log pi_theta(r, y | x) - log pi_ref(r, y | x)."""
+        return self.policy.joint - self.reference.joint
+
+    @functools.cached_property
+    def marginal_log_ratio(self) -> Float[np.ndarray, "prompts answers"]:
+        """Log pi_theta(y | x) - log pi_ref(y | x)."""
+        return self.policy.marginal - self.reference.marginal
+
+    @functools.cached_property
+    def marginal_scores(self) -> Float[np.ndarray, "prompts answers parameters"]:
+        """S(y) = grad log pi_theta(y | x) = E_{r ~ pi_theta(r | x, y)} s(r, y), Fisher's identity."""
+        return np.einsum("xra,xrad->xad", self.policy.posterior, self.scores)
+
+
+def enumerate_sequences(
+    policy: Policy, grammar: Grammar, temperature: float, known: SequenceTable | None = None
+) -> SequenceTable:
+    """Runs the model over every sequence of every prompt.
+
+    Args:
+        policy: The policy, with an adapter whose parameters are the trainable ones.
+        grammar: The language.
+        temperature: Sampling temperature of :attr:`SequenceTable.sampling`.
+        known: A table of the same model at other trainable parameters: what does not depend on them is taken from it.
+    """
+    at_theta, scores = _scored(policy.model, grammar)
+    if known is not None:
+        return replace(known, policy=at_theta, scores=scores)
+    with torch.no_grad(), policy.reference() as reference:
+        at_reference = _log_probs(reference, grammar, 1.0)
+        sampling = at_reference if temperature == 1.0 else _log_probs(reference, grammar, temperature)
+    trace_tokens = np.array([len(trace) + 1 for trace in grammar.traces()])
+    return SequenceTable(at_theta, at_reference, sampling, scores, trace_tokens)
+
+
+def _scored(
+    model: torch.nn.Module, grammar: Grammar
+) -> tuple[LogProbs, Float[np.ndarray, "prompts traces answers parameters"]]:
+    """Log-probabilities at temperature 1 and scores, in one pass."""
+    subset, found = lora_subset(model), _Table(grammar)
+    scores = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers, subset.size))
+    for part in _parts(grammar):
+        kept = Keep()
+        tokens = score_pass(model, subset, part.batch, [kept])
+        found.fill(part, tokens[:, PROMPT_LENGTH - 1 :])
+        scores[part.rows] = kept.flat(subset, len(part.batch)).numpy().reshape(len(part.rows), -1, subset.size)
+    return found.log_probs, scores.reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
+
+
+def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> LogProbs:
+    plain = output_head(model)
+    head = Head(plain.weight / temperature, None)  # scaled weights are scaled logits
+    found = _Table(grammar)
+    for part in _parts(grammar):
+        hidden = last_hidden_states(model, part.batch)[:, PROMPT_LENGTH - 1 :]
+        targets = part.batch.input_ids[:, PROMPT_LENGTH:]
+        found.fill(part, head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape))
+    return found.log_probs
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences of one trace length, so that there is no padding; all answers of a (prompt, trace) are together.
+
+    Attributes:
+        length: Symbols of the traces.
+        rows: ``prompt * n_traces + trace`` of each group of answers.
+        batch: The sequences.
+    """
+
+    length: int
+    rows: Int[np.ndarray, " groups"]
+    batch: Batch
+
+
+class _Table:
+    """Log-probabilities in table order, filled part by part."""
+
+    def __init__(self, grammar: Grammar):
+        self._shape = (grammar.n_prompts, grammar.n_traces, grammar.n_answers)
+        self._trace = np.empty(grammar.n_prompts * grammar.n_traces)
+        self._answer = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers))
+
+    def fill(self, part: _Part, tokens: Float[torch.Tensor, "sequences completion"]) -> None:
+        """Takes the log-probabilities of the completions' tokens."""
+        n_answers = self._shape[-1]
+        self._trace[part.rows] = tokens[::n_answers, : part.length + 1].sum(-1).numpy()
+        self._answer[part.rows] = tokens[:, part.length + 1 :].sum(-1).numpy().reshape(-1, n_answers)
+
+    @property
+    def log_probs(self) -> LogProbs:
+        """What was filled in."""
+        return LogProbs(self._trace.reshape(self._shape[:2]), self._answer.reshape(self._shape))
+
+
+def _parts(grammar: Grammar) -> Iterator[_Part]:
+    """All sequences of all prompts."""
+    groups_at_once = max(1, _CHUNK // grammar.n_answers)
+    for length, numbered in groupby(enumerate(grammar.traces()), key=lambda entry: len(entry[1])):
+        traces = list(numbered)
+        groups = [(prompt, number, trace) for prompt in range(grammar.n_prompts) for number, trace in traces]
+        for start in range(0, len(groups), groups_at_once):
+            some = groups[start : start + groups_at_once]
+            sequences = [
+                TokenSequence(grammar.prompt_ids(prompt), grammar.completion_ids(trace, answer))
+                for prompt, _, trace in some
+                for answer in range(grammar.n_answers)
+            ]
+            rows = np.array([prompt * grammar.n_traces + number for prompt, number, _ in some])
+            yield _Part(length, rows, collate(sequences, pad_id=grammar.pad_id))
 
 
 @dataclass(frozen=True)
@@ -224,3 +455,36 @@ def _draw_weights(model: torch.nn.Module, shape: ModelShape, generator: torch.Ge
             else:
                 scale = (1.0 if "lora_A" in name else shape.gain) / parameter.shape[-1] ** 0.5
             parameter.copy_(noise * scale)
+
+
+def in_coordinates(oracle: Oracle, map_: Float[np.ndarray, "parameters dimensions"]) -> Oracle:
+    """Maps every score linearly; all gradients, means and biases follow, since they are linear in the scores.
+
+    Columns of the identity give a layer's block, diag(sqrt(p)) gives inner products in the metric diag(p), as Adam's.
+
+    Args:
+        oracle: The oracle; its laws, log-probabilities and ``theta`` stay as they are.
+        map_: Right factor of the scores.
+
+    >>> from bvpo_stats.lab.oracle import OracleConfig, build_oracle, exact_moments
+    >>> oracle = build_oracle(OracleConfig(n_symbols=1, max_trace=1, n_prompts=1))
+    >>> half = in_coordinates(oracle, np.eye(len(oracle.theta))[:, :512])
+    >>> bool(np.allclose(exact_moments(half).mu, exact_moments(oracle).mu[:512]))
+    True
+    """
+    return _with_scores(oracle, oracle.table.scores @ map_)
+
+
+def shortened(oracle: Oracle) -> Oracle:
+    """Writes the scores in an orthonormal basis of their span: the same inner products in as few numbers as can be.
+
+    Args:
+        oracle: The oracle; a small one gains most, with fewer sequences than parameters.
+    """
+    scores = oracle.table.scores
+    short = isometric_coordinates(scores.reshape(-1, scores.shape[-1]))
+    return _with_scores(oracle, short.reshape(*scores.shape[:-1], -1))
+
+
+def _with_scores(oracle: Oracle, scores: Float[np.ndarray, "prompts traces answers dimensions"]) -> Oracle:
+    return replace(oracle, table=replace(oracle.table, scores=scores))

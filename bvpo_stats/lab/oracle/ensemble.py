@@ -2,26 +2,41 @@
 
 All traces of all copies go through the real model in one pass. Every sequence carries its own copy of the LoRA
 parameters, so that a backward pass over the summed log-probabilities leaves each sequence's gradient: its score.
+On the scores stand, for every copy, the exact moments (those of `bvpo_stats.lab.oracle.exact`, without a loop over
+cells: a mean is one vector of coefficients, an inner product needs only the Gram matrix of the scores), what a training
+step and a probe would see of sampled data, and the smoothness of its loss.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import Oracle
+from bvpo_stats.lab.oracle.draws import Draws, draw_examples, draw_posterior_traces
+from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, PairWeights, Scored, pair_weights
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
+from bvpo_stats.statistics.estimates import Estimates
+from bvpo_stats.statistics.summary import Array
 
+Side = tuple[Int[np.ndarray, "copies examples"], Int[np.ndarray, "copies examples"]]
+"""(trace, answer) of one side of every pair."""
+Gradient = Callable[["Copies"], Float[np.ndarray, "copies parameters"]]
+"""Gradient of each copy's loss, read off the scores at some theta."""
 _SEQUENCES_AT_ONCE = 2048
+_H = 1e-4  # step of the central differences: gradients are float64 and carry no noise
 
 
 @dataclass(frozen=True)
@@ -106,3 +121,325 @@ class Ensemble:
             columns = values.sum(dim=0)
             scores = [torch.autograd.grad(column, own, retain_graph=True)[0] for column in columns]
         return values.detach().numpy(), torch.stack(scores, dim=1).numpy()
+
+
+@dataclass(frozen=True)
+class CopyMoments:
+    """Exact means, losses and parts of alpha, one entry a copy.
+
+    Attributes:
+        mean_t: E g_t, ``[copies, parameters]``.
+        mean_e: E g_e.
+        mu: E m = grad L_m.
+        loss_m: L_m, ``[copies]``.
+        parts: Biases, variances and products, arrays ``[copies]``.
+    """
+
+    mean_t: Float[np.ndarray, "copies parameters"]
+    mean_e: Float[np.ndarray, "copies parameters"]
+    mu: Float[np.ndarray, "copies parameters"]
+    loss_m: Float[np.ndarray, " copies"]
+    parts: Estimates
+
+
+def copy_moments(oracle: Oracle, copies: Copies, objective: Objective) -> CopyMoments:
+    """Exact moments of every copy.
+
+    Args:
+        oracle: Reference and data laws.
+        copies: Log-probabilities and scores.
+        objective: The preference loss.
+    """
+    table = oracle.table
+    posterior, n_prompts = table.sampling.posterior, len(oracle.pair_law)
+    law_t = np.einsum("xab,xra,xsb->xrasb", oracle.pair_law, posterior, posterior) / n_prompts
+    law_e = oracle.empty_pair_law / n_prompts
+    lengths = (table.trace_tokens + float(ANSWER_TOKENS))[:, None]
+    with_trace = _weights(objective, copies.joint, table.reference.joint, lengths)
+    empty = _weights(objective, copies.joint[:, :, :1], table.reference.joint[:, :1], lengths[:1])
+    marginal = _weights(objective, copies.marginal[:, :, None], table.reference.marginal[:, None], ANSWER_TOKENS)
+    scores = copies.scores
+    # Coefficients of every score, by prompt: a response is chosen in some pairs and rejected in others.
+    c_t = _coefficients(law_t, with_trace)
+    c_e = np.zeros_like(c_t)
+    c_e[:, :, :1] = _coefficients(law_e[:, None, :, None], empty)
+    law_m = oracle.pair_law[:, None, :, None] / n_prompts
+    c_m = _coefficients(law_m, marginal) * np.exp(copies.joint - copies.marginal[:, :, None])
+    t, e, m = (np.einsum("nxra,nxrad->nxd", c, scores) for c in (c_t, c_e, c_m))
+    mean_t, mean_e, mu = (v.sum(axis=1) for v in (t, e, m))
+    gram = _gram(scores)
+    second_t = _second_moment(law_t, with_trace, gram)
+    second_e = _second_moment(law_e[:, None, :, None], empty, gram[:, :, :1, :, :1])
+    # Given the prompt, t and e are independent; t and e above carry the prompt's probability once each.
+    product_te = n_prompts * np.sum(t * e, axis=(1, 2))
+    loss_m = np.sum(law_m * marginal.loss, axis=(1, 2, 3, 4, 5))
+    return CopyMoments(mean_t, mean_e, mu, loss_m, _parts(mean_t, mean_e, mu, (second_t, second_e, product_te)))
+
+
+def curvature_root(
+    oracle: Oracle, copies: Copies, objective: Objective
+) -> Float[np.ndarray, "copies cells parameters"]:
+    """W with ``W'W`` the Gauss-Newton Hessian of L_m, ``sum_c P(c) l_c'' D_c D_c'``, ``D = S(y+) - S(y-)``.
+
+    Scores mapped by W (`in_metric`) have inner products ``x' H y``.
+
+    Raises:
+        UserError: A loss other than DPO.
+    """
+    if objective.name != "dpo":
+        raise UserError("the Gauss-Newton curvature is written out for DPO only; choose the sigmoid loss.")
+    x, a, b = np.nonzero(oracle.pair_law > 0)
+    posterior = np.exp(copies.joint - copies.marginal[:, :, None])
+    S = np.einsum("nxra,nxrad->nxad", posterior, copies.scores)
+    ratio = copies.marginal - oracle.table.reference.marginal
+    z = objective.beta * (ratio[:, x, a] - ratio[:, x, b])
+    second = objective.beta**2 * expit(z) * expit(-z) * oracle.pair_law[x, a, b] / len(oracle.pair_law)
+    return np.sqrt(second)[..., None] * (S[:, x, a] - S[:, x, b])
+
+
+def in_metric(copies: Copies, root: Float[np.ndarray, "copies cells parameters"]) -> Copies:
+    """The same copies with scores mapped by a root of a metric: `copy_moments` of them are moments in that metric."""
+    return Copies(copies.joint, np.einsum("nxrad,ncd->nxrac", copies.scores, root))
+
+
+def _weights(objective: Objective, log_prob: Array, log_ref: Array, tokens: Array | float) -> PairWeights:
+    """All pairs of responses of a prompt: ``[copies, prompts, r, a, s, b]``, (r, a) chosen and (s, b) rejected."""
+    shape = log_prob.shape
+    ref, length = (np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (log_ref, tokens))
+    nothing = np.zeros((1, 1))  # weights need no scores
+    later, earlier = (Ellipsis, None, None), (slice(None), slice(None), None, None)
+    chosen, rejected = (Scored(log_prob[k], ref[k], length[k], nothing) for k in (later, earlier))
+    return pair_weights(objective, chosen, rejected)
+
+
+def _coefficients(law: Array, weights: PairWeights) -> Array:
+    return (law * weights.chosen).sum(axis=(4, 5)) + (law * weights.rejected).sum(axis=(2, 3))
+
+
+def _gram(scores: Array) -> Array:
+    """Inner products of the scores of one prompt, ``[copies, prompts, r, a, s, b]``."""
+    flat = scores.reshape(*scores.shape[:2], -1, scores.shape[-1])
+    sizes = scores.shape[2:4]
+    return np.matmul(flat, np.swapaxes(flat, -1, -2)).reshape(*scores.shape[:2], *sizes, *sizes)
+
+
+def _second_moment(law: Array, weights: PairWeights, gram: Array) -> Array:
+    """E norm(u s_i + v s_j)^2 over pairs, ``[copies]``."""
+    square = np.einsum("nxrara->nxra", gram)
+    u, v = weights.chosen, weights.rejected
+    terms = u**2 * square[..., None, None] + v**2 * square[:, :, None, None] + 2 * u * v * gram
+    return np.asarray((law * terms).sum(axis=(1, 2, 3, 4, 5)))
+
+
+def _parts(mean_t: Array, mean_e: Array, mu: Array, second: tuple[Array, Array, Array]) -> Estimates:
+    def dot(x: Array, y: Array) -> Array:
+        return np.asarray(np.einsum("nd,nd->n", x, y))
+
+    b_t, b_e = mean_t - mu, mean_e - mu
+    second_t, second_e, product_te = second
+    return Estimates(
+        bias_trace_sq=dot(b_t, b_t),
+        bias_empty_sq=dot(b_e, b_e),
+        bias_cross=dot(b_t, b_e),
+        var_trace=second_t - dot(mean_t, mean_t),
+        var_empty=second_e - dot(mean_e, mean_e),
+        var_cross=product_te - dot(mean_t, mean_e),
+        marginal_sq=dot(mu, mu),
+        trace_dot_marginal=dot(mean_t, mu),
+        empty_dot_marginal=dot(mean_e, mu),
+        trace_sq=dot(mean_t, mean_t),
+        empty_sq=dot(mean_e, mean_e),
+        trace_dot_empty=dot(mean_t, mean_e),
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Examples of every copy, ``[copies, examples]`` each: a prompt, a D_t pair and a D_e pair."""
+
+    prompt: Int[np.ndarray, "copies examples"]
+    thinking: tuple[Side, Side]
+    nothinking: tuple[Side, Side]
+
+    @classmethod
+    def of(cls, draws: Sequence[Draws]) -> Pairs:
+        """Stacks draws of one size."""
+
+        def side(mode: str, which: str) -> Side:
+            found = [getattr(getattr(one, mode), which) for one in draws]
+            return np.stack([trace for trace, _ in found]), np.stack([answer for _, answer in found])
+
+        modes = [(side(mode, "chosen_pair"), side(mode, "rejected_pair")) for mode in ("thinking", "nothinking")]
+        return cls(np.stack([one.prompt for one in draws]), modes[0], modes[1])
+
+    def part(self, start: int, stop: int) -> Pairs:
+        """A range of each copy's examples."""
+        thinking, nothinking = (
+            tuple((trace[:, start:stop], answer[:, start:stop]) for trace, answer in mode)
+            for mode in (self.thinking, self.nothinking)
+        )
+        return Pairs(self.prompt[:, start:stop], thinking, nothinking)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Held-out pairs with K traces an answer for the scores and K more, disjoint, for the margin.
+
+    Attributes:
+        pairs: The pairs.
+        for_scores: Traces of pi_ref(r | x, y) of the chosen and the rejected answer, ``[copies, examples, K]`` each.
+        for_margin: The same again.
+    """
+
+    pairs: Pairs
+    for_scores: tuple[Int[np.ndarray, "copies examples K"], Int[np.ndarray, "copies examples K"]]
+    for_margin: tuple[Int[np.ndarray, "copies examples K"], Int[np.ndarray, "copies examples K"]]
+
+
+def draw_probe(oracle: Oracle, n_examples: int, traces: int, seeds: Sequence[Sequence[int]]) -> Probe:
+    """A probe set for each copy, decided by its seed."""
+    draws, sets = [], []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        draws.append(draw_examples(oracle, n_examples, rng))
+        answers = [pair[1] for pair in (draws[-1].thinking.chosen_pair, draws[-1].thinking.rejected_pair)]
+        sets.append([draw_posterior_traces(oracle, draws[-1].prompt, y, traces, rng) for y in answers * 2])
+    plus, minus, other_plus, other_minus = (np.stack(part) for part in zip(*sets, strict=True))
+    return Probe(Pairs.of(draws), (plus, minus), (other_plus, other_minus))
+
+
+def pair_vectors(
+    oracle: Oracle, copies: Copies, pairs: Pairs, objective: Objective
+) -> tuple[Float[np.ndarray, "copies examples parameters"], Float[np.ndarray, "copies examples parameters"]]:
+    """g_t and g_e of each example."""
+    table = oracle.table
+    rows, x = np.arange(len(pairs.prompt))[:, None], pairs.prompt
+
+    def scored(side: Side) -> Scored:
+        trace, answer = side
+        at = (rows, x, trace, answer)
+        tokens = table.trace_tokens[trace] + float(ANSWER_TOKENS)
+        return Scored(copies.joint[at], table.reference.joint[x, trace, answer], tokens, copies.scores[at])
+
+    found = []
+    for chosen, rejected in (pairs.thinking, pairs.nothinking):
+        plus, minus = scored(chosen), scored(rejected)
+        weights = pair_weights(objective, plus, minus)
+        found.append(weights.chosen[..., None] * plus.scores + weights.rejected[..., None] * minus.scores)
+    return found[0], found[1]
+
+
+def marginal_vectors(
+    oracle: Oracle, copies: Copies, probe: Probe, objective: Objective
+) -> Float[np.ndarray, "copies examples parameters"]:
+    """Estimated marginal gradient of each example from its 2 K traces a side.
+
+    With ``w_k = pi_theta(r_k, y | x) / pi_ref(r_k, y | x)`` on traces of pi_ref given y: the score of y is the
+    self-normalised mean of ``w_k s_k``, and ``log pi_theta(y | x) / pi_ref(y | x)`` the log of the mean of w on the
+    disjoint set. Both are biased by O(1/K) away from theta_ref.
+    """
+    plus, minus = (
+        replace(scored, log_prob=other.log_prob)
+        for scored, other in zip(
+            _marginal_sides(oracle, copies, probe, probe.for_scores),
+            _marginal_sides(oracle, copies, probe, probe.for_margin),
+            strict=True,
+        )
+    )
+    found = pair_weights(objective, plus, minus)
+    return found.chosen[..., None] * plus.scores + found.rejected[..., None] * minus.scores
+
+
+def noise_curvature(
+    oracle: Oracle,
+    copies: Copies,
+    probe: Probe,
+    objective: Objective,
+    noise: Float[np.ndarray, "copies vectors parameters"],
+) -> tuple[Float[np.ndarray, " copies"], Float[np.ndarray, " copies"]]:
+    """``sum_j u_j' H u_j`` and ``sum_j norm(u_j)^2`` over noise vectors u, H the Gauss-Newton Hessian of L_m.
+
+    With ``D_i = S(y+) - S(y-)`` of probe example i and the second derivative ``l_i''`` of its loss in the margin,
+    ``u' H u = mean_i l_i'' (D_i . u)^2``. The square is a product of two estimates of ``D_i . u`` from disjoint traces,
+    for the square of one would count the noise of the traces as curvature.
+
+    Args:
+        oracle: Reference and data laws.
+        copies: The scores.
+        probe: Held-out pairs with traces.
+        objective: DPO.
+        noise: Deviations of single examples' gradients from their mean, from other data than the probe's.
+
+    Raises:
+        UserError: A loss other than DPO.
+    """
+    if objective.name != "dpo":
+        raise UserError("the Gauss-Newton curvature is written out for DPO only; choose the sigmoid loss.")
+    sets = (probe.for_scores, probe.for_margin)
+    sides = [_marginal_sides(oracle, copies, probe, traces) for traces in sets]
+    margins = [objective.beta * ((p.log_prob - p.log_ref) - (m.log_prob - m.log_ref)) for p, m in sides]
+    second = objective.beta**2 * np.mean([expit(z) * expit(-z) for z in margins], axis=0)
+    one, two = (np.einsum("nid,njd->nij", p.scores - m.scores, noise) for p, m in sides)
+    curved = np.einsum("ni,nij,nij->n", second, one, two) / second.shape[1]
+    return curved, np.einsum("njd,njd->n", noise, noise)
+
+
+def _marginal_sides(oracle: Oracle, copies: Copies, probe: Probe, traces: tuple[Array, Array]) -> tuple[Scored, Scored]:
+    """Log pi(y | x) and S(y) of both answers of every pair, estimated from one set of traces."""
+    table, x = oracle.table, probe.pairs.prompt
+    rows = np.arange(len(x))[:, None, None]
+    sides = []
+    for (_, answer), r in zip(probe.pairs.thinking, traces, strict=True):
+        there = (x[..., None], r, answer[..., None])
+        log_w = copies.joint[(rows, *there)] - table.reference.joint[there]
+        total = logsumexp(log_w, axis=-1)
+        scores = np.einsum("nik,nikd->nid", np.exp(log_w - total[..., None]), copies.scores[(rows, *there)])
+        log_ref = table.reference.marginal[x, answer]
+        tokens = np.full(log_ref.shape, float(ANSWER_TOKENS))
+        sides.append(Scored(log_ref + total - np.log(r.shape[-1]), log_ref, tokens, scores))
+    return sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class Curvatures:
+    """Spectral norms of Hessians and their directions, one a copy.
+
+    Attributes:
+        norm: ``norm(H v)`` for the unit vector v, ``[copies]``: from below, and once converged the largest absolute
+            eigenvalue, the L of an L-smooth loss.
+        directions: v, ``[copies, parameters]``.
+    """
+
+    norm: Float[np.ndarray, " copies"]
+    directions: Float[np.ndarray, "copies parameters"]
+
+    @classmethod
+    def start(cls, copies: int, parameters: int, seed: int = 0) -> Curvatures:
+        """Random directions."""
+        directions = np.random.default_rng(seed).normal(size=(copies, parameters))
+        return cls(np.zeros(copies), directions / np.linalg.norm(directions, axis=1, keepdims=True))
+
+    def refine(
+        self, ensemble: Ensemble, thetas: Float[np.ndarray, "copies parameters"], gradient: Gradient, steps: int = 1
+    ) -> Curvatures:
+        """Power iteration at the present thetas."""
+        norm, directions = self.norm, self.directions
+        for _ in range(steps):
+            images = hessian_products(ensemble, thetas, directions, gradient)
+            norm = np.linalg.norm(images, axis=1)
+            moved = norm[:, None] > 0
+            directions = np.where(moved, images / np.where(moved, norm[:, None], 1.0), directions)
+        return Curvatures(norm, directions)
+
+
+def hessian_products(
+    ensemble: Ensemble,
+    thetas: Float[np.ndarray, "copies parameters"],
+    vectors: Float[np.ndarray, "copies parameters"],
+    gradient: Gradient,
+) -> Float[np.ndarray, "copies parameters"]:
+    """``H v`` of each copy's loss at its theta, by central differences along unit vectors."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    moves = _H * vectors / np.where(norms > 0, norms, 1.0)
+    ahead, behind = (gradient(ensemble.at(thetas + sign * moves)) for sign in (1, -1))
+    return (ahead - behind) * norms / (2 * _H)

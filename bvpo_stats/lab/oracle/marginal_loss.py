@@ -14,7 +14,7 @@ from torch.func import functional_call
 from bvpo_stats.gradients.curvature import lanczos
 from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.lab.oracle.build import Oracle
-from bvpo_stats.lab.oracle.scored import ANSWER_TOKENS, DPO
+from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, DPO
 from bvpo_stats.model.batching import TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset

@@ -14,18 +14,22 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.gradients.objectives import Objective
-from bvpo_stats.lab.oracle.copy_moments import CopyMoments, copy_moments, curvature_root, in_metric
-from bvpo_stats.lab.oracle.copy_samples import (
+from bvpo_stats.lab.oracle.draws import draw_examples
+from bvpo_stats.lab.oracle.ensemble import (
+    Copies,
+    CopyMoments,
+    Curvatures,
+    Ensemble,
     Pairs,
     Probe,
+    copy_moments,
+    curvature_root,
     draw_probe,
+    in_metric,
     marginal_vectors,
     noise_curvature,
     pair_vectors,
 )
-from bvpo_stats.lab.oracle.draws import draw_examples
-from bvpo_stats.lab.oracle.ensemble import Copies, Ensemble
-from bvpo_stats.lab.oracle.smoothness import Curvatures
 from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.statistics.summary import Array
 from bvpo_stats.training.alpha import AdaptiveController, AdaptiveOptions, Controller, Observation, StepSums

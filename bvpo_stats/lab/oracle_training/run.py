@@ -11,8 +11,7 @@ from typing import Any
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import OracleConfig, build_oracle
-from bvpo_stats.lab.oracle.ensemble import Ensemble
-from bvpo_stats.lab.oracle.smoothness import Curvatures
+from bvpo_stats.lab.oracle.ensemble import Curvatures, Ensemble
 from bvpo_stats.lab.oracle_training.loop import METHODS, Method, Setting, train
 from bvpo_stats.lab.oracle_training.report import summary
 from bvpo_stats.progress import progress
