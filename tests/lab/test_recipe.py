@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bvpo_stats.embedded import recipe as recipe_module
 from bvpo_stats.embedded.task import Example
 from bvpo_stats.embedded.tokenizer import ASSISTANT, BOS, EOS, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
 from bvpo_stats.errors import UserError
+from bvpo_stats.lab.recipe import train as recipe_module
 from bvpo_stats.lab.recipe.batches import IGNORED, collate, draw_bucket, encode_example
 from bvpo_stats.lab.recipe.options import Recipe, Shape, difficulty_at, learning_rate_at
 from bvpo_stats.lab.recipe.train import CHECKPOINT, build_model, completion_loss, train
