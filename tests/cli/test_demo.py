@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bvpo_stats import demo
+from bvpo_stats.pages import demo
 from bvpo_stats.pages.kinds import KINDS
 from tests.cli.running import failed_politely, run
 
