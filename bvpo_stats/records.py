@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+import hashlib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bvpo_stats.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Mode = Literal["thinking", "nothinking"]
 FinishReason = Literal["stop", "length"]
@@ -185,32 +192,188 @@ class TraceRecord:
 
 
 RecordT = TypeVar("RecordT", Prompt, Completion, PreferencePair, TraceRecord)
+Record = Prompt | Completion | PreferencePair | TraceRecord
 
 
-def to_dict(record: Prompt | Completion | PreferencePair | TraceRecord) -> dict[str, Any]:
+def default_prompt_id(question: str) -> str:
+    """The id of a prompt that has none: ``p`` + the first 16 hex digits of the SHA-256 of the user's text."""
+    return "p" + hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+_SHOWN = 60  # characters of a wrong value
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a record, as its type hint gives it: all that readers and writers know about a format.
+
+    Attributes:
+        name: Its name.
+        type: ``str``, ``int``, ``float``, or the element type of a list of numbers.
+        many: Whether it is a list.
+        choices: The only values allowed; empty for any.
+        nullable: Whether None (unknown) is allowed.
+        required: Whether a row must have it.
+    """
+
+    name: str
+    type: type
+    many: bool
+    choices: tuple[Any, ...]
+    nullable: bool
+    required: bool
+
+    def read(self, value: Any, where: str) -> Any:
+        """A value of a row as the record holds it.
+
+        Integers (ids, indices, numbers of tokens) are never negative, and numbers never NaN or infinite.
+
+        Raises:
+            UserError: The value is of another type or not allowed; place, field and value are named.
+        """
+        if value is None and self.nullable:
+            return None
+        if self.many:
+            values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors of formatted datasets
+            if isinstance(values, (list, tuple)):
+                if self.type is int and (not values or (set(map(type, values)) == {int} and min(values) >= 0)):
+                    return tuple(values)  # the usual case, fast: traces are long
+                found = [self._number(entry) for entry in values]
+                if None not in found:
+                    return tuple(found)
+        elif self.choices:
+            if isinstance(value, str) and value in self.choices:
+                return value
+        elif self.type is str:
+            if isinstance(value, str):
+                return value
+        elif (number := self._number(value)) is not None:
+            return number
+        shown = repr(value)
+        raise UserError(
+            f"{where}: field `{self.name}` must be {self._words()}, not "
+            f"{shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}."
+        )
+
+    def _number(self, value: Any) -> int | float | None:
+        """The number in a value, None where it is not one that is allowed."""
+        if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+            value = value.item()  # NumPy's and torch's numbers
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        if self.type is float:
+            return float(value)
+        return value if isinstance(value, int) and value >= 0 else None
+
+    def _words(self) -> str:
+        if self.choices:
+            kind = " or ".join(f"`{choice}`" for choice in self.choices)
+        else:
+            kind = {
+                (str, False): "a text",
+                (int, False): "an integer from 0",
+                (float, False): "a finite number",
+                (int, True): "a list of integers from 0 (token ids)",
+                (float, True): "a list of finite numbers",
+            }[self.type, self.many]
+        return f"{kind} or null" if self.nullable else kind
+
+
+_FIELDS: dict[Any, dict[str, Field]] = {}
+
+
+def record_fields(kind: type[Record]) -> dict[str, Field]:
+    """The fields of a record type by name, from the type hints of its dataclass."""
+    if kind in _FIELDS:
+        return _FIELDS[kind]
+    hints = get_type_hints(kind)
+    found: dict[str, Field] = {}
+    for field in fields(kind):
+        hint, nullable = hints[field.name], False
+        if get_origin(hint) in (Union, types.UnionType):
+            (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+            nullable = True
+        choices: tuple[Any, ...] = ()
+        many = False
+        if get_origin(hint) is Literal:
+            choices, hint = get_args(hint), str
+        elif get_origin(hint) is tuple:
+            hint, many = get_args(hint)[0], True
+        required = field.default is MISSING and not nullable
+        found[field.name] = Field(field.name, hint, many, choices, nullable, required)
+    _FIELDS[kind] = found
+    return found
+
+
+def arrow_schema(kind: type[Record], columns: Iterable[str] | None = None) -> pa.Schema:
+    """The Arrow (Parquet) columns of a record type.
+
+    Args:
+        kind: The record type.
+        columns: Names of the columns, in order; all fields when None.
+    """
+    import pyarrow as pa
+
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    known = record_fields(kind)
+    types = {
+        name: plain[field.type] if not field.many else pa.list_(pa.int32() if field.type is int else plain[field.type])
+        for name, field in known.items()
+    }
+    return pa.schema([(name, types[name]) for name in (known if columns is None else columns)])
+
+
+def to_dict(record: Record) -> dict[str, Any]:
     """The record as a JSON-ready dictionary; fields that default to None are left out where they are None."""
     optional = {field.name for field in fields(record) if field.default is None}
     return {k: v for k, v in asdict(record).items() if v is not None or k not in optional}
 
 
+def missing_fields(kind: type[Record], row: dict[str, Any]) -> list[str]:
+    """Names of the fields that a row lacks."""
+    return [field.name for field in record_fields(kind).values() if field.required and row.get(field.name) is None]
+
+
 def from_dict(kind: type[RecordT], row: dict[str, Any], where: str = "record") -> RecordT:
-    """Builds a record from a JSON object; unknown fields are ignored.
+    """Builds a record from a row: a JSON object, or a row of a table or dataset. Unknown fields are ignored.
 
     Args:
         kind: The record type.
-        row: The JSON object.
+        row: The row.
         where: How to name the row in an error, e.g. ``samples.jsonl:12``.
 
     Raises:
-        UserError: A required field is missing.
+        UserError: A required field is missing, a value is of the wrong type (:meth:`Field.read`), or an answer would
+            begin behind the end of its completion.
     """
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name in row:
-            value = row[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        missing = str(error).partition(": ")[2] or str(error)
-        raise UserError(f"{where}: not a {kind.__name__} record; missing {missing}.") from error
+    missing = missing_fields(kind, row)
+    if missing:
+        raise UserError(f"{where}: not a {kind.__name__} record; missing {', '.join(missing)}.")
+    record: Any = kind(
+        **{name: field.read(row[name], where) for name, field in record_fields(kind).items() if name in row},
+    )
+    for name in row.keys() & _ANSWER_STARTS.keys():
+        start, ids = getattr(record, name, None), getattr(record, _ANSWER_STARTS[name], None)
+        if start is not None and ids is not None and start > len(ids):
+            raise UserError(f"{where}: `{name}` is {start}, but `{_ANSWER_STARTS[name]}` has {len(ids)} tokens.")
+    return record  # type: ignore[no-any-return]
+
+
+_ANSWER_STARTS = {
+    "answer_start": "completion_ids",
+    "chosen_answer_start": "chosen_ids",
+    "rejected_answer_start": "rejected_ids",
+}
+
+
+def record_kind(row: dict[str, Any]) -> type[Record] | None:
+    """The type of record that a row looks like, by the fields that only one type has; None for none."""
+    for kind, names in (
+        (TraceRecord, ("side", "source", "completion_ids")),
+        (Completion, ("sample_index", "completion_ids")),
+        (PreferencePair, ("chosen_ids", "rejected_ids")),
+        (Prompt, ("prompt_id", "prompt")),
+    ):
+        if all(name in row for name in names):
+            return kind
+    return None

@@ -1,4 +1,4 @@
-"""The weights and the questions that ship with the package."""
+"""The weights, the questions and the records that ship with the package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from bvpo_stats.embedded.task import generate_prompts
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt
+
+EMBEDDED = "embedded"
+"""The word that stands for them wherever a model, prompts or records are asked for."""
 
 N_PROMPTS = 200
 PROMPT_SEED = 0
@@ -22,6 +25,11 @@ def embedded_model_path() -> Path:
     if not (path / "model.safetensors").is_file():
         raise UserError(f"the embedded model is missing from {path}; install the package again.")
     return path
+
+
+def embedded_records() -> Path:
+    """The folder of the embedded model's pairs (``thinking``, ``nothinking``) and ``traces``, gzipped JSONL."""
+    return Path(__file__).parent / "data"
 
 
 def embedded_prompts(limit: int | None = None) -> list[Prompt]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.templates import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -217,8 +217,6 @@ def model_source(model: str) -> str:
         UserError: It looks like a folder and is none.
     """
     if model == EMBEDDED:
-        from bvpo_stats.embedded.assets import embedded_model_path
-
         return str(embedded_model_path())
     path = Path(model).expanduser()
     if path.is_dir():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Completion, PreferencePair, from_dict
-from bvpo_stats.store.jsonl import read_jsonl
+from bvpo_stats.records import Completion, PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,13 +165,3 @@ def reads_back(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> bool
     encoded = tokenizer([pair.prompt, *(pair.prompt + text for text in texts)])["input_ids"]
     wanted = (pair.prompt_ids, pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids)
     return all(tuple(ids) == expected for ids, expected in zip(encoded, wanted, strict=True))
-
-
-def read_pairs(path: Path) -> Iterator[PreferencePair]:
-    """Streams the pairs of a JSONL file, e.g. ``thinking.jsonl`` (D_t) or ``nothinking.jsonl`` (D_e).
-
-    Raises:
-        UserError: A line that is not a pair; the line is named.
-    """
-    for number, row in read_jsonl(path):
-        yield from_dict(PreferencePair, row, f"{path}:{number}")

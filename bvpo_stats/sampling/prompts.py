@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Prompt
-from bvpo_stats.store.jsonl import read_json_list, read_jsonl
+from bvpo_stats.records import Prompt, default_prompt_id
+from bvpo_stats.store.tables import source_rows
 
-EMBEDDED = "embedded"
 _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
 _GOLD_FIELDS = ("gold", "answer", "solution")
-_HUB_FILE = "hf://"
 
 
 def load_prompts(source: str, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
@@ -45,62 +43,11 @@ def load_prompts(source: str, *, limit: int | None = None, split: str = "train")
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
     if source == EMBEDDED:
-        from bvpo_stats.embedded.assets import embedded_prompts
-
         for number, prompt in enumerate(embedded_prompts(), start=1):
             yield f"embedded:{number}", prompt
         return
     for where, row in source_rows(source, split):
         yield where, prompt_from_row(row, where)
-
-
-def source_rows(source: str, split: str, option: str = "`prompts`") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Streams the rows of a file or dataset, each with its place for error messages.
-
-    Args:
-        source: A JSONL file, a ``.json`` file with a list of objects, a Parquet file, a single file on the hub
-            (``hf://datasets/OWNER/NAME/PATH.json``), or whatever ``datasets.load_dataset`` accepts.
-        split: Split of a dataset.
-        option: The option that named the source, for error messages.
-
-    Raises:
-        UserError: Missing or unreadable source.
-    """
-    path = Path(source)
-    if path.is_dir() or not path.exists() or path.suffix in (".parquet", ".arrow"):
-        yield from _dataset_rows(source, split, option)
-    elif path.suffix == ".json":
-        yield from ((f"{path}[{number}]", row) for number, row in enumerate(read_json_list(path), start=1))
-    else:
-        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-
-
-def _dataset_rows(source: str, split: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source)
-    looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt")
-    if not path.exists() and looks_like_a_path and not source.startswith(_HUB_FILE):
-        raise UserError(f"The file {source} does not exist. Check {option}.")
-    import datasets
-
-    try:
-        if path.is_file():
-            rows: Iterable[Any] = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        elif source.startswith(_HUB_FILE):
-            rows = datasets.load_dataset("json", data_files=source, split="train")
-        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(source, split=split, streaming=True)
-        iterator = iter(rows)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"Cannot load {option} {source!r} (split {split!r}): {reason} "
-            "Give a JSONL file with one object a line, or a dataset that `datasets` can load."
-        ) from error
-    for number, row in enumerate(iterator, start=1):
-        yield f"{source}[{number}]", dict(row)
 
 
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
@@ -123,7 +70,7 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     gold = next((row[name] for name in _GOLD_FIELDS if isinstance(row.get(name), (str, int, float))), None)
     identifier = next((row[name] for name in ("prompt_id", "id", "uid") if row.get(name) is not None), None)
     if identifier is None:
-        identifier = "p" + hashlib.sha256(text.encode()).hexdigest()[:16]
+        identifier = default_prompt_id(text)
     return Prompt(prompt_id=str(identifier), prompt=text, gold=None if gold is None else str(gold))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Completion, Mode, Prompt, from_dict, to_dict
+from bvpo_stats.records import Completion, Mode, Prompt, to_dict
 from bvpo_stats.sampling.engines.base import Draw, Engine, Request, SamplingOptions, SetAside
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
 from bvpo_stats.store.key_set import KeySet
@@ -189,20 +189,6 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
                         "Remove it, or name a new `output` folder."
                     )
             yield f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
-
-
-def read_completions(path: Path) -> Iterator[Completion]:
-    """Streams the completions of a JSONL file, or of all the ``samples*.jsonl`` of a run's folder.
-
-    Raises:
-        UserError: A line that is not a completion record (named), or a folder without any.
-    """
-    paths = run_files(path, SAMPLES_FILE) if path.is_dir() else [path]
-    if not paths:
-        raise UserError(f"{path} holds no {SAMPLES_FILE}. Give the output folder of bvpo-stats sample.")
-    for file in paths:
-        for number, row in read_jsonl(file):
-            yield from_dict(Completion, row, f"{file}:{number}")
 
 
 def automatic_batch_size(requested: int | None, longest: int, on_accelerator: bool) -> int:

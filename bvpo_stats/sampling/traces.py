@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import TraceRecord, TraceSource, from_dict
+from bvpo_stats.records import TraceRecord, TraceSource
 from bvpo_stats.sampling.trace_chain import ScoredTrace, TraceDrawer, metropolis_moves
 from bvpo_stats.sampling.trace_sides import PairSide, Trace
-from bvpo_stats.store.jsonl import read_jsonl
 
 SOURCES: tuple[TraceSource, ...] = get_args(TraceSource)
 _PRIOR_ROUNDS = 4  # times a prior trace that does not close is drawn again before it is given up
@@ -215,13 +213,3 @@ def _record(
         model=drawer.policy.identity,
         template=drawer.policy.template.name,
     )
-
-
-def read_traces(path: Path) -> Iterator[TraceRecord]:
-    """Streams the records of a trace bank's JSONL file.
-
-    Raises:
-        UserError: A line that is not a trace record; the line is named.
-    """
-    for number, row in read_jsonl(path):
-        yield from_dict(TraceRecord, row, f"{path}:{number}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,29 +23,22 @@ def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict
     """Yields (line number, object) for every non-empty line, in constant memory.
 
     Args:
-        path: The file.
+        path: The file; a name that ends in ``.gz`` is decompressed.
         growing: Another process may be appending to it: a last line without its newline is not there yet, and left out.
 
     Raises:
         UserError: The file is missing, not UTF-8, or a line is not a JSON object; the line is named.
     """
-    try:
-        handle = path.open("rb")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
-    with handle:
-        for number, raw in enumerate(handle, start=1):
-            if not raw.strip() or (growing and not raw.endswith(b"\n")):
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except ValueError as error:
-                raise _line_error(f"{path}:{number}", raw, error) from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line."
-                )
-            yield number, row
+    for number, raw in enumerate(_lines(path), start=1):
+        if not raw.strip() or (growing and not raw.endswith(b"\n")):
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except ValueError as error:
+            raise _line_error(f"{path}:{number}", raw, error) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line.")
+        yield number, row
 
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
@@ -64,6 +59,15 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{path}[{number}]: a JSON {type(row).__name__}, not an object.")
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+            yield from handle
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"Cannot read {path}: {reason}. Check the path.") from error
 
 
 def _line_error(where: str, raw: bytes, error: ValueError) -> UserError:
@@ -124,7 +128,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     except OSError as error:
         if path.is_file() and path.stat().st_size > before:
             os.truncate(path, before)
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -142,10 +146,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
+    """What to tell a user about a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
             f"Disk full while writing {path}. Free some space and run the same command again: it goes on where it "

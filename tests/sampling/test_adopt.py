@@ -12,8 +12,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.served import ServedPolicy
 from bvpo_stats.records import MODES, Completion, to_dict
 from bvpo_stats.sampling.adopt import adopt_completions
-from bvpo_stats.sampling.engines.file_engine import adopt_into, file_fingerprint
-from bvpo_stats.sampling.sample import read_completions
+from bvpo_stats.sampling.engines.file_engine import adopt_into
+from bvpo_stats.store.tables import fingerprint, read_records
 from tests.sampling.samples import sample, template
 
 TEMPLATE = template()
@@ -111,7 +111,7 @@ def test_a_file_is_taken_over(tmp_path: Path) -> None:
     ours = records(3)
     source = write(tmp_path / "x.jsonl", list(map(to_dict, ours)))
     assert adopt_file(tmp_path / "run", source) == 12
-    assert list(read_completions(tmp_path / "run")) == ours
+    assert list(read_records(tmp_path / "run", Completion)) == ours
     assert adopt_file(tmp_path / "run", source) == 0  # once
 
 
@@ -119,7 +119,7 @@ def test_modes_and_limit_choose(tmp_path: Path) -> None:
     ours = records(3)
     source = write(tmp_path / "x.jsonl", [to_dict(ours[i]) for i in (0, 4, 8, 1, 5, 9, 2, 6, 10)])
     adopt_file(tmp_path / "run", source, modes=("thinking",), limit=2)
-    assert [completion.key for completion in read_completions(tmp_path / "run")] == [
+    assert [completion.key for completion in read_records(tmp_path / "run", Completion)] == [
         "q0/thinking/0",
         "q1/thinking/0",
         "q0/thinking/1",
@@ -152,7 +152,7 @@ def test_mixed_sources_are_refused_and_nothing_is_lost(
     source = write(tmp_path / "x.jsonl", [*rows[:3], rows[3] | {field: "other"}])
     with pytest.raises(UserError, match=f"q0/nothinking/1 is of {field} 'other', those before it of "):
         adopt_file(tmp_path / "run", source)
-    assert len(list(read_completions(tmp_path / "run"))) == 2
+    assert len(list(read_records(tmp_path / "run", Completion))) == 2
 
 
 def test_a_source_that_was_cut_off_is_named(tmp_path: Path) -> None:
@@ -189,17 +189,17 @@ def test_memory_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_fingerprints_of_files(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"a" * 3_000_000)
-    first = file_fingerprint(path)
+    first = fingerprint(path)
     path.write_bytes(b"a" * 2_999_999 + b"b")
-    assert file_fingerprint(path) != first
+    assert fingerprint(path) != first
     with pytest.raises(UserError, match="--samples-from"):
-        file_fingerprint(tmp_path / "none")
+        fingerprint(tmp_path / "none", "samples_from")
 
 
 def test_adopting_with_the_model_fills_in_what_is_missing(tmp_path: Path) -> None:
     rows = [{"prompt_id": "q", "mode": "thinking", "prompt": "8+9", "text": "8+9=17</think>17", "gold": "17"}]
     (tmp_path / "run").mkdir()
     adopt_into(tmp_path / "run", write(tmp_path / "x.jsonl", rows), POLICY, modes=MODES)
-    (made,) = read_completions(tmp_path / "run")
+    (made,) = read_records(tmp_path / "run", Completion)
     assert (made.trace, made.answer, made.gold, made.engine) == ("8+9=17", "17", "17", "file")
     assert made.completion_ids[-1] == EOS

@@ -16,12 +16,11 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.records import Completion, from_dict, to_dict
+from bvpo_stats.records import Completion, arrow_schema, from_dict, to_dict
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.sampling.sample import read_completions
-from bvpo_stats.store.parquet import completion_schema
 from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.sample.output import present
 from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 from tests.cli.running import ENVIRONMENT, failed_politely, run
@@ -66,7 +65,7 @@ def lines(folder: Path) -> list[str]:
 
 
 def test_a_run_is_complete_and_reported(uninterrupted: Path, config: SampleConfig) -> None:
-    found = list(read_completions(uninterrupted))
+    found = list(read_records(uninterrupted, Completion))
     assert len({completion.key for completion in found}) == len(found) == PROMPTS * 2 * 4
     report = json.loads((uninterrupted / "report.json").read_text())
     assert report["modes"]["thinking"]["responses"] == report["modes"]["nothinking"]["responses"] == PROMPTS * 4
@@ -83,9 +82,9 @@ def test_parquet_holds_the_same_records(uninterrupted: Path, tmp_path: Path) -> 
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    assert table.column_names == completion_schema().names
+    assert table.column_names == arrow_schema(Completion).names
     rows = [from_dict(Completion, row) for row in table]
-    assert rows == list(read_completions(uninterrupted))
+    assert rows == list(read_records(uninterrupted, Completion))
 
 
 @pytest.mark.slow

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Prompt
+from bvpo_stats.records import MODES, Completion, Prompt
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.sample import (
     SamplingRun,
     automatic_batch_size,
     check_one_source,
     plan_batches,
-    read_completions,
     sample_into,
     window_size,
 )
@@ -24,6 +23,7 @@ from bvpo_stats.sampling.sample_summary import ModeSummary, count_set_aside, sum
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
 from bvpo_stats.store.key_set import KeySet
 from bvpo_stats.store.shards import WHOLE, Shard
+from bvpo_stats.store.tables import read_records
 from tests.sampling.samples import sample, template
 
 TEMPLATE = template()
@@ -136,17 +136,17 @@ def test_planning_reads_ahead_by_one_window_only() -> None:
 
 
 def keys_on_record(folder: Path) -> list[str]:
-    return [completion.key for completion in read_completions(folder)]
+    return [completion.key for completion in read_records(folder, Completion)]
 
 
 def test_a_run_records_everything_once(tmp_path: Path) -> None:
     tally = sample_into(tmp_path, prompts(40), make_run(), n_prompts=40)
     assert sorted(keys_on_record(tmp_path)) == sorted(all_keys(40))
     assert (tally.responses, tally.set_aside) == (400, 0)
-    record = next(c for c in read_completions(tmp_path) if c.key == "q3/thinking/4")
+    record = next(c for c in read_records(tmp_path, Completion) if c.key == "q3/thinking/4")
     assert (record.trace, record.answer, record.answer_start, record.gold) == ("7", "4", 2, "3")
     assert record.prompt_ids == TEMPLATE.prompt_ids(prompts(4)[3].prompt, "thinking")
-    assert tally.tokens == sum(len(c.completion_ids) for c in read_completions(tmp_path))
+    assert tally.tokens == sum(len(c.completion_ids) for c in read_records(tmp_path, Completion))
     before = (tmp_path / "samples.jsonl").read_bytes()
     assert sample_into(tmp_path, prompts(40), make_run(), n_prompts=40).responses == 0
     assert (tmp_path / "samples.jsonl").read_bytes() == before
@@ -218,10 +218,10 @@ def test_records_of_another_source_are_not_mixed_in(tmp_path: Path, field: str) 
 
 def test_folders_without_samples_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no samples\.jsonl"):
-        next(read_completions(tmp_path))
+        next(read_records(tmp_path, Completion))
     (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt_id": "q"}) + "\n")
     with pytest.raises(UserError, match=r"samples\.jsonl:1: not a Completion record; missing"):
-        next(read_completions(tmp_path))
+        next(read_records(tmp_path, Completion))
 
 
 def test_automatic_batches_shrink_with_length() -> None:

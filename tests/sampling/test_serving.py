@@ -20,11 +20,11 @@ from bvpo_stats.embedded.assets import embedded_model_path
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.served import load_served_policy
-from bvpo_stats.records import MODES, Prompt
+from bvpo_stats.records import MODES, Completion, Prompt
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.sampling.sample import read_completions
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_responses_of_a_real_server_go_on_record(base_url: str, tmp_path: Path) 
     report = run_sample(config, tmp_path / "run")
     assert report.dialect == "/v1/completions text transformers"
     policy = load_policy(PolicyOptions())
-    kept = list(read_completions(tmp_path / "run"))
+    kept = list(read_records(tmp_path / "run", Completion))
     aside = sum(report.set_aside.values())
     assert len({record.key for record in kept}) == len(kept) == 16 - aside
     assert aside <= 2  # the embedded model seldom spells a text in other tokens than its tokenizer would

@@ -14,8 +14,8 @@ import pytest
 from bvpo_stats.embedded.task import grade
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.records import Completion
-from bvpo_stats.sampling.pairs import read_pairs
+from bvpo_stats.records import Completion, PreferencePair
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
 from tests.sampling.samples import both_modes, sample, truncated, unclosed, write_samples
 
@@ -81,7 +81,7 @@ def test_chosen_beats_rejected_by_the_verifier(tmp_path: Path) -> None:
     report = run_pairs(config(write_samples(tmp_path / "s", rows)), tmp_path / "o")
     by_key = {c.key: c for c in rows}
     for mode in ("thinking", "nothinking"):
-        pairs = list(read_pairs(tmp_path / "o" / f"{mode}.jsonl"))
+        pairs = list(read_records(tmp_path / "o" / f"{mode}.jsonl", PreferencePair))
         assert len(pairs) == report.modes[mode].pairs > 15
         for pair in pairs:
             answers = [by_key[f"{pair.prompt_id}/{mode}/{i}"].answer for i in range(4)]
@@ -95,7 +95,7 @@ def test_datasets_loads_the_folder_and_its_files(tmp_path: Path) -> None:
     run_pairs(config(write_samples(tmp_path / "s", synthetic(10))), tmp_path / "o")
     cache = str(tmp_path / "cache")
     for mode in ("thinking", "nothinking"):
-        records = list(read_pairs(tmp_path / "o" / f"{mode}.jsonl"))
+        records = list(read_records(tmp_path / "o" / f"{mode}.jsonl", PreferencePair))
         for table in (
             datasets.load_dataset(str(tmp_path / "o"), mode, split="train", cache_dir=cache),
             datasets.load_dataset(
@@ -137,7 +137,9 @@ def test_reference_log_probabilities_are_those_of_the_exact_ids(tmp_path: Path, 
     rows = [replace(c, model=embedded, engine="transformers") for c in synthetic(5)]
     run_pairs(config(write_samples(tmp_path / "s", rows), ref_logps=True), tmp_path / "o")
     policy = load_policy(PolicyOptions(device="cpu", dtype="float64"))
-    pairs = [p for mode in ("thinking", "nothinking") for p in read_pairs(tmp_path / "o" / f"{mode}.jsonl")]
+    pairs = [
+        p for mode in ("thinking", "nothinking") for p in read_records(tmp_path / "o" / f"{mode}.jsonl", PreferencePair)
+    ]
     assert len(pairs) > 5
     for pair in pairs:
         for ids, stored in ((pair.chosen_ids, pair.ref_chosen_logps), (pair.rejected_ids, pair.ref_rejected_logps)):

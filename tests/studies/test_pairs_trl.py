@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.sampling.pairs import read_pairs
+from bvpo_stats.records import PreferencePair
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
 from tests.sampling.samples import write_samples
 from tests.studies.test_pairs_run import synthetic
@@ -43,7 +44,7 @@ def test_dpo_trainer_takes_one_step_on_the_produced_pairs(tmp_path: Path, random
         train_dataset=trl_columns,
         processing_class=AutoTokenizer.from_pretrained(random_model),
     )
-    pairs = list(read_pairs(tmp_path / "o" / f"{mode}.jsonl"))
+    pairs = list(read_records(tmp_path / "o" / f"{mode}.jsonl", PreferencePair))
     assert len(trainer.train_dataset) == len(pairs)
     for row, pair in zip(trainer.train_dataset, pairs, strict=True):
         assert tuple(row["prompt_ids"]) == pair.prompt_ids
@@ -72,6 +73,6 @@ def test_the_whole_table_is_accepted_too(tmp_path: Path, random_model: Path) -> 
         train_dataset=table,
         processing_class=AutoTokenizer.from_pretrained(random_model),
     )
-    pairs = list(read_pairs(tmp_path / "o" / "thinking.jsonl"))
+    pairs = list(read_records(tmp_path / "o" / "thinking.jsonl", PreferencePair))
     assert [tuple(row["chosen_ids"]) for row in trainer.train_dataset] == [pair.chosen_ids for pair in pairs]
     assert trainer.train().global_step == 1

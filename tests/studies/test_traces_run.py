@@ -14,8 +14,9 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.draws import completion_records, draw_examples, pair_records
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.records import to_dict
-from bvpo_stats.sampling.traces import BankOptions, read_traces
+from bvpo_stats.records import TraceRecord, to_dict
+from bvpo_stats.sampling.traces import BankOptions
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.traces import run as traces
 from bvpo_stats.studies.traces.run import TracesConfig, run_traces
 from tests.sampling.samples import write_samples
@@ -48,7 +49,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
 
 def test_a_bank_on_disk_and_its_report(inputs: Inputs) -> None:
     report = run_traces(inputs.config, inputs.folder / "o")
-    records = list(read_traces(inputs.folder / "o" / "traces.jsonl"))
+    records = list(read_records(inputs.folder / "o" / "traces.jsonl", TraceRecord))
     assert len(records) == N_PAIRS * 2 * 2 * K == sum(report.tally.by_source.values())
     assert len({(r.prompt_id, r.side, r.source, r.index) for r in records}) == len(records)
     assert report.tally.sides == 2 * N_PAIRS

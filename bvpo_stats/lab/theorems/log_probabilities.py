@@ -79,7 +79,8 @@ def embedded_variances(n_prompts: int, seed: int) -> Array:
     from bvpo_stats.embedded.assets import embedded_prompts
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.sampling.engines.base import SamplingOptions
-    from bvpo_stats.sampling.sample import SAMPLES_FILE, read_completions
+    from bvpo_stats.sampling.sample import SAMPLES_FILE
+    from bvpo_stats.store.tables import read_records
     from bvpo_stats.studies.variance.run import sample_both_modes
 
     policy, prompts = load_policy(PolicyOptions(model="embedded")), embedded_prompts(n_prompts)
@@ -87,7 +88,7 @@ def embedded_variances(n_prompts: int, seed: int) -> Array:
         path = Path(folder) / SAMPLES_FILE
         options = SamplingOptions(samples=SAMPLES, temperature=COOL, top_p=1.0, max_new_tokens=256, seed=seed)
         sample_both_modes(policy, prompts, options, path)
-        responses = [response for response in read_completions(path) if response.complete]
+        responses = [response for response in read_records(path, Completion) if response.complete]
     return np.array(list(_measured(policy, responses)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -82,19 +81,3 @@ def _first_prompts(completions: Iterator[Completion], limit: int | None) -> Iter
                 continue
             seen.add(completion.prompt_id)
         yield completion
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file, 16 hex digits, in constant memory.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check `samples_from`.") from error
-    return digest.hexdigest()[:16]

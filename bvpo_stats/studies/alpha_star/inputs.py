@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,7 @@ from bvpo_stats.gradients.references import at_reference
 from bvpo_stats.model.policy import EMBEDDED, Policy
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
 from bvpo_stats.records import Mode, PreferencePair, TraceRecord, from_dict
-from bvpo_stats.store.jsonl import read_jsonl
-
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,11 @@ class AlphaInputs:
             UserError: It is not there.
         """
         if mode == "thinking":
-            return _locate(self.pairs, "thinking", "`pairs`")
-        return _locate(self.pairs if self.empty_pairs is None else self.empty_pairs, "nothinking", "`empty_pairs`")
+            (path,) = record_paths(self.pairs, PreferencePair, mode=mode, name="pairs")
+        else:
+            source = self.pairs if self.empty_pairs is None else self.empty_pairs
+            (path,) = record_paths(source, PreferencePair, mode=mode, name="empty_pairs")
+        return path
 
     def traces_path(self) -> Path | None:
         """File of the trace bank; None where there is none.
@@ -61,7 +59,7 @@ class AlphaInputs:
             UserError: It is not there.
         """
         traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
-        return None if traces is None else _locate(traces, "traces", "`traces`")
+        return None if traces is None else record_paths(traces, TraceRecord, name="traces")[0]
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,16 @@ def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
     Raises:
         UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
     """
-    path, option = inputs.set_path(mode), "`pairs`" if mode == "thinking" else "`empty_pairs`"
-    return list(_pairs(path, mode, option))
+    path, option = inputs.set_path(mode), "pairs" if mode == "thinking" else "empty_pairs"
+    pairs = []
+    for where, row in read_rows(path):
+        pair = from_dict(PreferencePair, row, where)
+        if pair.mode != mode:
+            raise UserError(f"`{option}`: {where} is a {pair.mode} pair; {mode} pairs are needed here.")
+        pairs.append(pair)
+    if not pairs:
+        raise UserError(f"`{option}={str(path)!r}` holds no pairs.")
+    return pairs
 
 
 def shared_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[PreferencePair]:
@@ -171,84 +177,10 @@ def load_traces(inputs: AlphaInputs, prompts: Iterable[str]) -> list[TraceRecord
     if path is None:
         return []
     wanted = set(prompts)
-    records = (from_dict(TraceRecord, row, where) for where, row in _rows(path))
-    return [record for record in records if record.prompt_id in wanted]
+    return [record for record in read_records(path, TraceRecord) if record.prompt_id in wanted]
 
 
 def fingerprints(inputs: AlphaInputs) -> dict[str, str | None]:
     """Hashes of the input files: what tells two runs apart."""
     names = ("pairs", "empty_pairs", "traces")
-    return {name: None if path is None else _digest(path) for name, path in zip(names, inputs.paths(), strict=True)}
-
-
-def _pairs(path: Path, mode: Mode, option: str) -> Iterator[PreferencePair]:
-    found = False
-    for where, row in _rows(path):
-        pair = from_dict(PreferencePair, row, where)
-        if pair.mode != mode:
-            raise UserError(f"{option} {path}: {where} is a {pair.mode} pair; {mode} pairs are needed here.")
-        found = True
-        yield pair
-    if not found:
-        raise UserError(f"{option} {path} holds no pairs.")
-
-
-def _locate(source: str, stem: str, option: str) -> Path:
-    if source == EMBEDDED:
-        folder = Path(__file__).resolve().parents[2] / "embedded" / "data"
-        path = _in_folder(folder, stem)
-        if path is None:
-            raise UserError(
-                f"{option}: this installation has no embedded pairs; make some with bvpo-stats sample, pairs and "
-                "traces, and give them as `pairs`, `empty_pairs` and `traces`."
-            )
-        return path
-    given = Path(source).expanduser()
-    if given.is_dir():
-        path = _in_folder(given, stem)
-        if path is None:
-            raise UserError(f"{option} {source}: the folder holds no {stem}{_SUFFIXES[0]}.")
-        return path
-    if not given.is_file():
-        raise UserError(f"{option} {source}: no such file. Give a {stem}.jsonl, or the folder of the run that made it.")
-    return given
-
-
-def _in_folder(folder: Path, stem: str) -> Path | None:
-    return next((path for suffix in _SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(how errors name it, row) of a JSONL, gzipped JSONL or Parquet file."""
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as handle:
-            for number, line in enumerate(handle, start=1):
-                yield f"{path}:{number}", json.loads(line)
-    else:
-        for number, row in read_jsonl(path):
-            yield f"{path}:{number}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=512):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"Cannot read {path} ({str(error).splitlines()[0]}). Is it a Parquet file?") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return {name: None if path is None else fingerprint(path) for name, path in zip(names, inputs.paths(), strict=True)}

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt
-from bvpo_stats.sampling.prompts import EMBEDDED, prompt_from_row, source_rows
+from bvpo_stats.sampling.prompts import prompt_from_row
+from bvpo_stats.store.tables import source_rows
 
 Verifier = Literal["math-verify", "embedded", "judge"]
 
@@ -19,7 +21,6 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 """What DeepSeek advises to add to a math problem; the paper does not print its own wording."""
 
 _EMBEDDED_SAMPLES = 8
-_OPTION = "`data`"
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,12 @@ def _load(source: str, split: str | None, instruction: str | None, limit: int | 
     if limit is not None and limit < 1:
         raise UserError(f"`limit={limit}`: at least 1 problem is needed.")
     if source == EMBEDDED:
-        from bvpo_stats.embedded.assets import embedded_prompts
-
         problems = [_instructed(prompt, instruction or "") for prompt in embedded_prompts(limit)]
         return Benchmark(EMBEDDED, "Arithmetic", EMBEDDED, _EMBEDDED_SAMPLES, "embedded", tuple(problems))
     preset = PRESETS.get(source.lower())
     if preset is None:
         _refuse_near_presets(source)
-    rows = source_rows(preset.source if preset else source, preset.split if preset else split or "test", _OPTION)
+    rows = source_rows(preset.source if preset else source, preset.split if preset else split or "test", "data")
     found = ((where, problem_from_row(row, where)) for where, row in rows)
     problems, duplicates = distinct(found, keep_first=preset is not None, limit=limit)
     if not problems:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt
-from bvpo_stats.sampling.prompts import EMBEDDED, prompt_from_row, source_rows
+from bvpo_stats.sampling.prompts import prompt_from_row
+from bvpo_stats.store.tables import source_rows
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, distinct
 
 # Both files are read as they lie on the hub: AlpacaEval's dataset is a script that `datasets` no longer runs, and
@@ -52,11 +54,9 @@ def load_instructions(task: str, source: str, *, split: str | None = None, limit
 
     def prompts() -> Iterator[tuple[str, Prompt]]:
         if source == EMBEDDED:
-            from bvpo_stats.embedded.assets import embedded_prompts
-
             yield from ((f"{EMBEDDED}:{number}", prompt) for number, prompt in enumerate(embedded_prompts(), start=1))
             return
-        for where, row in source_rows(INSTRUCTION_FILES.get(source, source), split or "test", "`data`"):
+        for where, row in source_rows(INSTRUCTION_FILES.get(source, source), split or "test", "data"):
             prompt = instruction_from_row(row, where)
             datasets.setdefault(prompt.prompt_id, str(row.get("dataset") or row.get("category") or Path(source).stem))
             yield where, prompt

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import content_identity, model_source
 from bvpo_stats.sampling.engines.base import SamplingOptions
-from bvpo_stats.sampling.prompts import EMBEDDED
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.studies.base import software_versions, to_json

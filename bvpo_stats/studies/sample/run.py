@@ -11,7 +11,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.served import ServedPolicy, load_served_policy
 from bvpo_stats.model.templates import Template
-from bvpo_stats.records import MODES, Mode
+from bvpo_stats.records import MODES, Completion, Mode
 from bvpo_stats.sampling.engines.base import Engine, SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.sampling.prompts import load_prompts
@@ -21,7 +21,6 @@ from bvpo_stats.sampling.sample import (
     SamplingRun,
     SamplingTally,
     automatic_batch_size,
-    read_completions,
     sample_into,
 )
 from bvpo_stats.sampling.sample_summary import ModeSummary, count_set_aside, summarise
@@ -29,6 +28,7 @@ from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import WHOLE, Shard, run_files
+from bvpo_stats.store.tables import fingerprint, read_records, write_records
 from bvpo_stats.studies.base import software_versions, to_json
 
 ENGINES = ("transformers", "openai", "file")
@@ -201,19 +201,19 @@ def _run(config: SampleConfig, engine: Engine, template: Template, model: str, r
 
 
 def _adopt(config: SampleConfig, output: Path) -> SampleReport:
-    from bvpo_stats.sampling.engines.file_engine import adopt_into, file_fingerprint
+    from bvpo_stats.sampling.engines.file_engine import adopt_into
 
     assert config.samples_from is not None
     policy: ServedPolicy | None = load_served_policy(config.policy) if config.policy else None
-    fingerprint = file_fingerprint(config.samples_from)
+    digest = fingerprint(config.samples_from, "samples_from")
     identity = {
-        "samples_from": fingerprint,
+        "samples_from": digest,
         "template": policy.template.name if policy else None,
         "limit": config.limit,
     }
     with _open(config, output, identity) as folder:
         tally = adopt_into(folder, config.samples_from, policy, modes=config.modes, limit=config.limit)
-        first = next(read_completions(folder))
+        first = next(read_records(folder, Completion))
         return _finish(
             config,
             folder,
@@ -221,7 +221,7 @@ def _adopt(config: SampleConfig, output: Path) -> SampleReport:
                 engine="file",
                 model=first.model,
                 template=first.template,
-                prompts=fingerprint,
+                prompts=digest,
                 shard="1/1",
                 sampling=None,
                 dialect=None,
@@ -233,7 +233,7 @@ def _adopt(config: SampleConfig, output: Path) -> SampleReport:
 def _on_record(config: SampleConfig, folder: Path, tally: SamplingTally) -> dict[str, Any]:
     samples, aside = _files(config, folder, SAMPLES_FILE), _files(config, folder, SET_ASIDE_FILE)
     return {
-        "modes": summarise(completion for path in samples for completion in read_completions(path)),
+        "modes": summarise(completion for path in samples for completion in read_records(path, Completion)),
         "set_aside": count_set_aside(aside),
         "tally": tally,
         "tokens_per_second": tally.tokens / tally.seconds if tally.tokens and tally.seconds > 0 else None,
@@ -251,10 +251,8 @@ def _files(config: SampleConfig, folder: Path, name: str) -> list[Path]:
 
 def _finish(config: SampleConfig, folder: Path, report: SampleReport) -> SampleReport:
     if config.parquet:
-        from bvpo_stats.store.parquet import write_completions
-
         paths = _files(config, folder, SAMPLES_FILE)
-        rows = (completion for path in paths for completion in read_completions(path))
-        write_completions(config.shard.file(folder, "samples.parquet"), rows)
+        rows = (completion for path in paths for completion in read_records(path, Completion))
+        write_records(config.shard.file(folder, "samples.parquet"), rows, Completion)
     write_atomic(config.shard.file(folder, "report.json"), to_json(report.to_dict()))
     return report

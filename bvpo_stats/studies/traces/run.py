@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,18 +14,17 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, to_dict
-from bvpo_stats.sampling.pairs import read_pairs
 from bvpo_stats.sampling.trace_chain import TraceDrawer
 from bvpo_stats.sampling.trace_sides import pair_sides
 from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
 from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
+from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
 from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.traces.report import TracesReport, markdown
 
 TRACES_FILE = "traces.jsonl"
-PAIRS_FILE = "thinking.jsonl"
 _STATE_FILE = "progress.json"
 _WINDOW = 32  # pairs worked on together
 
@@ -71,19 +69,17 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
     Raises:
         UserError: Anything wrong with the input; see the message.
     """
-    pairs_path = config.pairs / PAIRS_FILE if config.pairs.is_dir() else config.pairs
-    if not pairs_path.is_file():
-        raise UserError(
-            f"`pairs={str(config.pairs)!r}`: no {PAIRS_FILE} there. Give the `output` folder of `bvpo-stats pairs`."
-        )
+    (pairs_path,) = record_paths(config.pairs, PreferencePair, mode="thinking", name="pairs")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"`limit={config.limit}`: at least 1 pair is needed.")
-    n_pairs, fingerprint = _survey(pairs_path)
+    n_pairs = sum(1 for _ in read_rows(pairs_path))
+    if not n_pairs:
+        raise UserError(f"{pairs_path} holds no pairs, so there is nothing to find traces for.")
     samples = samples_fingerprint(config.samples)
     policy = load_policy(config.policy)
     total = n_pairs if config.limit is None else min(config.limit, n_pairs)
     identity = {
-        "pairs": fingerprint,
+        "pairs": fingerprint(pairs_path, "pairs"),
         "samples": samples,
         "limit": config.limit,
         "model": policy.identity,
@@ -95,7 +91,7 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
     with open_run(output, "traces", identity) as folder:
         with open_sample_index(config.samples, folder / ".samples.sqlite", ("thinking",)) as index:
             index.source.check_sampling_model(policy.identity)
-            pairs = islice(read_pairs(pairs_path), total)
+            pairs = islice(read_records(pairs_path, PreferencePair), total)
             state, temperature = _fill_bank(config, policy, index, pairs, total, folder)
         report = TracesReport(
             model=policy.identity,
@@ -111,22 +107,6 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
         write_atomic(folder / "report.json", to_json(report.to_dict()))
         write_atomic(folder / "report.md", markdown(report))
     return report
-
-
-def _survey(path: Path) -> tuple[int, str]:
-    """(number of pairs, hash of the file), in constant memory.
-
-    Raises:
-        UserError: No pairs.
-    """
-    digest, count = hashlib.sha256(), 0
-    with path.open("rb") as handle:
-        for line in handle:
-            digest.update(line)
-            count += bool(line.strip())
-    if not count:
-        raise UserError(f"{path} holds no pairs, so there is nothing to find traces for.")
-    return count, digest.hexdigest()[:16]
 
 
 def _fill_bank(

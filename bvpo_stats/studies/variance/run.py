@@ -20,12 +20,12 @@ from bvpo_stats.sampling.sample import (
     SamplingRun,
     automatic_batch_size,
     check_one_source,
-    read_completions,
     sample_into,
 )
 from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.published import APPENDIX_B, published_name
 from bvpo_stats.studies.variance.output import markdown
@@ -93,7 +93,8 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
         sample_both_modes(policy, prompts, config.sampling, samples_path, config.batch_size)
         order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
         completions = sorted(
-            read_completions(samples_path), key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index)
+            read_records(samples_path, Completion),
+            key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index),
         )
         score_into(folder / LOGPROBS_FILE, completions, policy)
         report = _analyse(config, completions, folder / LOGPROBS_FILE, policy.identity)
