@@ -192,7 +192,7 @@ def test_fingerprints_of_files(tmp_path: Path) -> None:
     first = fingerprint(path)
     path.write_bytes(b"a" * 2_999_999 + b"b")
     assert fingerprint(path) != first
-    with pytest.raises(UserError, match="--samples-from"):
+    with pytest.raises(UserError, match="samples_from"):
         fingerprint(tmp_path / "none", "samples_from")
 
 

@@ -72,7 +72,7 @@ def test_a_repeated_id_names_both_places(tmp_path: Path) -> None:
 def test_limit_and_emptiness(tmp_path: Path) -> None:
     source = write(tmp_path / "p.jsonl", [{"prompt": text} for text in "abc"])
     assert [prompt.prompt for prompt in load_prompts(source, limit=2)] == ["a", "b"]
-    with pytest.raises(UserError, match="--limit 0"):
+    with pytest.raises(UserError, match="limit=0"):
         list(load_prompts(source, limit=0))
     with pytest.raises(UserError, match="holds no prompts"):
         list(load_prompts(write(tmp_path / "empty.jsonl", [])))
