@@ -22,7 +22,7 @@ import numpy as np
 
 from bvpo_stats.embedded.assets import embedded_prompts
 from bvpo_stats.lab.embedded_training import embedded_training_figure
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 

@@ -69,7 +69,7 @@ def alpha_star(
         typer.Option(help="Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric."),
     ] = None,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
-    interval: Annotated[str, typer.Option(help="fieller, hall (cautious under heavy tails) or delta.")] = "fieller",
+    interval: Annotated[str, typer.Option(help="fieller, or hall, cautious under heavy tails.")] = "fieller",
     groups: Annotated[int, typer.Option(help="Groups of the jackknife.")] = 20,
     seed: o.Seed = 0,
     limit: o.Limit = None,

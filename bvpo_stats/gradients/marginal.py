@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective, PairLogps
+from bvpo_stats.statistics.diagnostics import WeightDiagnostics, diagnose
 from bvpo_stats.statistics.marginal import (
     antithetic_difference,
     jackknife,
@@ -31,7 +32,6 @@ from bvpo_stats.statistics.marginal import (
     log_mean_weight,
     multilevel,
 )
-from bvpo_stats.statistics.weight_diagnostics import WeightDiagnostics, diagnose
 
 Coefficients = tuple[Float[np.ndarray, " chosen_traces"], Float[np.ndarray, " rejected_traces"]]
 Rows = Int[np.ndarray, " traces"]

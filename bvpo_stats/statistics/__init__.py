@@ -1,20 +1,23 @@
 """Pure mathematics on arrays: streaming moments, intervals, alpha curves. Knows nothing of language models."""
 
-from bvpo_stats.statistics.alpha import AlphaStar, alpha_from_summary, alpha_star
-from bvpo_stats.statistics.arrays import summary_of_arrays
-from bvpo_stats.statistics.curves import alpha_curve, alpha_j, alpha_limits, error_curve
-from bvpo_stats.statistics.estimates import Estimates
-from bvpo_stats.statistics.layers import layer_alphas
-from bvpo_stats.statistics.marginal import anchored_snis, jackknife, multilevel, snis
-from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.summary import MomentSummary
-from bvpo_stats.statistics.verdicts import (
+from bvpo_stats.statistics.alpha import (
+    AlphaStar,
+    alpha_curve,
+    alpha_from_gradients,
+    alpha_from_summary,
+    alpha_j,
+    alpha_limits,
     conditional_variance_ratio,
+    error_curve,
     error_table,
     fixed_alpha_verdict,
+    layer_alphas,
     trace_sampling_share,
 )
-from bvpo_stats.statistics.weight_diagnostics import WeightDiagnostics, diagnose
+from bvpo_stats.statistics.diagnostics import WeightDiagnostics, diagnose
+from bvpo_stats.statistics.estimates import Estimates
+from bvpo_stats.statistics.marginal import anchored_snis, jackknife, multilevel, snis
+from bvpo_stats.statistics.moments import Moments, MomentSummary, summary_of_arrays
 
 __all__ = [
     "AlphaStar",
@@ -23,10 +26,10 @@ __all__ = [
     "Moments",
     "WeightDiagnostics",
     "alpha_curve",
+    "alpha_from_gradients",
     "alpha_from_summary",
     "alpha_j",
     "alpha_limits",
-    "alpha_star",
     "anchored_snis",
     "conditional_variance_ratio",
     "diagnose",

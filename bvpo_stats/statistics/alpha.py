@@ -1,25 +1,91 @@
-"""The optimal mixing weight alpha* of Theorem 2 with an honest interval, for a given batch size and step size.
+"""The optimal mixing weight alpha* of Theorem 2 with an honest interval, its curve, its variants, verdicts on others.
 
     alpha_unc = (P0 + tau P1) / (Q0 + tau Q1),   tau = eta L / B,   alpha* = clip(alpha_unc, 0, 1)
 
-`alpha_star` is the one call for arrays of per-example gradients; `alpha_from_summary` does the same from streamed
-moments.
+`alpha_from_gradients` is the one call for arrays of per-example gradients; `alpha_from_summary` does the same from
+streamed moments.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 
-from bvpo_stats.statistics.arrays import summary_of_arrays
+from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
-from bvpo_stats.statistics.intervals import BOUNDED, COMPLEMENT, Method, ratio_sets
-from bvpo_stats.statistics.prompts_needed import PromptsNeeded, prompts_needed
-from bvpo_stats.statistics.summary import Array, MomentSummary
+from bvpo_stats.statistics.intervals import (
+    BOUNDED,
+    COMPLEMENT,
+    MARGINAL,
+    Method,
+    RatioSets,
+    SimpleInterval,
+    jackknife_corrected,
+    jackknife_covariance,
+    jackknife_normal,
+    ratio_sets,
+    squared_norm,
+    t_quantile,
+)
+from bvpo_stats.statistics.moments import Array, MomentSummary, summary_of_arrays
+
+
+@dataclass(frozen=True)
+class PromptsNeeded:
+    """How many prompts would identify a ratio that a sample does not.
+
+    Attributes:
+        prompts: The number, two digits of it, rounded up; None if even a million times the sample would not do.
+        at_least: True where the denominator itself was not significantly positive, so that only a lower bound exists.
+    """
+
+    prompts: int | None
+    at_least: bool
+
+
+def prompts_needed(
+    ratio: LinearRatio, group_sizes: Array, n_prompts: int, level: float = 0.95, method: Method = "fieller"
+) -> PromptsNeeded:
+    """Prompts for which the set of a ratio is expected to be bounded and to say something within [0, 1].
+
+    Takes the estimates for the truth and looks at the set that k times the prompts would give: deviations shrink by the
+    root of k, interactions of groups by k. U-statistics of small biases carry a part of order ``1 / N^2`` too, so the
+    number errs on the safe side. Where the estimated denominator is below its standard error it is raised to that,
+    which makes the number a lower bound. Always more than there are, by a twelfth at least: less would be no advice.
+
+    Args:
+        ratio: Numerator and denominator, ``[1 + G]``, and their interactions.
+        group_sizes: ``[G]``.
+        n_prompts: Prompts in the sample, which do not identify the ratio.
+        level: Confidence level.
+        method: How the set is made.
+    """
+    numerator, denominator = ratio.numerator, ratio.denominator
+    standard_error = math.sqrt(max(float(jackknife_covariance(denominator[None], group_sizes)[0, 0]), 0.0))
+    weak = not denominator[0] > standard_error
+    denominator = denominator + max(standard_error - float(denominator[0]), 0.0)
+
+    def first_identified(factors: Array) -> float | None:
+        k = factors[:, None]
+        B, A = (x[0] + (x - x[0]) / np.sqrt(k) for x in (numerator, denominator))
+        pairs = None if ratio.interactions is None else (ratio.interactions[0] / k, ratio.interactions[1] / k)
+        identified = ratio_sets(B, A, group_sizes * k, level, method, pairs).clipped()[2]
+        return float(factors[identified.argmax()]) if identified.any() else None
+
+    power = first_identified(2.0 ** np.arange(1, 21))
+    if power is None:
+        return PromptsNeeded(None, True)
+    factor = first_identified(power * np.exp2(np.arange(-7, 0) / 8)) or power
+    number = n_prompts * factor
+    unit = 10 ** max(math.floor(math.log10(number)) - 1, 0)
+    return PromptsNeeded(math.ceil(number / unit) * unit, weak)
+
 
 SetShape = Literal["bounded", "complement", "whole"]
 
@@ -40,7 +106,7 @@ class AlphaInterval:
             [high, inf)`` if a complement, everything if whole.
         unclipped_high: Upper end likewise.
         shape: Which of the three.
-        method: ``fieller``, ``hall`` or ``delta``.
+        method: ``fieller`` or ``hall``.
         needed: How many prompts would identify it, where this sample does not.
     """
 
@@ -88,11 +154,7 @@ def alpha_interval(
     numerator, denominator = ratio.numerator, ratio.denominator
     sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, ratio.interactions)
     low, high, identified = sets.clipped()
-    needed = None
-    if not identified:
-        needed = prompts_needed(numerator, denominator, summary.group_sizes, summary.n_prompts, level)
-        if needed.prompts == summary.n_prompts:  # the extrapolation, plain Fieller, is satisfied; the set is not
-            needed = PromptsNeeded(summary.n_prompts + 1, True)
+    needed = None if identified else prompts_needed(ratio, summary.group_sizes, summary.n_prompts, level, method)
     shape: SetShape = "bounded" if sets.shape == BOUNDED else "complement" if sets.shape == COMPLEMENT else "whole"
     return AlphaInterval(
         value=float(minimiser(numerator[0], denominator[0])),
@@ -151,7 +213,7 @@ def alpha_from_summary(
     level: float = 0.95,
     method: Method = "fieller",
 ) -> AlphaStar:
-    """alpha* from streamed moments; see `alpha_star`."""
+    """alpha* from streamed moments; see `alpha_from_gradients`."""
     tau = noise_scale(batch_size, eta_l)
     ratio = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)))
     interval = alpha_interval(ratio, summary, level, method)
@@ -166,7 +228,7 @@ def alpha_from_summary(
     )
 
 
-def alpha_star(
+def alpha_from_gradients(
     t: Float[np.ndarray, "examples parameters"],
     e: Float[np.ndarray, "examples parameters"],
     m: Float[np.ndarray, "examples parameters"] | None = None,
@@ -190,7 +252,7 @@ def alpha_star(
         level: Confidence level.
         clusters: Prompt of each example, where prompts have several pairs; None if all differ.
         blocks: Name to slice of the parameters, for per-layer weights afterwards.
-        method: ``fieller`` (default), ``hall`` (cautious under heavy tails) or ``delta``.
+        method: ``fieller``, or ``hall``, cautious under heavy tails.
 
     Returns:
         The weight, its interval and the moments behind both.
@@ -209,11 +271,436 @@ def alpha_star(
         >>> t = mu + rng.normal(size=(4000, 2))
         >>> e = np.zeros((4000, 2))
         >>> m = np.tile(mu, (4000, 1))
-        >>> print(alpha_star(t, e, m))
+        >>> print(alpha_from_gradients(t, e, m))
         alpha* = 0.3... [0.3..., 0.3...] at batch size 1, eta L = 1
-        >>> print(alpha_star(t, e, m, batch_size=128))
+        >>> print(alpha_from_gradients(t, e, m, batch_size=128))
         alpha* = 0.98... [0.9..., ...] at batch size 128, eta L = 1
     """
     vectors = {"t": t, "e": e} if m is None else {"t": t, "e": e, "m": m}
     summary = summary_of_arrays(vectors, clusters=clusters, blocks=blocks)
     return alpha_from_summary(summary, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+
+
+@dataclass(frozen=True)
+class AlphaCurve:
+    """alpha* at several batch sizes with a pointwise confidence band; every array is ``[batch sizes]``."""
+
+    batch_size: Array
+    eta_l: float
+    level: float
+    alpha: Array
+    unclipped: Array
+    low: Array
+    high: Array
+    identified: NDArray[np.bool_]
+
+
+def alpha_curve(
+    summary: MomentSummary,
+    batch_sizes: Sequence[float] | Array,
+    *,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> AlphaCurve:
+    """``alpha(tau) = (P0 + tau P1) / (Q0 + tau Q1)`` at ``tau = eta L / B`` for each batch size B.
+
+    The curve is monotone in B: a weighted average of the bias-only limit (weight ``Q0``) and the variance-only limit
+    (weight ``tau Q1``) of `alpha_limits`.
+    """
+    taus = np.array([noise_scale(B, eta_l) for B in batch_sizes])[:, None]
+    found = LinearRatio.of(summary, lambda p: (p.P0 + taus * p.P1, p.Q0 + taus * p.Q1))
+    numerator, denominator = found.numerator, found.denominator
+    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, found.interactions)
+    low, high, identified = sets.clipped()
+    return AlphaCurve(
+        batch_size=np.asarray(batch_sizes, dtype=np.float64),
+        eta_l=eta_l,
+        level=level,
+        alpha=minimiser(numerator[:, 0], denominator[:, 0]),
+        unclipped=sets.ratio,
+        low=low,
+        high=high,
+        identified=identified,
+    )
+
+
+@dataclass(frozen=True)
+class AlphaLimits:
+    """The two ends of the curve.
+
+    Attributes:
+        bias_only: ``P0 / Q0``, the limit of large batches (only biases matter).
+        variance_only: ``P1 / Q1 = tr(Sigma_e - Sigma_te) / tr(Sigma_t + Sigma_e - 2 Sigma_te)``, the limit of small
+            batches; it needs no marginal gradient and is what remains, as ``alpha_var``, where mu cannot be had.
+    """
+
+    bias_only: AlphaInterval
+    variance_only: AlphaInterval
+
+
+def alpha_limits(summary: MomentSummary, *, level: float = 0.95, method: Method = "fieller") -> AlphaLimits:
+    """Bias-only and variance-only limits of alpha with their intervals."""
+    bias, variance = (LinearRatio.of(summary, pick) for pick in (lambda p: (p.P0, p.Q0), lambda p: (p.P1, p.Q1)))
+    return AlphaLimits(
+        bias_only=alpha_interval(bias, summary, level, method),
+        variance_only=alpha_interval(variance, summary, level, method),
+    )
+
+
+def alpha_j(
+    summary: MomentSummary,
+    rho: float,
+    *,
+    batch_size: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> AlphaInterval:
+    """Minimiser of the descent bound for ``rho = eta L < 1`` with no term dropped (`Estimates.alpha_j_parts`).
+
+    Raises:
+        UserError: rho outside (0, 1].
+    """
+    ratio = LinearRatio.of(summary, lambda parts: parts.alpha_j_parts(rho, batch_size))
+    return alpha_interval(ratio, summary, level, method)
+
+
+def error_curve(
+    summary: MomentSummary, alphas: Sequence[float] | Array, *, tau: float = 1.0, level: float = 0.95
+) -> SimpleInterval:
+    """The parabola ``norm(bias)^2 + tau Var`` of the mix over alpha with a pointwise band; arrays ``[alphas]``."""
+    values = estimates(summary).error(np.asarray(alphas, dtype=np.float64)[:, None], tau)
+    return jackknife_normal(values, summary.group_sizes, level, floor=0.0)
+
+
+@dataclass(frozen=True)
+class LayerAlphas:
+    """alpha of every parameter block and what is gained over one alpha for all.
+
+    Attributes:
+        alphas: Block name to weight with interval.
+        weights: Block name to ``A_l``, the curvature of its error parabola (its say in the global alpha).
+        gain: ``sum_l A_l (alpha_l - alpha)^2 = sum_l B_l^2 / A_l - B^2 / A``, the error saved by unclipped per-layer
+            weights, freed of its bias of order 1/N by the jackknife; None where some A_l is not positive.
+    """
+
+    alphas: dict[str, AlphaInterval]
+    weights: dict[str, float]
+    gain: SimpleInterval | None
+
+
+def layer_alphas(
+    summary: MomentSummary,
+    *,
+    batch_size: float = 1.0,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> LayerAlphas:
+    """Per-layer weights: the error separates over parameter blocks, so each has its own ``alpha_l = B_l / A_l``."""
+    tau = noise_scale(batch_size, eta_l)
+    found = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)), per_block=True)
+    B, A = found.numerator, found.denominator
+    alphas = {name: alpha_interval(found.block(k), summary, level, method) for k, name in enumerate(summary.blocks)}
+    # A block that never gets a gradient (LoRA's A at its start) has A_l = B_l = 0 and no part in the gain.
+    live = ~((A == 0) & (B == 0)).all(axis=0)
+    gain = None
+    if live.any() and (A[:, live] > 0).all():
+        saved = (B[:, live] ** 2 / A[:, live]).sum(axis=1) - B.sum(axis=1) ** 2 / A.sum(axis=1)
+        value, error = jackknife_corrected(saved, summary.group_sizes)
+        half = t_quantile(level, summary.n_groups) * error
+        gain = SimpleInterval(value, error, np.maximum(value - half, 0.0), np.maximum(value + half, 0.0), level)
+    return LayerAlphas(alphas, {name: float(A[0, k]) for k, name in enumerate(summary.blocks)}, gain)
+
+
+def adam_metric(second_moment: Float[np.ndarray, " parameters"], epsilon: float = 1e-8) -> Array:
+    """Diagonal of Adam's metric, ``P = 1 / (sqrt(v) + epsilon)``, from its frozen second-moment estimate v."""
+    v = np.asarray(second_moment, dtype=np.float64)
+    if (v < 0).any() or not np.isfinite(v).all():
+        raise UserError("Adam's second moments must be finite and not negative; check the optimizer state.")
+    return 1 / (np.sqrt(v) + epsilon)
+
+
+def in_metric(
+    vectors: Mapping[str, Float[np.ndarray, "examples parameters"]], metric: Float[np.ndarray, " parameters"]
+) -> dict[str, Array]:
+    """Scale per-example gradients by ``sqrt(P)``, so that plain moments of the result are moments in the metric P.
+
+    ``alpha_P = E <e - t, P (e - mu)> / E norm(e - t)_P^2`` is then the ordinary alpha of what is returned.
+    """
+    scale = np.sqrt(np.asarray(metric, dtype=np.float64))
+    return {name: np.asarray(value, dtype=np.float64) * scale for name, value in vectors.items()}
+
+
+def direction_alpha(
+    summary: MomentSummary,
+    *,
+    batch_size: float = 1.0,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> AlphaInterval:
+    """Weight for optimizers that ignore the length of the gradient, as Adam does.
+
+    The combination ``c_t g_t + c_e g_e`` nearest to mu, its length free, has ``c = M^-1 v`` with ``v_i = E g_i . mu``
+    and ``M_ij = E g_i . E g_j + tau tr Sigma_ij``; only its direction matters, ``alpha = c_t / (c_t + c_e)``. The
+    determinant of M cancels: ``c_t ~ v_t M_ee - v_e M_te`` and ``c_e ~ v_e M_tt - v_t M_te``. (Products of U-statistics
+    have a bias of order 1/N, which numerator and denominator of the other weights do not.)
+    """
+    tau, p = noise_scale(batch_size, eta_l), estimates(summary)
+    tt, ee = p.trace_sq + tau * p.var_trace, p.empty_sq + tau * p.var_empty
+    te = p.trace_dot_empty + tau * p.var_cross
+    top = p.trace_dot_marginal * ee - p.empty_dot_marginal * te
+    other = p.empty_dot_marginal * tt - p.trace_dot_marginal * te
+    return alpha_interval(LinearRatio(top, top + other, None), summary, level, method)
+
+
+def curvature_alpha(
+    summary: MomentSummary,
+    eta: float,
+    *,
+    batch_size: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> AlphaInterval:
+    """Minimiser of the expected loss after one step to second order, with the Hessian H of the loss in place of L.
+
+    With ``h = E t - E e`` and covariances of single examples,
+
+        alpha_H = [mu.h / eta - E e' H h - tr(H Cov(e, t - e)) / B] / [h' H h + tr(H Cov(t - e)) / B].
+
+    ``H = L I`` gives alpha_J at ``rho = eta L``. Where H is so indefinite that the denominator is not positive there is
+    no minimum, and the interval says "not identified".
+
+    Args:
+        summary: Moments of the members ``t, e, m, Ht, He``, the last two being ``H t_i`` and ``H e_i``.
+        eta: Learning rate.
+        batch_size: Examples per step.
+        level: Confidence level.
+        method: ``fieller`` or ``hall``.
+    """
+    if not eta > 0:
+        raise UserError(f"the learning rate must be positive, got {eta}.")
+    t, e, m, Ht, He = (summary.index(name) for name in ("t", "e", "m", "Ht", "He"))
+    absolute = (summary.U + summary.shift).sum(axis=-3)
+    mixed = absolute + noise_scale(batch_size) * summary.covariance.sum(axis=-3)
+    marginal_dot_h = absolute[..., m, t] - absolute[..., m, e]
+    numerator = marginal_dot_h / eta - (mixed[..., e, Ht] - mixed[..., e, He])
+    denominator = mixed[..., t, Ht] - mixed[..., t, He] - mixed[..., e, Ht] + mixed[..., e, He]
+    return alpha_interval(LinearRatio(numerator, denominator, None), summary, level, method)
+
+
+Answer = Literal["yes", "no", "undecided"]
+
+
+@dataclass(frozen=True)
+class FixedAlphaVerdict:
+    """Whether a fixed alpha beats the trace gradient and the empty-trace gradient.
+
+    Attributes:
+        alpha: The weight in question, such as the paper's 0.5.
+        beats_trace: Whether the mix has less error than g_t alone, at the confidence level.
+        beats_empty: Whether it has less error than g_e alone.
+        window_low: ``2 alpha_unc - 1``; the mix beats both parts for alpha strictly between it and `window_high`.
+        window_high: ``2 alpha_unc``.
+        level: Confidence level of each of the two answers.
+        batch_size: Examples per step.
+        eta_l: Learning rate times smoothness.
+    """
+
+    alpha: float
+    beats_trace: Answer
+    beats_empty: Answer
+    window_low: float
+    window_high: float
+    level: float
+    batch_size: float
+    eta_l: float
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        where = f"At batch size {self.batch_size:g} and eta L = {self.eta_l:g}, alpha = {self.alpha:g}"
+        both = {self.beats_trace, self.beats_empty}
+        if both == {"yes"}:
+            return f"{where} beats both the trace gradient and the empty-trace gradient ({self.level:.0%} confidence)."
+        if "no" in both:
+            better = "trace" if self.beats_trace == "no" else "empty-trace"
+            return f"{where} is worse than the {better} gradient alone ({self.level:.0%} confidence)."
+        answers = {"trace": self.beats_trace, "empty-trace": self.beats_empty}
+        unknown = [name for name, answer in answers.items() if answer == "undecided"]
+        return f"{where}: these prompts do not tell whether it beats the {' or the '.join(unknown)} gradient."
+
+
+def fixed_alpha_verdict(
+    summary: MomentSummary,
+    alpha: float,
+    *,
+    batch_size: float = 1.0,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+) -> FixedAlphaVerdict:
+    """Test a fixed alpha in (0, 1) against both parts.
+
+    With ``E(a) - E(alpha_unc) = A (a - alpha_unc)^2``, the mix beats g_t iff ``alpha_unc < (1 + alpha) / 2`` and beats
+    g_e iff ``alpha_unc > alpha / 2``: it beats both iff alpha lies in ``(2 alpha_unc - 1, 2 alpha_unc)``, not "for any
+    nontrivial mixture". Each is decided where the confidence set of alpha_unc, the one that comes with alpha*, does not
+    hold the bound in question.
+
+    Raises:
+        UserError: alpha outside (0, 1).
+    """
+    if not 0 < alpha < 1:
+        raise UserError(f"a mixture needs alpha strictly between 0 and 1, got {alpha}.")
+    tau = noise_scale(batch_size, eta_l)
+    ratio = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)))
+    B, A = float(ratio.numerator[0]), float(ratio.denominator[0])
+    sets = ratio_sets(ratio.numerator, ratio.denominator, summary.group_sizes, level, method, ratio.interactions)
+
+    def below(bound: float) -> Answer:
+        """Whether alpha_unc lies below the bound."""
+        if sets.contains(bound):
+            return "undecided"
+        return "yes" if bound * A > B else "no"
+
+    opposite: dict[Answer, Answer] = {"yes": "no", "no": "yes", "undecided": "undecided"}
+    answers = below((1 + alpha) / 2), opposite[below(alpha / 2)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unclipped = float(np.divide(B, A))
+    return FixedAlphaVerdict(alpha, *answers, 2 * unclipped - 1, 2 * unclipped, level, batch_size, eta_l)
+
+
+def error_table(
+    summary: MomentSummary, *, alpha: float = 0.5, batch_size: float = 1.0, eta_l: float = 1.0, level: float = 0.95
+) -> dict[str, SimpleInterval]:
+    """Error of one step, ``norm(bias)^2 + (eta L / B) Var``, of every candidate direction.
+
+    Keys: ``trace`` (alpha = 1), ``empty`` (alpha = 0), ``fixed`` (the given alpha, the paper's 0.5), ``alpha_star``,
+    ``zero`` (the zero vector: ``norm(mu)^2``) and ``shrunk_trace`` (the best multiple of g_t). The mean squared error
+    rewards small vectors where noise drowns the signal, so the last two belong beside the others.
+
+    The rows ``alpha_star`` and ``shrunk_trace`` use weights fitted to the same data and so are slightly too good,
+    by A times the variance of the weight; to first order the interval does not notice.
+    """
+    tau, parts = noise_scale(batch_size, eta_l), estimates(summary)
+    best = float(np.nan_to_num(minimiser(parts.numerator(tau)[0], parts.denominator(tau)[0]), nan=0.5))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factor = float(np.nan_to_num(parts.shrink_factor(tau)[0], posinf=0.0, neginf=0.0))
+    rows: dict[str, Array] = {
+        "trace": parts.error(1.0, tau),
+        "empty": parts.error(0.0, tau),
+        "fixed": parts.error(alpha, tau),
+        "alpha_star": parts.error(best, tau),
+        "shrunk_trace": parts.shrunk_error(factor, tau),
+    }
+    table = {name: jackknife_normal(row, summary.group_sizes, level, floor=0.0) for name, row in rows.items()}
+    return table | {"zero": squared_norm(summary, MARGINAL, level)}
+
+
+def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> AlphaInterval:
+    """Share of ``tr Sigma_t`` that sampling the traces causes, answers held fixed (the variance of Theorem 1).
+
+    The rest, ``tr Sigma_t`` less that part, comes from the data.
+
+    Raises:
+        UserError: No second trace draws were given.
+    """
+    parts = estimates(summary)
+    if parts.var_trace_sampling is None:
+        raise UserError("the trace-sampling share needs a second trace draw (trace2) for some examples; give it.")
+    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, None), summary, level)
+
+
+@dataclass(frozen=True)
+class ConditionalVarianceRatio:
+    """``Var(g_e | x) / Var(g_t | x)`` with answers resampled too, against what Theorem 1 would need.
+
+    Attributes:
+        sets: Fieller set of the ratio.
+        alpha: The weight in question.
+        threshold: ``(1 + alpha) / (1 - alpha)``; ``Var(g_c | x) <= Var(g_t | x)`` iff the ratio is at most this.
+        holds: Whether the ratio lies below it, at the confidence level.
+    """
+
+    sets: RatioSets
+    alpha: float
+    threshold: float
+    holds: Answer
+
+
+def conditional_variance_ratio(
+    summary: MomentSummary, alpha: float = 0.5, *, level: float = 0.95
+) -> ConditionalVarianceRatio:
+    """Does mixing reduce the variance given the prompt once the sampling of the empty-trace answer counts?
+
+    Theorem 1 holds y' fixed. Given x, with g_t and g_e drawn independently,
+    ``Var(g_c | x) = alpha^2 Var(g_t | x) + (1 - alpha)^2 Var(g_e | x)``. Needs prompts with two pairs or more.
+
+    Raises:
+        UserError: alpha outside [0, 1), or no prompt has two pairs.
+    """
+    parts = estimates(summary)
+    if parts.within_trace is None or parts.within_empty is None:
+        raise UserError("the variance given the prompt needs prompts with two pairs or more; sample more pairs.")
+    if not 0 <= alpha < 1:
+        raise UserError(f"alpha must lie in [0, 1), got {alpha}.")
+    # A group without such prompts changes nothing when it is left out; one that holds them all cannot be left out.
+    sets = ratio_sets(parts.within_empty, parts.within_trace, summary.group_sizes, level)
+    threshold = (1 + alpha) / (1 - alpha)
+    contrast = jackknife_normal(parts.within_empty - threshold * parts.within_trace, summary.group_sizes, level)
+    holds: Answer = "yes" if contrast.high < 0 else "no" if contrast.low > 0 else "undecided"
+    return ConditionalVarianceRatio(sets, alpha, threshold, holds)
+
+
+@dataclass(frozen=True)
+class HalfSplit:
+    """Unclipped alpha with mu from one half of the traces, against the other half.
+
+    Attributes:
+        difference: Of the two.
+        low: Lower end of its interval.
+        high: Upper end.
+        agrees: Whether the interval holds zero.
+    """
+
+    difference: float
+    low: float
+    high: float
+    agrees: bool
+
+
+def half_split(
+    summary: MomentSummary,
+    halves: MomentSummary,
+    *,
+    batch_size: float = 1.0,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+) -> HalfSplit:
+    """Compares alpha with mu from either half of the traces.
+
+    mu enters alpha through ``h . mu`` alone, h = E t - E e, and linearly, so the two differ by
+
+        alpha_1 - alpha_2 = h . E(m1 - m2) / A,
+
+    a U-statistic of the members ``h`` (t - e) and ``d`` (m1 - m2) over A. The interval is the jackknife's for the
+    numerator; whether it holds zero does not depend on A.
+
+    Two halves of K/2 traces have the same bias, so agreement does not prove its absence; disagreement proves that the
+    halves differ by more than the prompts explain, as collapsed weights do.
+
+    Args:
+        summary: Moments of ``t`` and ``e``, for A.
+        halves: Moments of ``h`` and ``d`` over the same examples; fewer groups will do.
+        batch_size: Examples per optimizer step.
+        eta_l: Learning rate times smoothness.
+        level: Confidence level.
+    """
+    h, d = halves.index("h"), halves.index("d")
+    products = (halves.U + halves.shift)[..., h, d].sum(axis=-1)
+    A = float(estimates(summary).denominator(noise_scale(batch_size, eta_l))[0])
+    error = float(np.sqrt(jackknife_covariance(products[None], halves.group_sizes)[0, 0]))
+    q = t_quantile(level, halves.n_groups)
+    ends = sorted((float(products[0]) + side * q * error) / A for side in (-1, 1))
+    return HalfSplit(float(products[0]) / A, ends[0], ends[1], ends[0] <= 0 <= ends[1])

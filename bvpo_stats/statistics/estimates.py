@@ -1,6 +1,6 @@
 """Bias, variance and mean squared error of the trace, empty-trace and mixed gradients (Theorems 1, 2 and 4).
 
-Every attribute is an exactly unbiased linear combination of U and M (see `bvpo_stats.statistics.summary`), given over
+Every attribute is an exactly unbiased linear combination of U and M (see `bvpo_stats.statistics.moments`), given over
 the whole sample and with each jackknife group left out, so that any function of them gets its interval from one array.
 
 **Step and batch.** With mini-batches of ``B`` examples the covariances shrink by B while the biases stay; Theorem 4
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.summary import Array, MomentSummary
+from bvpo_stats.statistics.moments import Array, MomentSummary
 
 
 def noise_scale(batch_size: float = 1.0, eta_l: float = 1.0) -> float:
@@ -185,7 +185,7 @@ class LinearRatio:
         """``pick`` must be linear in the estimates: it is applied to the interactions too.
 
         >>> rng = np.random.default_rng(0)
-        >>> from bvpo_stats.statistics.arrays import summary_of_arrays
+        >>> from bvpo_stats.statistics.moments import summary_of_arrays
         >>> summary = summary_of_arrays({"t": rng.normal(size=(12, 3)), "e": rng.normal(size=(12, 3))})
         >>> found = LinearRatio.of(summary, lambda p: (p.numerator(0.5), p.denominator(0.5)))
         >>> found.numerator.shape, found.interactions[0].shape
@@ -223,7 +223,7 @@ def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str 
     Example:
         Two examples each, in one dimension, where the truth is easy to see.
 
-        >>> from bvpo_stats.statistics.arrays import summary_of_arrays
+        >>> from bvpo_stats.statistics.moments import summary_of_arrays
         >>> t, e, m = ([[1.0], [3.0], [2.0]], [[1.0], [1.0], [1.0]], [[2.0], [2.0], [2.0]])
         >>> out = estimates(summary_of_arrays({"t": t, "e": e, "m": m})).select(0)
         >>> round(float(out.bias_empty_sq), 12), round(float(out.var_trace), 12)

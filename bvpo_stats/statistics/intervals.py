@@ -1,13 +1,26 @@
-"""Confidence intervals for ratios and sums of U-statistics: the jackknife, Fieller's set, the delta method.
+"""Confidence intervals for ratios and sums of U-statistics: the jackknife and Fieller's set.
 
 The bootstrap is absent on purpose: resampled duplicates put the products ``a_i . b_i`` back that U leaves out, so its
 intervals cover too little. The jackknife leaves examples out and keeps U unbiased.
 
-Methods for ratios: ``fieller`` (default), ``hall`` (its hull with the set corrected for skewness, the cautious choice
-under heavy tails) and ``delta``. Where the interactions of the groups are known, ``fieller`` takes account of the
-dependence between a U-statistic and its own standard error (see `bvpo_stats.statistics.interactions` and
-`bvpo_stats.statistics.second_order`): without that it covers too often at intermediate noise scales and too rarely at
-small ones.
+Methods for ratios: ``fieller`` (default) and ``hall`` (its hull with the set corrected for skewness, the cautious
+choice under heavy tails). Where the interactions of the groups are known, ``fieller`` takes account of the dependence
+between a U-statistic and its own standard error (see `bvpo_stats.statistics.calibration`): without that it covers too
+often at intermediate noise scales and too rarely at small ones.
+
+**Squared norms of means**, such as norm(b_t)^2. The variance of ``U = norm(x-bar)^2`` (diagonal removed) has a part
+that grows with the norm and one that does not:
+
+    Var U = 4 x' Sigma x / N + 2 tr(Sigma^2) / (N (N - 1)),      x = E x_i.
+
+A standard error from the sample puts the *estimated* mean into the first part. Near x = 0 estimate and standard error
+then rise and fall together, and intervals miss the truth from below. Wilson's (1927) cure for proportions works here
+too: let the variance belong to the value under test. With V the squared norm of the plain sample mean, of which the
+jackknife variance ``v`` is the first part's estimate,
+
+    { theta : (U - theta)^2 <= q^2 [ v theta / V + 2 E r^2 / (N (N - 1)) ] },
+
+an interval in closed form. ``E r^2 = tr(Sigma^2)`` comes from the interactions.
 
 Sources: Fieller (1954) for the set; Busing, Meijer and van der Leeden (1999) for the delete-a-group jackknife with
 groups of unequal size; Shao and Wu (1989) for its validity; Helmers (1991) and Hall (1992) for the corrections.
@@ -15,6 +28,7 @@ groups of unequal size; Shao and Wu (1989) for its validity; Helmers (1991) and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,12 +37,19 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.interactions import MIN_GROUPS, DifferenceSkew, shrunk, undo_interaction
-from bvpo_stats.statistics.second_order import DifferenceSecondOrder
-from bvpo_stats.statistics.skewness import corrected_ends, search_ends
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.calibration import (
+    MIN_GROUPS,
+    DifferenceSecondOrder,
+    DifferenceSkew,
+    corrected_ends,
+    interaction_variance,
+    search_ends,
+    shrunk,
+    undo_interaction,
+)
+from bvpo_stats.statistics.moments import Array, MomentSummary
 
-Method = Literal["fieller", "delta", "hall"]
+Method = Literal["fieller", "hall"]
 
 BOUNDED, COMPLEMENT, WHOLE_LINE = 0, 1, 2
 """Shapes of Fieller's set: ``[low, high]``; ``(-inf, low] or [high, inf)``; every real number."""
@@ -177,17 +198,8 @@ def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: flo
     return RatioSets(ratio, low, high, shape)
 
 
-def delta_sets(numerator: Array, denominator: Array, covariance: Array, q: float) -> RatioSets:
-    """Delta-method interval ``r +- q sqrt(v_BB - 2 r v_AB + r^2 v_AA) / |A|``, r = B / A; always bounded."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = numerator / denominator
-        v = covariance[..., 0, 0] - 2 * ratio * covariance[..., 0, 1] + ratio**2 * covariance[..., 1, 1]
-        half = q * np.sqrt(np.maximum(v, 0.0)) / np.abs(denominator)
-    return RatioSets(ratio, ratio - half, ratio + half, np.full(np.shape(ratio), BOUNDED))
-
-
 def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
-    """Hull of Fieller's set and of the same corrected for skewness (see `bvpo_stats.statistics.skewness`).
+    """Hull of Fieller's set and of the same corrected for skewness (see `bvpo_stats.statistics.calibration`).
 
     Never narrower than Fieller's. The correction alone is not offered: it gains where one heavy tail dominates (mixture
     with a common scale of t and e, N = 50: .79 becomes .90) but loses where two heavy tails balance (.96 becomes .89),
@@ -211,10 +223,9 @@ def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
 def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: float) -> RatioSets:
     """Fieller's set with the studentised difference freed of its dependence on its own standard error.
 
-    ``{a : |h(T(a))| <= q(a)}`` with ``T(a) = (B - a A) / se(B - a A)``, h of
-    `bvpo_stats.statistics.interactions.undo_interaction` at the k12 of ``B - a A`` and q(a) the quantile of
-    `bvpo_stats.statistics.second_order`: the part of it that holds the estimate, or the whole line where that has no
-    end.
+    ``{a : |h(T(a))| <= q(a)}`` with ``T(a) = (B - a A) / se(B - a A)``, h that of `undo_interaction` at the k12 of
+    ``B - a A`` and q(a) the quantile of `DifferenceSecondOrder`: the part of it that holds the estimate, or the whole
+    line where that has no end.
 
     Args:
         values: (B, A), ``[..., 2, 1 + G]``.
@@ -259,24 +270,76 @@ def ratio_sets(
     level: float = 0.95,
     method: Method = "fieller",
     interactions: tuple[Array, Array] | None = None,
+    extra: Array | None = None,
 ) -> RatioSets:
-    """Confidence sets of a ratio of U-statistics by the jackknife.
+    """Confidence sets of a ratio of U-statistics by the jackknife: the one interval of every mixing weight.
 
     Args:
         numerator: B, ``[..., 1 + G]``.
         denominator: A, ``[..., 1 + G]``.
         group_sizes: ``[..., G]``.
         level: Confidence level.
-        method: ``fieller``, ``hall`` or ``delta``.
+        method: ``fieller`` or ``hall``.
         interactions: Those of B and A, ``[..., I]`` each, where both are linear in U and M; ``fieller`` uses them.
+        extra: ``[..., 2, 2]``, covariance that independent data add to (B, A), such as averages over training steps;
+            for plain ``fieller``.
     """
     values = np.stack([numerator, denominator], axis=-2)
     q = t_quantile(level, group_sizes.shape[-1])
-    if method == "fieller" and interactions is not None and group_sizes.shape[-1] >= MIN_GROUPS:
-        return interaction_sets(values, np.stack(interactions, axis=-2), group_sizes, q)
     if method == "hall":
         return hall_sets(values, group_sizes, q)
-    sets = {"fieller": fieller_sets, "delta": delta_sets}
-    if method not in sets:
-        raise UserError(f"unknown interval method {method!r}; choose fieller, delta or hall.")
-    return sets[method](numerator[..., 0], denominator[..., 0], jackknife_covariance(values, group_sizes), q)
+    if method != "fieller":
+        raise UserError(f"unknown interval method {method!r}; choose fieller or hall.")
+    if interactions is not None and extra is None and group_sizes.shape[-1] >= MIN_GROUPS:
+        return interaction_sets(values, np.stack(interactions, axis=-2), group_sizes, q)
+    covariance = jackknife_covariance(values, group_sizes)
+    return fieller_sets(numerator[..., 0], denominator[..., 0], covariance if extra is None else covariance + extra, q)
+
+
+BIAS_TRACE = {"t": 1.0, "m": -1.0}
+BIAS_EMPTY = {"e": 1.0, "m": -1.0}
+MARGINAL = {"m": 1.0}
+
+
+def squared_norm(summary: MomentSummary, combination: Mapping[str, float], level: float = 0.95) -> SimpleInterval:
+    """``norm(E sum_a w_a a)^2``, unbiased, with Wilson's interval clipped at 0 (endpoints only).
+
+    Args:
+        summary: Moments; ``m`` falls back on ``t`` at the reference point, where norm(b_t)^2 is 0.
+        combination: Weight of each member, such as `BIAS_TRACE`, ``{"t": 1, "m": -1}``.
+        level: Confidence level.
+
+    Returns:
+        Value, jackknife standard error and interval, arrays over the summary's leading axes. Without interactions the
+        jackknife interval ``U +- t se``.
+    """
+    weights = np.zeros(len(summary.members))
+    for member, weight in combination.items():
+        weights[summary.index(member)] += weight
+
+    def form(x: Array) -> Array:
+        return np.einsum("...ab,a,b->...", x, weights, weights).sum(axis=-1)
+
+    values = form(summary.U + (summary.shift if weights.sum() else 0))
+    if summary.interactions is None:
+        return jackknife_normal(values, summary.group_sizes, level, floor=0.0)
+    sizes = summary.group_sizes
+    n = sizes.sum(axis=-1)
+    variance = jackknife_covariance(values[..., None, :], sizes)[..., 0, 0]
+    plug_in = values[..., 0] + form(summary.covariance)[..., 0] / n
+    second_order = 2 * interaction_variance(form(summary.interactions), sizes) / (n * (n - 1))
+    low, high = wilson_ends(values[..., 0], variance, plug_in, second_order, t_quantile(level, summary.n_groups))
+    return SimpleInterval(values[..., 0], np.sqrt(variance), np.maximum(low, 0.0), np.maximum(high, 0.0), level)
+
+
+def wilson_ends(value: Array, variance: Array, plug_in: Array, second_order: Array, q: float) -> tuple[Array, Array]:
+    """Roots of ``(U - theta)^2 = q^2 (v theta / V + w)``; the point U where nothing varies.
+
+    >>> low, high = wilson_ends(np.array(0.0), np.array(4.0), np.array(1.0), np.array(0.0), 2.0)
+    >>> float(low), float(high)
+    (0.0, 16.0)
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope = np.nan_to_num(q**2 * variance / plug_in, posinf=0.0, neginf=0.0)
+    root = np.sqrt(np.maximum(slope**2 / 4 + slope * value + q**2 * second_order, 0.0))
+    return value + slope / 2 - root, value + slope / 2 + root

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.moments import Array
 
 Functional = Callable[[Int[np.ndarray, " chosen"]], Array]
 """A statistic of a subset of the traces, given by their indices; `multilevel` and `jackknife` remove its bias."""

@@ -8,9 +8,9 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.acceptance.checks import acceptance, bias_check, collect, coverage_band, coverage_check
 from bvpo_stats.lab.acceptance.replicates import Population, isometric_coordinates
-from bvpo_stats.statistics.arrays import summary_of_arrays
 from bvpo_stats.statistics.estimates import estimates
 from bvpo_stats.statistics.intervals import jackknife_normal
+from bvpo_stats.statistics.moments import summary_of_arrays
 
 
 @pytest.fixture

@@ -8,19 +8,27 @@ from scipy.optimize import minimize_scalar
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.acceptance.replicates import Population
-from bvpo_stats.statistics.alpha import alpha_from_summary, alpha_star, minimiser
-from bvpo_stats.statistics.arrays import summary_of_arrays
-from bvpo_stats.statistics.curves import alpha_curve, alpha_j, alpha_limits, error_curve
-from bvpo_stats.statistics.estimates import estimates
-from bvpo_stats.statistics.half_split import half_split
-from bvpo_stats.statistics.layers import adam_metric, curvature_alpha, direction_alpha, in_metric, layer_alphas
-from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.verdicts import (
+from bvpo_stats.statistics.alpha import (
+    adam_metric,
+    alpha_curve,
+    alpha_from_gradients,
+    alpha_from_summary,
+    alpha_j,
+    alpha_limits,
     conditional_variance_ratio,
+    curvature_alpha,
+    direction_alpha,
+    error_curve,
     error_table,
     fixed_alpha_verdict,
+    half_split,
+    in_metric,
+    layer_alphas,
+    minimiser,
     trace_sampling_share,
 )
+from bvpo_stats.statistics.estimates import estimates
+from bvpo_stats.statistics.moments import Moments, summary_of_arrays
 
 
 def gradients(n=400, d=8, seed=0, bias=0.6, shared=0.5):
@@ -52,7 +60,7 @@ def test_alpha_minimises_the_exact_error(population):
 
 
 def test_arrays_and_stream_agree_and_the_fields_are_consistent(vectors):
-    one = alpha_star(**vectors, batch_size=4, eta_l=0.5)
+    one = alpha_from_gradients(**vectors, batch_size=4, eta_l=0.5)
     streamed = Moments.init(groups=20).update(vectors, [str(i) for i in range(400)]).finalize()
     two = alpha_from_summary(streamed, batch_size=4, eta_l=0.5)
     assert one.unclipped == pytest.approx(two.unclipped, abs=1e-12)
@@ -142,7 +150,7 @@ def test_layers_separate_and_their_gain_is_what_is_saved(vectors):
     summary = summary_of_arrays(vectors, blocks=blocks)
     layers = layer_alphas(summary, batch_size=4)
     for name, cut in blocks.items():
-        alone = alpha_star(**{k: v[:, cut] for k, v in vectors.items()}, batch_size=4)
+        alone = alpha_from_gradients(**{k: v[:, cut] for k, v in vectors.items()}, batch_size=4)
         assert layers.alphas[name].unclipped == pytest.approx(alone.unclipped, abs=1e-12)
         assert layers.alphas[name].low == pytest.approx(alone.low, abs=1e-12)
     # The gain is the error that per-layer weights save.
@@ -196,7 +204,7 @@ def test_adam_metric_weights_coordinates(vectors):
     A = ((d**2) @ P).mean()
     U = ((d.sum(0) * P) @ m.sum(0) - ((d * m) @ P).sum()) / (n * (n - 1))
     B = ((d * e) @ P).mean() - U
-    assert alpha_star(**scaled).unclipped == pytest.approx(B / A, abs=1e-12)
+    assert alpha_from_gradients(**scaled).unclipped == pytest.approx(B / A, abs=1e-12)
     with pytest.raises(UserError, match="second moments"):
         adam_metric(np.array([1.0, -1.0]))
 
@@ -292,7 +300,7 @@ def test_reference_point_needs_no_marginal_gradient():
     rng = np.random.default_rng(0)
     mu = np.array([1.0, 0.0, -1.0])
     t, e = mu + rng.normal(size=(3000, 3)), np.zeros((3000, 3))
-    found = alpha_star(t, e, batch_size=8)
+    found = alpha_from_gradients(t, e, batch_size=8)
     assert found.reference_point
     assert found.low < 2 / (2 + 3 / 8) < found.high
     assert float(found.estimates.bias_trace_sq) == pytest.approx(0, abs=1e-12)
@@ -301,7 +309,7 @@ def test_reference_point_needs_no_marginal_gradient():
 def test_small_samples_at_gentle_steps_are_not_identified():
     rng = np.random.default_rng(1)
     t, e, m = (0.01 + rng.normal(size=(12, 50)) for _ in range(3))
-    found = alpha_star(t, e, m, batch_size=1000)
+    found = alpha_from_gradients(t, e, m, batch_size=1000)
     assert not found.identified
     assert (found.low, found.high) == (0.0, 1.0)
     assert "not identified" in str(found)
@@ -310,7 +318,7 @@ def test_small_samples_at_gentle_steps_are_not_identified():
 
 def test_identical_estimators_make_every_alpha_optimal():
     t = np.random.default_rng(0).normal(size=(30, 4))
-    found = alpha_star(t, t, t)
+    found = alpha_from_gradients(t, t, t)
     assert math.isnan(found.value)
     assert not found.identified
 
@@ -330,5 +338,5 @@ def test_half_split_sees_disagreement_but_not_noise():
     assert fair.agrees
     assert fair.low < 0 < fair.high
     assert not biased.agrees
-    one, other = (alpha_star(t, e, m, batch_size=4).unclipped for m in (m1, m2))
+    one, other = (alpha_from_gradients(t, e, m, batch_size=4).unclipped for m in (m1, m2))
     assert fair.difference == pytest.approx(one - other, abs=1e-12)

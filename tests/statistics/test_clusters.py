@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 
 
 def ratio(x: np.ndarray) -> np.ndarray:

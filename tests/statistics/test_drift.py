@@ -7,8 +7,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle import Oracle, OracleConfig, build_oracle, draw_examples, exact_moments, example_gradients
 from bvpo_stats.lab.oracle.draws import Draws
-from bvpo_stats.statistics.arrays import summary_of_arrays
-from bvpo_stats.statistics.drift import alpha_range, drift_bound, slopes
+from bvpo_stats.statistics.bounds import alpha_range, drift_bound, slopes
+from bvpo_stats.statistics.moments import summary_of_arrays
 
 SHAPE = {"n_symbols": 3, "max_trace": 3, "n_answers": 3, "n_prompts": 4, "seed": 0}
 DRIFTS = (0.001, 0.005, 0.01)

@@ -8,9 +8,9 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.acceptance.replicates import Population
-from bvpo_stats.statistics.arrays import summary_of_arrays
 from bvpo_stats.statistics.estimates import estimates, noise_scale
 from bvpo_stats.statistics.intervals import jackknife_corrected
+from bvpo_stats.statistics.moments import summary_of_arrays
 
 DERIVED = ("P0", "P1", "Q0", "Q1")
 

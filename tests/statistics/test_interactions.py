@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 
 from bvpo_stats.statistics import summary_of_arrays
-from bvpo_stats.statistics.arrays import MAX_GROUPS
-from bvpo_stats.statistics.estimates import LinearRatio, estimates
-from bvpo_stats.statistics.interactions import (
+from bvpo_stats.statistics.calibration import (
     DifferenceSkew,
     interaction_variance,
     pair_matrix,
     u_centred,
     undo_interaction,
 )
-from bvpo_stats.statistics.intervals import jackknife_normal
-from bvpo_stats.statistics.moments import Moments, group_of
-from bvpo_stats.statistics.squared_norm import BIAS_TRACE, MARGINAL, squared_norm, wilson_ends
+from bvpo_stats.statistics.estimates import LinearRatio, estimates
+from bvpo_stats.statistics.intervals import BIAS_TRACE, MARGINAL, jackknife_normal, squared_norm, wilson_ends
+from bvpo_stats.statistics.moments import MAX_GROUPS, Moments, group_of
 
 
 def test_u_centred_values_have_no_part_of_one_group_alone():

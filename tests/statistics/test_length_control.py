@@ -8,8 +8,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from bvpo_stats.lab.acceptance.checks import coverage_band
-from bvpo_stats.statistics.clusters import Interval
-from bvpo_stats.statistics.length_control import (
+from bvpo_stats.statistics.proportions import (
+    Interval,
     fit_log_odds,
     length_controlled_difference,
     length_controlled_rate,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.arrays import summary_of_arrays
-from bvpo_stats.statistics.moments import Moments, group_of
+from bvpo_stats.statistics.moments import Moments, group_of, summary_of_arrays
 
 NAMES = ("t", "e", "m")
 

@@ -7,8 +7,13 @@ import pytest
 from scipy import stats
 
 from bvpo_stats.lab.acceptance.checks import coverage_band
-from bvpo_stats.statistics.clusters import Interval
-from bvpo_stats.statistics.proportions import average_interval, difference_interval, mean_interval, proportion_interval
+from bvpo_stats.statistics.proportions import (
+    Interval,
+    average_interval,
+    difference_interval,
+    mean_interval,
+    proportion_interval,
+)
 
 
 def test_single_trials_give_wilsons_interval() -> None:

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.statistics.interactions import DifferenceSkew, pair_matrix, shrunk, u_centred, undo_interaction
-from bvpo_stats.statistics.second_order import DifferenceSecondOrder, tail_quantile
+from bvpo_stats.statistics.calibration import (
+    DifferenceSecondOrder,
+    DifferenceSkew,
+    pair_matrix,
+    shrunk,
+    tail_quantile,
+    u_centred,
+    undo_interaction,
+)
 
 DIRECTION = np.array([1.0, 0.0, 0.0, 0.0])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.statistics.weight_diagnostics import (
+from bvpo_stats.statistics.diagnostics import (
     anchor_gap,
     diagnose,
     effective_sample_size,

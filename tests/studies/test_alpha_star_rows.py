@@ -16,8 +16,8 @@ from bvpo_stats.gradients.blocks import block_of
 from bvpo_stats.gradients.stream import StreamOptions
 from bvpo_stats.lab.oracle import Oracle, draw_examples, example_gradients
 from bvpo_stats.lab.oracle.exact import DPO, marginal_responses, pair_gradients, trace_responses
+from bvpo_stats.statistics.alpha import layer_alphas
 from bvpo_stats.statistics.intervals import t_quantile
-from bvpo_stats.statistics.layers import layer_alphas
 from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star

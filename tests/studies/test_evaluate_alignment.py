@@ -12,8 +12,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, to_dict
-from bvpo_stats.statistics.length_control import length_controlled_rate
-from bvpo_stats.statistics.proportions import difference_interval, proportion_interval
+from bvpo_stats.statistics.proportions import difference_interval, length_controlled_rate, proportion_interval
 from bvpo_stats.studies.evaluate.config import JudgeOptions
 from bvpo_stats.studies.evaluate.output import present
 from bvpo_stats.studies.evaluate.report import EvaluationReport

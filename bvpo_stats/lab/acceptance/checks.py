@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates
-from bvpo_stats.statistics.intervals import Method, RatioSets, ratio_sets
-from bvpo_stats.statistics.squared_norm import BIAS_EMPTY, BIAS_TRACE, squared_norm
-from bvpo_stats.statistics.summary import Array, MomentSummary
+from bvpo_stats.statistics.intervals import BIAS_EMPTY, BIAS_TRACE, Method, RatioSets, ratio_sets, squared_norm
+from bvpo_stats.statistics.moments import Array, MomentSummary
 
 BAND_Z = 3.078
 """Binomial standard errors to either side of the nominal coverage: a true 95% method passes 99.8% of the time."""

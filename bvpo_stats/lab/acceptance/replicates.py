@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.interactions import u_centred
-from bvpo_stats.statistics.summary import WHOLE, Array, GroupSums, MomentSummary, summarise
+from bvpo_stats.statistics.calibration import u_centred
+from bvpo_stats.statistics.moments import WHOLE, Array, GroupSums, MomentSummary, summarise
 
 
 @dataclass(frozen=True)

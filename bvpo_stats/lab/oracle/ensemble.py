@@ -29,7 +29,7 @@ from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.statistics.estimates import Estimates
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.moments import Array
 
 Side = tuple[Int[np.ndarray, "copies examples"], Int[np.ndarray, "copies examples"]]
 """(trace, answer) of one side of every pair."""

@@ -30,8 +30,7 @@ from bvpo_stats.lab.oracle.ensemble import (
     noise_curvature,
     pair_vectors,
 )
-from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.moments import Array, Moments
 from bvpo_stats.training.alpha import AdaptiveController, AdaptiveOptions, Controller, Observation, StepSums
 from bvpo_stats.training.alpha.adaptive import Criterion, ratio_parts
 

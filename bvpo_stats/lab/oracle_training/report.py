@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.moments import Array
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 
 PAPER = "alpha = 0.5"
 ESTIMATED = "adaptive"

@@ -8,7 +8,7 @@ from bvpo_stats.lab.oracle import ExactMoments
 from bvpo_stats.lab.theorems.checks import STANDARD_ERRORS, Numbers, TopicReport, judge
 from bvpo_stats.lab.theorems.ground import Ground, Sample
 from bvpo_stats.lab.theorems.optimal_alpha import BATCHES
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 
 LARGE = BATCHES[-1]
 """The paper's batch size."""

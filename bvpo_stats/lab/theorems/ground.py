@@ -26,7 +26,7 @@ from bvpo_stats.lab.oracle import (
 )
 from bvpo_stats.lab.oracle.draws import Draws, Responses, draw_posterior_traces
 from bvpo_stats.statistics.intervals import jackknife_covariance
-from bvpo_stats.statistics.summary import Array, MomentSummary
+from bvpo_stats.statistics.moments import Array, MomentSummary
 
 DRIFT = 0.05
 COOL = 0.8

@@ -15,7 +15,7 @@ from bvpo_stats.lab.theorems.checks import STANDARD_ERRORS, Check, Numbers, Topi
 from bvpo_stats.lab.theorems.convergence import TIGHT
 from bvpo_stats.lab.theorems.ground import COOL, Ground
 from bvpo_stats.records import MODES, Completion, Mode
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 
 Array = NDArray[np.float64]
 SAMPLES = 5

@@ -6,12 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.alpha import alpha_from_summary
-from bvpo_stats.statistics.curves import alpha_limits
-from bvpo_stats.statistics.drift import AlphaRange, DriftBound, alpha_range
-from bvpo_stats.statistics.half_split import half_split
-from bvpo_stats.statistics.layers import direction_alpha
-from bvpo_stats.statistics.summary import MomentSummary
+from bvpo_stats.statistics.alpha import alpha_from_summary, alpha_limits, direction_alpha, half_split
+from bvpo_stats.statistics.bounds import AlphaRange, DriftBound, alpha_range
+from bvpo_stats.statistics.moments import MomentSummary
 from bvpo_stats.studies.alpha_star.entries import Marginal, Weight, finite
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.alpha_star.settings import AlphaContext, AlphaSettings

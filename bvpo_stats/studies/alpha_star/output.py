@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bvpo_stats.statistics.drift import AlphaRange
+from bvpo_stats.statistics.bounds import AlphaRange
 from bvpo_stats.studies.alpha_star.entries import Weight
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.base import Finding, Mark, Presentation, ResultTable, number

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.drift import AlphaRange
+from bvpo_stats.statistics.bounds import AlphaRange
 from bvpo_stats.studies.alpha_star.entries import (
     CurvePoint,
     Layer,

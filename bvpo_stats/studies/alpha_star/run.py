@@ -21,7 +21,7 @@ from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_d
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.statistics.drift import DriftBound, drift_bound
+from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.moments import DEFAULT_GROUPS, Moments
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run

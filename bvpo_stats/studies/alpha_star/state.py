@@ -17,9 +17,9 @@ from bvpo_stats.gradients.blocks import BlockLayout
 from bvpo_stats.gradients.marginal import SideDiagnostics
 from bvpo_stats.gradients.stream import GradientBatch
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.statistics.layers import adam_metric, in_metric
+from bvpo_stats.statistics.alpha import adam_metric, in_metric
+from bvpo_stats.statistics.diagnostics import WeightDiagnostics
 from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.weight_diagnostics import WeightDiagnostics
 
 MOMENTS_FILE = "moments.npz"
 _SAVE_EVERY_SECONDS = 30.0

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from bvpo_stats.statistics.curves import alpha_curve, alpha_j, error_curve
+from bvpo_stats.statistics.alpha import (
+    alpha_curve,
+    alpha_j,
+    error_curve,
+    error_table,
+    fixed_alpha_verdict,
+    layer_alphas,
+    trace_sampling_share,
+)
 from bvpo_stats.statistics.estimates import estimates, noise_scale
-from bvpo_stats.statistics.intervals import SimpleInterval, jackknife_normal
-from bvpo_stats.statistics.layers import layer_alphas
-from bvpo_stats.statistics.squared_norm import BIAS_EMPTY, BIAS_TRACE, squared_norm
-from bvpo_stats.statistics.summary import Array, MomentSummary
-from bvpo_stats.statistics.verdicts import error_table, fixed_alpha_verdict, trace_sampling_share
+from bvpo_stats.statistics.intervals import BIAS_EMPTY, BIAS_TRACE, SimpleInterval, jackknife_normal, squared_norm
+from bvpo_stats.statistics.moments import Array, MomentSummary
 from bvpo_stats.studies.alpha_star.entries import (
     CurvePoint,
     Layer,
@@ -132,7 +137,12 @@ def parabola(summary: MomentSummary, settings: AlphaSettings) -> dict[str, list[
 def paper_verdict(summary: MomentSummary, settings: AlphaSettings) -> Verdict:
     """Whether the paper's alpha beats both of its parts."""
     verdict = fixed_alpha_verdict(
-        summary, PAPER_ALPHA, batch_size=settings.batch_size, eta_l=settings.eta_l, level=settings.level
+        summary,
+        PAPER_ALPHA,
+        batch_size=settings.batch_size,
+        eta_l=settings.eta_l,
+        level=settings.level,
+        method=settings.method,
     )
     return Verdict(
         alpha=verdict.alpha,

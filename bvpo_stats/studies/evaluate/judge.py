@@ -14,8 +14,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.progress import progress
 from bvpo_stats.records import Mode
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
-from bvpo_stats.statistics.clusters import Interval
-from bvpo_stats.statistics.length_control import length_controlled_difference, length_controlled_rate
+from bvpo_stats.statistics.proportions import Interval, length_controlled_difference, length_controlled_rate
 from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.studies.evaluate.answer_files import FinalAnswer, read_answer_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bvpo_stats.statistics.clusters import Interval
+from bvpo_stats.statistics.proportions import Interval
 
 BASE = "base"
 """Label of the model that the others are compared with."""

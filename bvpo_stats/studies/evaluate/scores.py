@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.statistics.clusters import Interval
-from bvpo_stats.statistics.proportions import average_interval, difference_interval, mean_interval, proportion_interval
+from bvpo_stats.statistics.proportions import (
+    Interval,
+    average_interval,
+    difference_interval,
+    mean_interval,
+    proportion_interval,
+)
 from bvpo_stats.studies.evaluate.report import BASE, Column, Scores
 
 Series = Float[np.ndarray, " problems"]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.records import MODES, Mode
-from bvpo_stats.statistics.clusters import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 from bvpo_stats.studies.variance.tables import ScoredSample
 
 _BINS = 30

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode
-from bvpo_stats.statistics.clusters import Interval, Statistic, jackknife_interval
+from bvpo_stats.statistics.proportions import Interval, Statistic, jackknife_interval
 
 Table = dict[str, Interval]
 Pooling = Literal["tokens", "questions"]

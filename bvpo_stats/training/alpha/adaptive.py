@@ -29,9 +29,8 @@ from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.estimates import Estimates, estimates
-from bvpo_stats.statistics.intervals import BOUNDED, RatioSets, fieller_sets, jackknife_covariance, t_quantile
-from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.statistics.summary import Array
+from bvpo_stats.statistics.intervals import BOUNDED, RatioSets, ratio_sets
+from bvpo_stats.statistics.moments import Array, Moments
 from bvpo_stats.training.alpha.base import PRIOR, AlphaRecord, Observation, check_alpha
 
 Criterion = Literal["error", "descent"]
@@ -343,11 +342,8 @@ class AdaptiveController:
         numerator, denominator, scale = ratio_parts(
             parts, observation.batch_size, observation.eta_l, self.options.criterion
         )
-        values, sizes = np.stack([numerator, denominator]), self.probes.sizes[self.probes.groups]
-        covariance = jackknife_covariance(values, sizes)
-        if self.steps.usable:
-            covariance = covariance + self.steps.ratio_covariance(scale)
-        return fieller_sets(values[0, 0], values[1, 0], covariance, t_quantile(level, len(sizes)))
+        steps = self.steps.ratio_covariance(scale) if self.steps.usable else None
+        return ratio_sets(numerator, denominator, self.probes.sizes[self.probes.groups], level, extra=steps)
 
 
 def ratio_parts(

@@ -50,7 +50,7 @@ class StepSums:
         tr Sigma_te = (D_te - q U_te) / B                unbiased, covariance of single examples
 
     and likewise for ``tt`` and ``ee``. Units may differ in size; with one example a unit ``q = B``, and U and
-    ``M = D / B`` are those of `bvpo_stats.statistics.summary`. All pairs of a prompt must lie in one unit.
+    ``M = D / B`` are those of `bvpo_stats.statistics.moments`. All pairs of a prompt must lie in one unit.
 
     Attributes:
         examples: B.

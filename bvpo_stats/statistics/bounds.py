@@ -33,7 +33,7 @@ from jaxtyping import Float
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.estimates import LinearRatio, noise_scale
 from bvpo_stats.statistics.intervals import Method, jackknife_covariance, ratio_sets, t_quantile
-from bvpo_stats.statistics.summary import Array, MomentSummary
+from bvpo_stats.statistics.moments import Array, MomentSummary
 
 
 @dataclass(frozen=True)
