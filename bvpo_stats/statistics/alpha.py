@@ -71,7 +71,7 @@ def prompts_needed(
     weak = not denominator[0] > standard_error
     denominator = denominator + max(standard_error - float(denominator[0]), 0.0)
 
-    def first_identified(factors: Array) -> float | None:
+    def first_identified(factors: Float[np.ndarray, " factors"]) -> float | None:
         k = factors[:, None]
         B, A = (x[0] + (x - x[0]) / np.sqrt(k) for x in (numerator, denominator))
         pairs = None if ratio.interactions is None else (ratio.interactions[0] / k, ratio.interactions[1] / k)
