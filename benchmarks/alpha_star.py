@@ -114,13 +114,14 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star import run as study
-    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, load_pairs, load_traces, prepare_subset
+    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, load_examples, prepare_subset
     from bvpo_stats.studies.alpha_star.state import PassState
 
     torch.set_num_threads(1)
     inputs = AlphaInputs(limit=prompts)
-    pairs = load_pairs(inputs)
-    traces = load_traces(inputs, {pair.prompt_id for pair in pairs})
+    examples = load_examples(inputs).examples
+    pairs = [pair for example in examples for pair in example.pairs]
+    traces = [trace for example in examples for trace in example.traces]
     policy, subset, _ = prepare_subset(load_policy(PolicyOptions(device="cpu")), SubsetOptions())
     generator = torch.Generator().manual_seed(0)
     for key, weight in subset.parameters.items():

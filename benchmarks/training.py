@@ -30,7 +30,7 @@ from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions, create_lora
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_pairs, load_traces
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_examples
 from bvpo_stats.training import BVPOConfig, BVPOTrainer
 
 RANK = 16
@@ -58,8 +58,9 @@ class Case:
 
 def embedded_case(inputs: AlphaInputs) -> Case:
     """The embedded model on pairs and traces of its own."""
-    pairs = load_pairs(inputs)
-    traces = load_traces(inputs, {pair.prompt_id for pair in pairs})
+    examples = load_examples(inputs).examples
+    pairs = [pair for example in examples for pair in example.pairs]
+    traces = [trace for example in examples for trace in example.traces]
     return Case("embedded model, embedded pairs", lambda: load_policy(PolicyOptions(device="cpu")), pairs, traces, 32)
 
 
@@ -234,8 +235,7 @@ def steps_of(case: Case, folder: str) -> tuple[dict[str, Callable[[], Any]], BVP
     theirs = trl_trainer(case, folder)
     tokens = [
         {"prompt_ids": list(p.prompt_ids), "chosen_ids": list(p.chosen_ids), "rejected_ids": list(p.rejected_ids)}
-        for p in (prompt.trace for prompt in train)
-        if p is not None
+        for p in (example.both[0] for example in train)
     ]
 
     def their_step() -> None:

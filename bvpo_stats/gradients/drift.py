@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bvpo_stats.gradients.blocks import BlockLayout
-from bvpo_stats.gradients.examples import Example, join_examples
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.forwards import to_numpy
 from bvpo_stats.gradients.ladder import make_forwards
 from bvpo_stats.gradients.options import StreamOptions
@@ -22,7 +22,6 @@ from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import ScoreOptions, score_pass
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.progress import progress
-from bvpo_stats.records import PreferencePair
 
 PROJECTED_PROMPTS = 256
 """Most prompts, spread evenly, whose scores are projected: the bound needs variances, not means."""
@@ -59,7 +58,7 @@ class Along:
 def project_sides(
     policy: Policy,
     subset: Subset,
-    pairs: Sequence[PreferencePair],
+    examples: Sequence[Example],
     direction: Mapping[str, Float[np.ndarray, " parameters"]],
     options: StreamOptions,
 ) -> TraceSides:
@@ -68,14 +67,13 @@ def project_sides(
     Args:
         policy: The policy at theta.
         subset: The parameters theta.
-        pairs: D_t and D_e records.
+        examples: What `join` made of D_t and D_e.
         direction: Parameter block to its part of the vector.
         options: Loss and budgets.
 
     Raises:
         UserError: As in :func:`~bvpo_stats.gradients.stream.gradient_batches`.
     """
-    examples = join_examples(pairs).examples
     places = np.unique(np.linspace(0, len(examples) - 1, min(PROJECTED_PROMPTS, len(examples))).round().astype(int))
     sequences = _sides([examples[place] for place in places], options)
     forwards, layout = make_forwards(policy, options), BlockLayout.of(subset)

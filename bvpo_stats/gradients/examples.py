@@ -1,18 +1,25 @@
-"""Examples: a prompt with its D_t pair, its D_e pair and the traces that the bank holds for either answer of D_t."""
+"""Examples: D_t, D_e and the trace bank joined by prompt, the one join that everything downstream starts from.
+
+An example is one pair of D_t with one pair of D_e of the same prompt. A prompt may have several: its i-th D_t pair goes
+with its i-th D_e pair, and all of them are one cluster of the statistics.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
+Unmatched = Literal["error", "drop"]
+SETS: dict[Mode, str] = {"thinking": "D_t", "nothinking": "D_e"}
 
 
 @dataclass(frozen=True)
@@ -39,21 +46,57 @@ class SideBank:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt.
+    """One pair of D_t with one of D_e of the same prompt.
 
     Attributes:
         prompt_id: The prompt: the cluster of every statistic.
-        trace_pair: Its pair of D_t.
-        empty_pair: Its pair of D_e.
-        chosen: Traces for the chosen answer of D_t.
-        rejected: Traces for the rejected answer of D_t.
+        trace_pair: Its pair of D_t; None where D_t is not needed (training with alpha = 0).
+        empty_pair: Its pair of D_e; None where D_e is not needed (alpha = 1).
+        number: Which of the prompt's examples this is.
+        traces: The bank's traces for either answer of the D_t pair.
     """
 
     prompt_id: str
-    trace_pair: PreferencePair
-    empty_pair: PreferencePair
-    chosen: SideBank
-    rejected: SideBank
+    trace_pair: PreferencePair | None
+    empty_pair: PreferencePair | None
+    number: int = 0
+    traces: tuple[TraceRecord, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique name: the prompt's id, with a number behind it from the second example on."""
+        return f"{self.prompt_id}#{self.number}" if self.number else self.prompt_id
+
+    @property
+    def pairs(self) -> tuple[PreferencePair, ...]:
+        """The pairs there are, D_t's first."""
+        return tuple(pair for pair in (self.trace_pair, self.empty_pair) if pair is not None)
+
+    @property
+    def records(self) -> tuple[PreferencePair | TraceRecord, ...]:
+        """Pairs and traces."""
+        return (*self.pairs, *self.traces)
+
+    @property
+    def both(self) -> tuple[PreferencePair, PreferencePair]:
+        """The D_t pair and the D_e pair.
+
+        Raises:
+            UserError: The example was joined without one of them.
+        """
+        if self.trace_pair is None or self.empty_pair is None:
+            raise UserError(f"Prompt {self.prompt_id} was joined without its D_t or its D_e pair; both are needed.")
+        return self.trace_pair, self.empty_pair
+
+    @functools.cached_property
+    def chosen(self) -> SideBank:
+        """Traces for the chosen answer of D_t."""
+        return _side_bank(self.both[0], "chosen", self.traces)
+
+    @functools.cached_property
+    def rejected(self) -> SideBank:
+        """Traces for the rejected answer of D_t."""
+        return _side_bank(self.both[0], "rejected", self.traces)
 
     @property
     def sides(self) -> tuple[tuple[Side, SideBank], tuple[Side, SideBank]]:
@@ -63,54 +106,114 @@ class Example:
     @property
     def sampled_plainly(self) -> bool:
         """Whether the D_t pair was sampled at temperature 1 without top-p: then its traces are draws of pi_ref."""
-        return self.trace_pair.temperature == 1.0 and self.trace_pair.top_p >= 1.0
+        return self.both[0].temperature == 1.0 and self.both[0].top_p >= 1.0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in self.pairs)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Examples, and what found no partner.
+    """Examples, and what was left out.
 
     Attributes:
-        examples: Prompts in both D_t and D_e, in the order of D_t.
-        only_trace: Number of prompts in D_t alone; left out.
-        only_empty: Number of prompts in D_e alone; left out.
-        only_bank: Number of prompts with traces but without both pairs; their traces are left out.
+        examples: In the order of D_t, those of a prompt together.
+        only_trace: D_t pairs without a partner in D_e.
+        only_empty: D_e pairs without a partner in D_t.
+        only_bank: Prompts with traces but without both pairs.
+        too_long: Examples with a sequence beyond the longest allowed.
     """
 
     examples: tuple[Example, ...]
-    only_trace: int
-    only_empty: int
-    only_bank: int
+    only_trace: int = 0
+    only_empty: int = 0
+    only_bank: int = 0
+    too_long: int = 0
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts among the examples."""
+        return len({example.prompt_id for example in self.examples})
 
 
-def join_examples(pairs: Sequence[PreferencePair], traces: Iterable[TraceRecord] = ()) -> Joined:
+def join(
+    pairs: Iterable[PreferencePair],
+    traces: Iterable[TraceRecord] = (),
+    *,
+    needs: Sequence[Mode] = MODES,
+    unmatched: Unmatched = "error",
+    limit: int | None = None,
+    max_length: int | None = None,
+) -> Joined:
     """Joins D_t, D_e and the trace bank by prompt.
 
     Args:
         pairs: D_t and D_e records, told apart by their mode.
-        traces: The trace bank.
+        traces: The trace bank; only traces of joined prompts are kept.
+        needs: The sets that an example has a pair of.
+        unmatched: What to do about pairs without a partner: refuse, or leave them out.
+        limit: Only the first so many prompts that have all needed pairs.
+        max_length: Leave examples with a longer sequence out (they are never cut: a cut trace has no answer).
 
     Raises:
-        UserError: No pairs of a mode, no prompt with both, two pairs of one prompt and mode, a record without token
-            ids, or a trace whose prompt or answer tokens are not the pair's. The record is named.
+        UserError: A set is empty; no prompt has pairs in both; a pair without a partner (``unmatched="error"``); all
+            examples are too long; a record without token ids; a trace whose prompt or answer is not a pair's. The
+            record is named.
     """
-    thinking, empty = _by_prompt(pairs, "thinking"), _by_prompt(pairs, "nothinking")
-    if not thinking or not empty:
-        raise UserError(
-            f"There are {len(thinking)} thinking pairs (D_t) and {len(empty)} nothinking pairs (D_e); both are needed."
-        )
-    common = [prompt_id for prompt_id in thinking if prompt_id in empty]
+    sets: dict[Mode, dict[str, list[PreferencePair]]] = {mode: {} for mode in MODES if mode in needs}
+    for pair in pairs:
+        if pair.mode in sets:
+            _check_pair(pair)
+            sets[pair.mode].setdefault(pair.prompt_id, []).append(pair)
+    first, *others = sets.values()
+    for mode, found in sets.items():
+        if not found:
+            raise UserError(f"There are no {mode} pairs ({SETS[mode]})" + ("; both are needed." if others else "."))
+    counts = {prompt: min(len(found.get(prompt, ())) for found in sets.values()) for prompt in first}
+    common = [prompt for prompt, count in counts.items() if count]
     if not common:
+        starts = " and ".join(f"{SETS[mode]} begins with {next(iter(found))!r}" for mode, found in sets.items())
         raise UserError(
-            f"D_t and D_e share no prompts (D_t begins with {next(iter(thinking))}, D_e with {next(iter(empty))}). "
-            "Make both from the same prompts: they are joined by prompt_id."
+            f"D_t and D_e share no prompts ({starts}). Make both from the same prompts: they are joined by prompt_id."
         )
-    bank: dict[tuple[str, str], list[TraceRecord]] = {}
+    alone = {mode: sum(len(p) - counts.get(prompt, 0) for prompt, p in found.items()) for mode, found in sets.items()}
+    if unmatched == "error" and any(alone.values()):
+        raise UserError(_unmatched_words(sets, counts, alone))
+    kept = common
+    if limit is not None:
+        if limit < 1:
+            raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
+        kept = common[:limit]
+    shared, kept_prompts = set(common), set(kept)
+    bank: dict[str, list[TraceRecord]] = {prompt: [] for prompt in kept}
+    stray: set[str] = set()
     for trace in traces:
-        bank.setdefault((trace.prompt_id, trace.side), []).append(trace)
-    examples = tuple(_example(thinking[prompt_id], empty[prompt_id], bank) for prompt_id in common)
-    stray = {prompt_id for prompt_id, _ in bank} - set(common)
-    return Joined(examples, len(thinking) - len(common), len(empty) - len(common), len(stray))
+        if trace.prompt_id in kept_prompts:
+            bank[trace.prompt_id].append(trace)
+        elif trace.prompt_id not in shared:
+            stray.add(trace.prompt_id)
+    thinking, empty = (sets.get(mode, {}) for mode in MODES)
+    examples: list[Example] = []
+    for prompt in kept:
+        owned = _traces_by_pair(thinking.get(prompt, []), bank[prompt])
+        for i in range(counts[prompt]):
+            trace_pair = thinking[prompt][i] if thinking else None
+            empty_pair = empty[prompt][i] if empty else None
+            examples.append(Example(prompt, trace_pair, empty_pair, i, tuple(owned[i]) if thinking else ()))
+    fitting = [example for example in examples if max_length is None or example.longest <= max_length]
+    if not fitting:
+        raise UserError(
+            f"All {len(examples)} prompts have a sequence of more than {max_length} tokens; raise `max_length`."
+        )
+    return Joined(
+        examples=tuple(fitting),
+        only_trace=alone.get("thinking", 0),
+        only_empty=alone.get("nothinking", 0),
+        only_bank=len(stray),
+        too_long=len(examples) - len(fitting),
+    )
 
 
 def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
@@ -123,10 +226,7 @@ def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
     """
     reference = policy.identity.partition("+")[0]
     for example in examples:
-        records: list[PreferencePair | TraceRecord] = [example.trace_pair, example.empty_pair]
-        for _, bank in example.sides:
-            records += [bank.own, *bank.same_answer, *bank.chain, *bank.prior]
-        for record in records:
+        for record in example.records:
             kind = f"The {record.mode} pair" if isinstance(record, PreferencePair) else f"A {record.source} trace"
             if record.model != reference:
                 raise UserError(
@@ -140,18 +240,27 @@ def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
                 )
 
 
-def _by_prompt(pairs: Sequence[PreferencePair], mode: str) -> dict[str, PreferencePair]:
-    found: dict[str, PreferencePair] = {}
-    for pair in pairs:
-        if pair.mode != mode:
-            continue
-        if pair.prompt_id in found:
-            raise UserError(f"Prompt {pair.prompt_id} has two {mode} pairs; keep one per prompt and mode.")
-        for name, ids in (("prompt_ids", pair.prompt_ids), ("chosen_ids", pair.chosen_ids)):
-            _check_ids(f"The {mode} pair of prompt {pair.prompt_id}", name, ids)
-        _check_ids(f"The {mode} pair of prompt {pair.prompt_id}", "rejected_ids", pair.rejected_ids)
-        found[pair.prompt_id] = pair
-    return found
+def _unmatched_words(
+    sets: Mapping[Mode, Mapping[str, Sequence[PreferencePair]]], counts: Mapping[str, int], alone: Mapping[Mode, int]
+) -> str:
+    mode, prompt = next(
+        (mode, prompt)
+        for mode, found in sets.items()
+        for prompt, pairs in found.items()
+        if len(pairs) > counts.get(prompt, 0)
+    )
+    where = "only" if not counts.get(prompt) else f"more often ({len(sets[mode][prompt])} times) than in the other set"
+    numbers = " and ".join(f"{number} in {SETS[mode]} alone" for mode, number in alone.items())
+    return (
+        f"Prompt {prompt} is in {SETS[mode]} {where} ({numbers}); each example needs both pairs of its prompt. Make "
+        f"both sets from the same prompts, or keep the {sum(counts.values())} shared ones with "
+        "`unmatched_prompts='drop'`."
+    )
+
+
+def _check_pair(pair: PreferencePair) -> None:
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        _check_ids(f"The {pair.mode} pair of prompt {pair.prompt_id}", name, getattr(pair, name))
 
 
 def _check_ids(record: str, name: str, ids: Sequence[int]) -> None:
@@ -162,30 +271,40 @@ def _check_ids(record: str, name: str, ids: Sequence[int]) -> None:
         )
 
 
-def _example(
-    thinking: PreferencePair, empty: PreferencePair, bank: dict[tuple[str, str], list[TraceRecord]]
-) -> Example:
-    sides = [_side(thinking, side, bank.get((thinking.prompt_id, side), [])) for side in SIDES]
-    return Example(thinking.prompt_id, thinking, empty, *sides)
-
-
-def _side(pair: PreferencePair, side: Side, traces: Sequence[TraceRecord]) -> SideBank:
-    own = _own_trace(pair, side)
-    kinds: dict[str, list[TraceRecord]] = {"anchor": [], "same-answer": [], "mh": [], "prior": []}
-    for trace in sorted(traces, key=lambda record: record.index):
-        name = f"The {trace.source} trace {trace.index} of prompt {trace.prompt_id} ({side})"
+def _traces_by_pair(pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]) -> list[list[TraceRecord]]:
+    """The traces of each of a prompt's D_t pairs: those that lead to its answers; pairs of equal answer share them."""
+    owned: list[list[TraceRecord]] = [[] for _ in pairs]
+    for trace in traces:
+        name = f"The {trace.source} trace {trace.index} of prompt {trace.prompt_id} ({trace.side})"
         _check_ids(name, "completion_ids", trace.completion_ids)
         answer = trace.completion_ids[trace.answer_start :]
-        if trace.prompt_ids != pair.prompt_ids or answer != own.completion_ids[own.answer_start :]:
+        owners = []
+        for number, pair in enumerate(pairs):
+            own = _own_trace(pair, trace.side)
+            if trace.prompt_ids == pair.prompt_ids and answer == own.completion_ids[own.answer_start :]:
+                owners.append((number, own))
+        if pairs and not owners:
             raise UserError(
                 f"{name} leads to another answer or prompt than the pair's. Make the bank from these pairs with "
                 "`bvpo-stats traces`."
             )
-        kinds[trace.source].append(trace)
-    for anchor in kinds["anchor"]:
-        if anchor.completion_ids != own.completion_ids:
-            raise UserError(f"The anchor of prompt {pair.prompt_id} ({side}) is not the pair's own response.")
-        own = anchor
+        if trace.source == "anchor":
+            owners = [(number, own) for number, own in owners if own.completion_ids == trace.completion_ids]
+            if pairs and not owners:
+                raise UserError(
+                    f"The anchor of prompt {trace.prompt_id} ({trace.side}) is not the pair's own response."
+                )
+        for number, _ in owners:
+            owned[number].append(trace)
+    return owned
+
+
+def _side_bank(pair: PreferencePair, side: Side, traces: Sequence[TraceRecord]) -> SideBank:
+    kinds: dict[str, list[TraceRecord]] = {"anchor": [], "same-answer": [], "mh": [], "prior": []}
+    for trace in sorted(traces, key=lambda record: record.index):
+        if trace.side == side:
+            kinds[trace.source].append(trace)
+    own = kinds["anchor"][-1] if kinds["anchor"] else _own_trace(pair, side)
     return SideBank(own, tuple(kinds["same-answer"]), tuple(kinds["mh"]), tuple(kinds["prior"]))
 
 

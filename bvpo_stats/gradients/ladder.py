@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,14 +11,13 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.aggregate import MarginalDiagnostics, aggregate
-from bvpo_stats.gradients.examples import Example, SideBank, join_examples
+from bvpo_stats.gradients.examples import Example, SideBank
 from bvpo_stats.gradients.forwards import Forwards
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.plans import Planner, RowRules, prompt_rows
 from bvpo_stats.gradients.references import at_reference
 from bvpo_stats.gradients.selection import select_traces
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.records import PreferencePair, TraceRecord
 
 Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]
 
@@ -50,12 +49,7 @@ class MarginalChoice:
     drift: float = 0.0
 
 
-def choose_marginal(
-    policy: Policy,
-    pairs: Sequence[PreferencePair],
-    traces: Iterable[TraceRecord],
-    options: StreamOptions,
-) -> MarginalChoice:
+def choose_marginal(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> MarginalChoice:
     """Climbs down the ladder until a rung bears.
 
     1. ``reference point``: DPO at theta_ref, temperature 1, no top-p: b_t = 0, mu = E g_t, no m is needed.
@@ -66,19 +60,12 @@ def choose_marginal(
 
     Args:
         policy: The policy at theta.
-        pairs: D_t and D_e records.
-        traces: The trace bank.
+        examples: What `join` made of D_t, D_e and the trace bank.
         options: Objective, budget, and the method, which is checked and kept where it is not ``auto``.
 
     Raises:
-        UserError: As in :func:`~bvpo_stats.gradients.examples.join_examples`; a method was asked for that this data or
-            objective rules out.
+        UserError: A method was asked for that this data or objective rules out.
     """
-    return choose_for_examples(policy, join_examples(pairs, traces).examples, options)
-
-
-def choose_for_examples(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> MarginalChoice:
-    """`choose_marginal` for joined records."""
     probe = Probe(policy, examples, options)
     if options.method == "none":
         return MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False, probe.drift)
@@ -157,14 +144,14 @@ class Probe:
 
     def obstacle(self, method: MarginalMethod) -> str | None:
         """What rules a method out before any weight is looked at; None where nothing does."""
-        name, nucleus = self.options.objective.name, [e for e in self.examples if e.trace_pair.top_p < 1]
+        name, nucleus = self.options.objective.name, [e for e in self.examples if e.both[0].top_p < 1]
         if method == "reference-point":
             if name != "dpo":
                 return f"the weights of {name} depend on each trace's length, so E g_t is not mu even at theta_ref"
             if not self.at_reference:
                 return "the policy is off theta_ref"
             if not self.plain:
-                pair = next(e.trace_pair for e in self.examples if not e.sampled_plainly)
+                pair = next(e.both[0] for e in self.examples if not e.sampled_plainly)
                 return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
             return None
         if method == "anchored" and not self.plain:

@@ -17,13 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.records import PreferencePair
 
 PRODUCTS = 8
 """Hessian-vector products spent; with no more prompts than that the trace is exact."""
@@ -32,7 +31,7 @@ PRODUCTS = 8
 def noise_curvature(
     policy: Policy,
     subset: Subset,
-    pairs: Sequence[PreferencePair],
+    examples: Sequence[Example],
     objective: Objective,
     options: CurvatureOptions,
 ) -> float:
@@ -45,27 +44,21 @@ def noise_curvature(
     Args:
         policy: The policy at theta, dropout off.
         subset: The parameters theta.
-        pairs: D_t and D_e pairs of the same prompts; memory is one gradient a pair.
+        examples: Joined D_t and D_e pairs; memory is one gradient a pair.
         objective: The loss.
         options: Budget of tokens and seed; ``n_pairs`` bounds the prompts.
 
     Returns:
         L; negative where the loss is concave along the noise, 0 where there is no noise.
 
-    Raises:
-        UserError: No prompt with both kinds of pairs.
     """
-    rows, gradients = pair_gradients(policy.model, subset, pairs, GradientOptions(objective=objective, rows="prompt"))
-    found = {(row.prompt_id, row.mode): k for k, row in enumerate(rows)}
-    prompts = [p for p in dict.fromkeys(row.prompt_id for row in rows) if (p, "thinking") in found]
-    prompts = [p for p in prompts if (p, "nothinking") in found][: options.n_pairs]
-    if not prompts:
-        raise UserError("eta L is measured on prompts with both a D_t and a D_e pair; give a number for `eta_l`.")
+    pairs = [example.both for example in examples[: options.n_pairs]]
+    chosen = [pair for both in pairs for pair in both]
+    _, gradients = pair_gradients(policy.model, subset, chosen, GradientOptions(objective=objective))
     values = gradients.double().cpu().numpy()
-    t, e = (values[[found[p, mode] for p in prompts]] for mode in ("thinking", "nothinking"))
-    noise = t - e - (t - e).mean(axis=0)
-    kept = [pair for pair in pairs if pair.mode == "thinking" and pair.prompt_id in set(prompts)]
-    loss = PairLoss(policy, subset, kept, objective, options.max_tokens)
+    noise = values[0::2] - values[1::2]
+    noise -= noise.mean(axis=0)
+    loss = PairLoss(policy, subset, [trace for trace, _ in pairs], objective, options.max_tokens)
     probes = _probes(noise, options.seed)
     curved = sum(float(probe @ loss.product(probe)) for probe in probes)
     size = float((probes**2).sum())

@@ -139,7 +139,7 @@ class Planner:
             UserError: The bank lacks what the method needs.
         """
         pairs: list[IndexPair] = []
-        for pair in (example.trace_pair, example.empty_pair):
+        for pair in example.both:
             label = f"pair {pair.prompt_id} ({pair.mode}, "
             rows = (
                 self._row(pair.prompt_ids, pair.chosen_ids, f"{label}chosen)", pair.ref_chosen_logps),
@@ -208,7 +208,7 @@ def prompt_rows(
     chosen, rejected = (_side_traces(choice, logps) for choice in choices)
     assert rules.method in ("anchored", "posterior", "prior", "jackknife", "multilevel")
     estimator = MarginalEstimator(rules.objective, rules.method, rules.at_reference)
-    found = {"m": estimator(chosen, rejected, _rng(rules.seed, plan.example.prompt_id))}
+    found = {"m": estimator(chosen, rejected, _rng(rules.seed, plan.example.key))}
     if rules.half_splits:
         found["m1"], found["m2"] = estimator.halves(chosen, rejected)
     for member, coefficients in found.items():
@@ -260,7 +260,7 @@ def _anchor(bank: SideBank, choice: TraceChoice, index: int, logps: LogProbs, pl
     return float(logps.policy[index]) - bank.own.trace_logp
 
 
-def _rng(seed: int, prompt_id: str) -> np.random.Generator:
-    """Random numbers that belong to a prompt, whatever batch it is in."""
-    digest = hashlib.blake2b(f"{seed}/{prompt_id}".encode(), digest_size=16).digest()
+def _rng(seed: int, key: str) -> np.random.Generator:
+    """Random numbers that belong to an example, whatever batch it is in."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))

@@ -53,7 +53,7 @@ class StoredLogProb:
 def stored_log_probs(examples: Sequence[Example]) -> Iterator[StoredLogProb]:
     """All stored reference log-probabilities of pairs and traces that are known."""
     for example in examples:
-        for pair in (example.trace_pair, example.empty_pair):
+        for pair in example.both:
             yield from stored_pair_values(pair)
         for side, bank in example.sides:
             for trace in (bank.own, *bank.same_answer, *bank.chain, *bank.prior):

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.gradients.blocks import BlockLayout
-from bvpo_stats.gradients.examples import Example, check_identity, join_examples
-from bvpo_stats.gradients.ladder import check_method, choose_for_examples, make_forwards
+from bvpo_stats.gradients.examples import Example, check_identity
+from bvpo_stats.gradients.ladder import check_method, choose_marginal, make_forwards
 from bvpo_stats.gradients.marginal import SideDiagnostics
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.passes import Passes
@@ -24,7 +24,6 @@ from bvpo_stats.gradients.references import at_reference, check_stored_log_probs
 from bvpo_stats.model.checks import check_scores
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.records import PreferencePair, TraceRecord
 
 __all__ = ["GradientBatch", "StreamOptions", "gradient_batches"]
 
@@ -53,35 +52,31 @@ class GradientBatch:
 def gradient_batches(
     policy: Policy,
     subset: Subset,
-    pairs: Sequence[PreferencePair],
+    examples: Sequence[Example],
     options: StreamOptions,
-    traces: Sequence[TraceRecord] = (),
     done: frozenset[str] = frozenset(),
 ) -> Iterator[GradientBatch]:
-    """Streams the gradients of all prompts that have both a D_t and a D_e pair, longest first.
+    """Streams the gradients of all examples, longest first; those of one prompt share a batch.
 
-    A prompt's gradients do not depend on the batch it is in, up to rounding. On the first batch captured scores are
+    An example's gradients do not depend on the batch it is in, up to rounding. On the first batch captured scores are
     compared with autograd.
 
     Args:
         policy: The policy at theta, dropout off.
         subset: The parameters theta.
-        pairs: D_t and D_e records together, told apart by their ``mode``.
+        examples: What `join` made of D_t, D_e and the trace bank.
         options: How. With the method ``auto`` the ladder decides first (see `choose_marginal`), on the given records;
             where it finds mu not estimable no m is formed. Processes that share the prompts should name the method.
-        traces: The trace bank of the D_t pairs.
         done: Prompts to leave out because an earlier run has them.
 
     Yields:
         Batches; every prompt is in exactly one of them.
 
     Raises:
-        UserError: D_t and D_e that share no prompts; records without token ids, of another model or template, or whose
-            stored log-probabilities are not the reference's; traces for other answers; a method that the data or the
-            objective rules out; NaN log-probabilities. The record is named.
+        UserError: Records of another model or template, or whose stored log-probabilities are not the reference's; a
+            method that the data or the objective rules out; NaN log-probabilities. The record is named.
         ScoreMismatchError: The captured scores are not autograd's.
     """
-    examples = join_examples(pairs, traces).examples
     if not options.allow_mismatch:
         check_identity(policy, examples)
     if options.reference == "record":
@@ -101,7 +96,7 @@ def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOption
     """
     method = options.method
     if method == "auto":
-        choice = choose_for_examples(policy, examples, options)
+        choice = choose_marginal(policy, examples, options)
         method = choice.method if choice.estimable else "none"
     else:
         check_method(policy, examples, options)
@@ -117,26 +112,30 @@ def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOption
 
 
 def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) -> Iterator[list[int]]:
-    """Prompts whose gradients are formed together, longest first: as many as the budget of tokens holds.
+    """Examples whose gradients are formed together, longest first: as many as the budget of tokens holds.
 
-    Their sequences need not share a rectangle (`Passes.run` sorts them by length), so padding is no concern here; the
-    memory for their gradients is.
+    The moments need all examples of a prompt in one batch, so a prompt is not split. Sequences need not share a
+    rectangle (`Passes.run` sorts them by length), so padding is no concern here; the memory for the gradients is.
     """
     per_prompt = (len(rules.members) + 1) * passes.layout.size * np.dtype(passes.layout.dtype).itemsize
     most = max(1, _ROW_BYTES // per_prompt)
-    lengths = []
-    for example in examples:
+    prompts: dict[str, list[int]] = {}
+    for number, example in enumerate(examples):
+        prompts.setdefault(example.prompt_id, []).append(number)
+    units = []
+    for members in prompts.values():
         planner = Planner(rules)
-        planner.add(example)
-        lengths.append([len(sequence) for sequence in planner.sequences().sequences])
+        for number in members:
+            planner.add(examples[number])
+        units.append((members, [len(sequence) for sequence in planner.sequences().sequences]))
     batch: list[int] = []
     tokens = 0
-    for number in sorted(range(len(examples)), key=lambda i: (-max(lengths[i]), i)):
-        if batch and (len(batch) == most or tokens + sum(lengths[number]) > passes.forwards.max_tokens):
+    for members, lengths in sorted(units, key=lambda unit: (-max(unit[1]), unit[0])):
+        if batch and (len(batch) + len(members) > most or tokens + sum(lengths) > passes.forwards.max_tokens):
             yield batch
             batch, tokens = [], 0
-        batch.append(number)
-        tokens += sum(lengths[number])
+        batch += members
+        tokens += sum(lengths)
     if batch:
         yield batch
 
@@ -170,8 +169,9 @@ def _microbatch(
         known = forwards.stored_log_probs(sequences)
     gradients = passes.run(sequences, len(places), mixing, known)
     row_of = {place: row for row, place in enumerate(places)}
-    for has_second in (True, False):
-        some = [number for number, plan in enumerate(plans) if (plan.second is not None) == has_second]
+    lacking = {plan.example.prompt_id for plan in plans if plan.second is None}
+    for has_second in (True, False):  # prompts whose examples all have a second trace draw, and the others
+        some = [number for number, plan in enumerate(plans) if (plan.example.prompt_id in lacking) != has_second]
         if some:
             yield GradientBatch(
                 prompt_ids=[plans[number].example.prompt_id for number in some],

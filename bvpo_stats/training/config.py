@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import LOSSES, Objective
+from bvpo_stats.records import MODES, Mode
 from bvpo_stats.training.alpha import ADAPTIVE, Controller, FixedController, make_controller
 
 AUTO = "auto"
@@ -92,11 +93,11 @@ class BVPOConfig(TrainingArguments):
         return self.alpha == ADAPTIVE
 
     @property
-    def needed_sets(self) -> tuple[bool, bool]:
-        """Whether the loss has a trace part and an empty-trace part: alpha = 1 and alpha = 0 do without the other."""
+    def needed_sets(self) -> tuple[Mode, ...]:
+        """The sets that the loss has a part of: alpha = 1 does without D_e, alpha = 0 without D_t."""
         controller = self.controller()
         only = controller.constant if isinstance(controller, FixedController) else None
-        return only != 0, only != 1
+        return ("nothinking",) if only == 0 else ("thinking",) if only == 1 else MODES
 
     @property
     def prompts_per_step(self) -> int:

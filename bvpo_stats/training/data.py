@@ -1,40 +1,20 @@
-"""Prompts to train on: their pairs of D_t and D_e, what is set aside, and which are held out for the probe set."""
+"""What to train on: the joined examples, and which prompts are held out for the probe set."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.records import PreferencePair, TraceRecord, from_dict
-
-Unmatched = Literal["error", "drop"]
-
-
-@dataclass(frozen=True)
-class TrainingPrompt:
-    """One prompt with the pairs that its part of the loss needs.
-
-    Attributes:
-        prompt_id: The prompt.
-        trace: Its pair of D_t; None where the loss has no trace part (alpha = 0).
-        empty: Its pair of D_e; None where the loss has no empty-trace part (alpha = 1).
-    """
-
-    prompt_id: str
-    trace: PreferencePair | None
-    empty: PreferencePair | None
-
-    @property
-    def pairs(self) -> tuple[PreferencePair, ...]:
-        """The pairs there are."""
-        return tuple(pair for pair in (self.trace, self.empty) if pair is not None)
+from bvpo_stats.training.alpha import AdaptiveOptions
+from bvpo_stats.training.config import BVPOConfig
 
 
 @dataclass(frozen=True)
@@ -48,8 +28,8 @@ class PromptSelection:
         unmatched: Prompts set aside because only one of the two sets has them.
     """
 
-    train: tuple[TrainingPrompt, ...]
-    probe: tuple[TrainingPrompt, ...]
+    train: tuple[Example, ...]
+    probe: tuple[Example, ...]
     too_long: int
     unmatched: int
 
@@ -90,98 +70,69 @@ def as_pairs(rows: Iterable[PreferencePair | dict[str, Any]], name: str) -> list
     return found
 
 
-def join_prompts(
-    pairs: Sequence[PreferencePair], *, trace: bool, empty: bool, unmatched: Unmatched = "error"
-) -> tuple[list[TrainingPrompt], int]:
-    """Prompts with the pairs that the loss needs, in the order of the records.
+def join_for(
+    args: BVPOConfig,
+    pairs: Iterable[PreferencePair],
+    traces: Iterable[TraceRecord] = (),
+    limit: int | None = None,
+) -> Joined:
+    """The examples that the settings train on, joined once and for all.
 
     Args:
-        pairs: D_t and D_e records, told apart by their mode.
-        trace: Whether the loss has a trace part.
-        empty: Whether it has an empty-trace part.
-        unmatched: What to do about prompts that only one set has: refuse, or leave them out.
-
-    Returns:
-        The prompts, and how many were left out.
+        args: The settings.
+        pairs: D_t and D_e.
+        traces: Trace bank, for ``alpha="adaptive"``.
+        limit: Only the first so many shared prompts; others are then left out without complaint.
 
     Raises:
-        UserError: A set is missing or holds a prompt twice, or a prompt is in one set only. It is named.
+        UserError: As in `join`.
     """
-    wanted = [mode for mode, needed in (("thinking", trace), ("nothinking", empty)) if needed]
-    sets: dict[str, dict[str, PreferencePair]] = {mode: {} for mode in wanted}
-    for pair in pairs:
-        if pair.mode not in sets:
-            continue
-        if pair.prompt_id in sets[pair.mode]:
-            raise UserError(f"Prompt {pair.prompt_id} has two {pair.mode} pairs; keep one per prompt and mode.")
-        sets[pair.mode][pair.prompt_id] = pair
-    for mode, found in sets.items():
-        if not found:
-            raise UserError(f"There are no {mode} pairs ({_SETS[mode]}), which this loss trains on.")
-    everywhere = [prompt for prompt in sets[wanted[0]] if all(prompt in found for found in sets.values())]
-    alone = {mode: [p for p in found if any(p not in other for other in sets.values())] for mode, found in sets.items()}
-    left_out = sum(len(prompts) for prompts in alone.values())
-    if left_out and unmatched == "error":
-        mode, prompts = next((mode, prompts) for mode, prompts in alone.items() if prompts)
-        counts = " and ".join(f"{len(found)} in {_SETS[mode]} alone" for mode, found in alone.items())
-        raise UserError(
-            f"Prompt {prompts[0]} is in {_SETS[mode]} only ({counts}); each step needs both pairs of its prompts. Make "
-            f"both sets from the same prompts, or train on the {len(everywhere)} shared ones with "
-            "`unmatched_prompts='drop'`."
-        )
-    if not everywhere:
-        raise UserError("D_t and D_e share no prompts; make both from the same samples.")
-    trace_pairs, empty_pairs = (sets.get(mode, {}) for mode in ("thinking", "nothinking"))
-    return [TrainingPrompt(p, trace_pairs.get(p), empty_pairs.get(p)) for p in everywhere], left_out
-
-
-def select_prompts(
-    joined: tuple[Sequence[TrainingPrompt], int],
-    *,
-    max_length: int | None,
-    probe: int = 0,
-    traces: Sequence[TraceRecord] = (),
-    seed: int = 0,
-) -> PromptSelection:
-    """Sets long prompts aside and holds the probe set out.
-
-    Which prompts are held out is decided by the seed and their ids alone. Where there is a trace bank, only prompts
-    whose answers both have traces in it qualify.
-
-    Args:
-        joined: What `join_prompts` returned.
-        max_length: Longest sequence; None for no limit.
-        probe: Prompts to hold out.
-        traces: The trace bank.
-        seed: The run's.
-
-    Raises:
-        UserError: Every prompt is too long.
-    """
-    prompts, unmatched = joined
-    kept = [prompt for prompt in prompts if max_length is None or _longest(prompt) <= max_length]
-    if not kept:
-        raise UserError(
-            f"All {len(prompts)} prompts have a sequence of more than {max_length} tokens; raise `max_length`."
-        )
-    covered: dict[str, set[str]] = {}
-    for trace in traces:
-        covered.setdefault(trace.prompt_id, set()).add(trace.side)
-    able = [p for p in kept if not traces or covered.get(p.prompt_id, set()) >= {"chosen", "rejected"}]
-    held_out = {p.prompt_id for p in sorted(able, key=lambda p: _lot(seed, p.prompt_id))[:probe]}
-    return PromptSelection(
-        train=tuple(prompt for prompt in kept if prompt.prompt_id not in held_out),
-        probe=tuple(prompt for prompt in kept if prompt.prompt_id in held_out),
-        too_long=len(prompts) - len(kept),
+    unmatched: Any = args.unmatched_prompts if limit is None else "drop"
+    return join(
+        pairs,
+        traces if args.adaptive else (),
+        needs=args.needed_sets,
         unmatched=unmatched,
+        limit=limit,
+        max_length=args.max_length,
     )
 
 
-_SETS = {"thinking": "D_t", "nothinking": "D_e"}
+def select(args: BVPOConfig, joined: Joined) -> PromptSelection:
+    """The examples that the settings train on, and those they hold out."""
+    if not args.adaptive:
+        return hold_out(joined)
+    prompts = joined.prompts + joined.too_long
+    spare = prompts - args.prompts_per_step if args.dataloader_drop_last else prompts // 2
+    selection = hold_out(joined, max(0, min(args.alpha_probe_prompts, spare)), args.seed)
+    if len(selection.probe) < AdaptiveOptions().min_prompts:
+        return hold_out(joined)  # of no use to the estimate: train on them
+    return selection
 
 
-def _longest(prompt: TrainingPrompt) -> int:
-    return max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in prompt.pairs)
+def hold_out(joined: Joined, probe: int = 0, seed: int = 0) -> PromptSelection:
+    """Holds prompts out for the probe set.
+
+    Which ones is decided by the seed and their ids alone. Where there is a trace bank, only prompts whose answers all
+    have traces in it qualify.
+
+    Args:
+        joined: The run's examples.
+        probe: Prompts to hold out.
+        seed: The run's.
+    """
+    examples = joined.examples
+    lacking: set[str] = set()
+    if any(example.traces for example in examples):
+        lacking = {e.prompt_id for e in examples if {trace.side for trace in e.traces} != {"chosen", "rejected"}}
+    able = {example.prompt_id for example in examples} - lacking
+    held_out = set(sorted(able, key=lambda prompt: _lot(seed, prompt))[:probe])
+    return PromptSelection(
+        train=tuple(example for example in examples if example.prompt_id not in held_out),
+        probe=tuple(example for example in examples if example.prompt_id in held_out),
+        too_long=joined.too_long,
+        unmatched=joined.only_trace + joined.only_empty,
+    )
 
 
 def _lot(seed: int, prompt_id: str) -> bytes:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
 from bvpo_stats.gradients.pair_gradients import pair_sequences
 from bvpo_stats.model.batching import Batch, collate, length_batches
@@ -19,7 +20,6 @@ from bvpo_stats.model.head import sequence_logprobs, token_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import check_finite
 from bvpo_stats.records import Mode, PreferencePair
-from bvpo_stats.training.data import TrainingPrompt
 
 Reference = Callable[[Sequence[tuple[Batch, Sequence[PreferencePair], Sequence[str]]]], list[Tensor]]
 """log pi_ref of the rows of some batches of pairs (with their pairs and the names of their rows)."""
@@ -136,9 +136,7 @@ class PairModel:
         return logps, self.objective(logps)
 
 
-def mixed_gradient(
-    pair_model: PairModel, prompts: Sequence[TrainingPrompt], alpha: float, observe: Observe
-) -> StepGradient:
+def mixed_gradient(pair_model: PairModel, prompts: Sequence[Example], alpha: float, observe: Observe) -> StepGradient:
     """Loss and gradient of a step with a given alpha; pairs without weight are not run.
 
     Args:
@@ -170,13 +168,13 @@ def mixed_gradient(
     return StepGradient(loss, gradients)
 
 
-def shares(prompt: TrainingPrompt, alpha: float) -> list[tuple[PreferencePair, float]]:
+def shares(prompt: Example, alpha: float) -> list[tuple[PreferencePair, float]]:
     """The prompt's pairs with their weight in its loss, alpha and 1 - alpha."""
-    found = ((prompt.trace, alpha), (prompt.empty, 1 - alpha))
+    found = ((prompt.trace_pair, alpha), (prompt.empty_pair, 1 - alpha))
     return [(pair, share) for pair, share in found if pair is not None]
 
 
-def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Sequence[TrainingPrompt]) -> None:
+def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Sequence[Example]) -> None:
     """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer.
 
     Raises:

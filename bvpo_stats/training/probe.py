@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bvpo_stats.gradients.aggregate import aggregate
-from bvpo_stats.gradients.examples import check_identity, join_examples
+from bvpo_stats.gradients.examples import Example, check_identity
 from bvpo_stats.gradients.ladder import Probe
 from bvpo_stats.gradients.marginal import SideDiagnostics
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
@@ -16,7 +16,6 @@ from bvpo_stats.gradients.selection import select_traces
 from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.moments import Moments
 
 Merge = Callable[[Any], list[Any]]
@@ -45,8 +44,7 @@ class ProbeSet:
         self,
         policy: Policy,
         subset: Subset,
-        pairs: Sequence[PreferencePair],
-        traces: Sequence[TraceRecord],
+        examples: Sequence[Example],
         options: StreamOptions,
     ) -> None:
         """Checks the records once; later looks take them as they are.
@@ -54,16 +52,14 @@ class ProbeSet:
         Args:
             policy: The policy, at any theta.
             subset: The weights that are trained.
-            pairs: D_t and D_e of the probe prompts.
-            traces: Their trace bank.
+            examples: The probe prompts' examples, with their traces.
             options: Objective, traces per answer, budget, seed; the method is chosen anew at each look.
 
         Raises:
             UserError: Records of another model or template, or whose stored log-probabilities are not the reference's.
         """
         self._policy, self._subset = policy, subset
-        self._pairs, self._traces = list(pairs), list(traces)
-        self._examples = join_examples(pairs, traces).examples
+        self._examples = examples
         if not options.allow_mismatch:
             check_identity(policy, self._examples)
         check_stored_log_probs(policy, self._examples, options.checked_records)
@@ -72,17 +68,19 @@ class ProbeSet:
     @property
     def prompts(self) -> int:
         """Number of probe prompts."""
-        return len(self._examples)
+        return len({example.prompt_id for example in self._examples})
 
     @property
     def has_traces(self) -> bool:
         """Whether there is a trace bank."""
-        return bool(self._traces)
+        return any(example.traces for example in self._examples)
 
     def tokens(self) -> int:
         """Tokens of one look: all pairs and the traces that are used (off the reference point)."""
         method, _ = self._method(off_reference=True)
-        total = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in self._pairs)
+        total = sum(
+            2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for e in self._examples for p in e.pairs
+        )
         if method == "none":
             return total
         for example in self._examples:
@@ -101,16 +99,16 @@ class ProbeSet:
         method, reason = self._method()
         if method == "none":
             return ProbeResult(method, reason, None)
-        mine = {example.prompt_id for example in self._examples[share[0] :: share[1]]}
+        prompts = list(dict.fromkeys(example.prompt_id for example in self._examples))
+        mine = set(prompts[share[0] :: share[1]])
         moments: Moments | None = None
         diagnostics: list[SideDiagnostics] = []
         if mine:
             batches = gradient_batches(
                 self._policy,
                 self._subset,
-                [pair for pair in self._pairs if pair.prompt_id in mine],
+                [example for example in self._examples if example.prompt_id in mine],
                 replace(self._options, method=method),
-                [trace for trace in self._traces if trace.prompt_id in mine],
             )
             for batch in batches:
                 moments = moments or Moments.init(tuple(batch.vectors), tuple(batch.vectors["t"]))

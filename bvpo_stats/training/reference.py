@@ -39,14 +39,16 @@ class DisabledAdapter:
 class StoredReference:
     """The reference's log-probabilities, known beforehand."""
 
-    def __init__(self, values: dict[tuple[str, str], tuple[float, float]]) -> None:
-        self.values = values
+    def __init__(self, pairs: Sequence[PreferencePair], values: dict[int, tuple[float, float]]) -> None:
+        """From the values of every pair, by its place among ``pairs``; a prompt may have several."""
+        self._pairs = tuple(pairs)  # kept alive: pairs are looked up by identity
+        self._values = {id(pair): values[place] for place, pair in enumerate(self._pairs)}
 
     def __call__(self, batches: Sequence[NamedBatch]) -> list[Tensor]:
         """Log pi_ref of the rows of some batches, chosen and rejected in turn."""
         return [
             torch.tensor(
-                [value for pair in pairs for value in self.values[pair.prompt_id, pair.mode]],
+                [value for pair in pairs for value in self._values[id(pair)]],
                 dtype=torch.float64,
                 device=batch.input_ids.device,
             )
@@ -56,7 +58,7 @@ class StoredReference:
 
 def precompute_reference(
     policy: Policy, pairs: Sequence[PreferencePair], *, max_tokens: int, share: tuple[int, int] = (0, 1)
-) -> dict[tuple[str, str], tuple[float, float]]:
+) -> dict[int, tuple[float, float]]:
     """Log pi_ref of pairs: stored values of the records, the rest by forward passes.
 
     Args:
@@ -66,27 +68,27 @@ def precompute_reference(
         share: (rank, processes): which part of the forward passes is this process's.
 
     Returns:
-        (prompt, mode) to log pi_ref of the chosen and the rejected response; those of the share.
+        Place of the pair to log pi_ref of its chosen and rejected response; those of the share.
 
     Raises:
         UserError: A stored value is not the reference's, or a log-probability is not finite; the record is named.
     """
     stored = [value for pair in pairs for value in stored_pair_values(pair)]
     check_stored_values(policy, stored, _CHECKED)
-    mine = list(pairs)[share[0] :: share[1]]
-    known: dict[tuple[str, str], tuple[float, float]] = {
-        (p.prompt_id, p.mode): (p.ref_chosen_logps, p.ref_rejected_logps)
-        for p in mine
-        if p.ref_chosen_logps is not None and p.ref_rejected_logps is not None
-    }
-    missing = [pair for pair in mine if (pair.prompt_id, pair.mode) not in known]
+    mine = range(share[0], len(pairs), share[1])
+    known: dict[int, tuple[float, float]] = {}
+    for place in mine:
+        chosen, rejected = pairs[place].ref_chosen_logps, pairs[place].ref_rejected_logps
+        if chosen is not None and rejected is not None:
+            known[place] = (chosen, rejected)
+    missing = [place for place in mine if place not in known]
     if missing:
-        sequences, names = pair_sequences(missing)
+        sequences, names = pair_sequences([pairs[place] for place in missing])
         with policy.reference():
             logps: list[Float[Any, "temperatures tokens"]] = completion_logprobs(
                 policy, sequences, names, max_tokens=max_tokens
             )
         totals = [float(tokens.sum()) for tokens in logps]
-        for number, pair in enumerate(missing):
-            known[pair.prompt_id, pair.mode] = (totals[2 * number], totals[2 * number + 1])
+        for number, place in enumerate(missing):
+            known[place] = (totals[2 * number], totals[2 * number + 1])
     return known

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import PairLogps, PairTerms
 from bvpo_stats.model.scores import ScoreOptions, score_pass
 from bvpo_stats.model.sinks import Sink
 from bvpo_stats.model.subset import Subset
-from bvpo_stats.training.data import TrainingPrompt
 from bvpo_stats.training.gradient import Microbatch, Observe, PairModel, StepGradient, check_gradient
 from bvpo_stats.training.sums import PromptSums
 
@@ -19,7 +19,7 @@ _ROW_BYTES = 1 << 30  # memory for the trace gradients of a group of prompts
 
 
 def scored_gradient(
-    pair_model: PairModel, subset: Subset, prompts: Sequence[TrainingPrompt], alpha: float, observe: Observe
+    pair_model: PairModel, subset: Subset, prompts: Sequence[Example], alpha: float, observe: Observe
 ) -> tuple[StepGradient, PromptSums]:
     """Loss and gradient of a step, and the sums that alpha is estimated from.
 
@@ -40,8 +40,8 @@ def scored_gradient(
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
     for group in _groups(subset, prompts):
         rows: dict[str, Tensor] = {}
-        trace = pair_model.plan([prompt.trace for prompt in group if prompt.trace is not None])
-        empty = pair_model.plan([prompt.empty for prompt in group if prompt.empty is not None])
+        trace = pair_model.plan([example.both[0] for example in group])
+        empty = pair_model.plan([example.both[1] for example in group])
         for share, part in ((alpha, trace), (1 - alpha, empty)):
             for micro in part:
                 members = torch.tensor(micro.members, device=loss.device)
@@ -56,7 +56,7 @@ def scored_gradient(
     return StepGradient(loss, gradients), sums
 
 
-def _groups(subset: Subset, prompts: Sequence[TrainingPrompt]) -> Iterator[Sequence[TrainingPrompt]]:
+def _groups(subset: Subset, prompts: Sequence[Example]) -> Iterator[Sequence[Example]]:
     """Prompts whose trace gradients fit the memory for them."""
     most = max(1, _ROW_BYTES // (subset.size * 4))
     for start in range(0, len(prompts), most):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import TrainingPrompt
 
 STATE_FILE = "alpha_state.json"
 _TRAINER_STATE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
@@ -25,7 +25,7 @@ _DECISIVE = (
 
 
 def run_identity(
-    args: BVPOConfig, model: str, weights: dict[str, tuple[int, ...]], prompts: Sequence[TrainingPrompt]
+    args: BVPOConfig, model: str, weights: dict[str, tuple[int, ...]], prompts: Sequence[Example]
 ) -> dict[str, Any]:
     """What two runs must share for one to go on from the other's checkpoint.
 

@@ -15,13 +15,13 @@ from transformers.trainer_utils import TrainOutput
 
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Joined
 from bvpo_stats.model.checkpointing import gradient_checkpointing
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.training.alpha import AdaptiveOptions
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import PromptRows, PromptSelection, as_pairs, collate_rows, join_prompts, select_prompts
+from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows, join_for, select
 from bvpo_stats.training.deposit import through_wrapper, with_gradient
 from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
 from bvpo_stats.training.metrics import PairMetrics
@@ -40,7 +40,7 @@ class BVPOTrainer(Trainer):
             :class:`~bvpo_stats.model.policy.Policy`.
         args: Settings.
         train_dataset: D_t: records, or a ``datasets.Dataset`` with the columns that ``bvpo-stats pairs`` writes. May
-            hold D_e too.
+            hold D_e too. Or all of it joined already, by `bvpo_stats.gradients.examples.join`.
         empty_dataset: D_e, likewise.
         traces: Trace bank of the prompts, for ``alpha="adaptive"`` away from the reference point.
         processing_class: The tokenizer, where ``model`` is a bare model.
@@ -56,7 +56,7 @@ class BVPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | nn.Module | Policy,
         args: BVPOConfig,
-        train_dataset: Iterable[PreferencePair | dict[str, Any]],
+        train_dataset: Iterable[PreferencePair | dict[str, Any]] | Joined,
         empty_dataset: Iterable[PreferencePair | dict[str, Any]] | None = None,
         *,
         traces: Sequence[TraceRecord] = (),
@@ -71,8 +71,10 @@ class BVPOTrainer(Trainer):
             )
         self.config = args
         self.policy = trainable_policy(_as_policy(model, processing_class), peft_config)
-        pairs = as_pairs(train_dataset, "train_dataset") + as_pairs(empty_dataset or (), "empty_dataset")
-        self.selection = _select(args, pairs, traces)
+        if not isinstance(train_dataset, Joined):
+            pairs = as_pairs(train_dataset, "train_dataset") + as_pairs(empty_dataset or (), "empty_dataset")
+            train_dataset = join_for(args, pairs, traces)
+        self.selection = select(args, train_dataset)
         super().__init__(
             model=self.policy.model,
             args=args,
@@ -97,7 +99,7 @@ class BVPOTrainer(Trainer):
         self._metrics = PairMetrics()
         world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
         self.estimator, self._subset = make_estimator(
-            args, self.policy, self.selection, traces, world, self._summed if world.size > 1 else None
+            args, self.policy, self.selection, world, self._summed if world.size > 1 else None
         )
         self._alpha_in_use = self.estimator.alpha
         self.identity = run_identity(
@@ -191,7 +193,7 @@ class BVPOTrainer(Trainer):
         pairs = [pair for prompt in self.selection.train for pair in prompt.pairs]
         share = (self.args.process_index, self.args.world_size)
         mine = precompute_reference(self.policy, pairs, max_tokens=self.config.max_tokens, share=share)
-        return StoredReference(dict(gather_object(list(mine.items()))))
+        return StoredReference(pairs, dict(gather_object(list(mine.items()))))
 
     def _summed(self, values: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
@@ -261,23 +263,3 @@ def trainable_policy(policy: Policy, peft_config: Any) -> Policy:
         for name, weight in model.named_parameters():
             weight.requires_grad_("lora_" in name)
     return replace(policy, model=model.eval())
-
-
-def _select(args: BVPOConfig, pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]) -> PromptSelection:
-    """The prompts that the settings train on, and those they hold out.
-
-    Raises:
-        UserError: As in `join_prompts` and `select_prompts`.
-    """
-    trace, empty = args.needed_sets
-    unmatched: Any = args.unmatched_prompts
-    joined = join_prompts(pairs, trace=trace, empty=empty, unmatched=unmatched)
-    probe = 0
-    if args.adaptive:
-        spare = len(joined[0]) - args.prompts_per_step if args.dataloader_drop_last else len(joined[0]) // 2
-        probe = max(0, min(args.alpha_probe_prompts, spare))
-    selection = select_prompts(joined, max_length=args.max_length, probe=probe, traces=traces, seed=args.seed)
-    if args.adaptive and len(selection.probe) < AdaptiveOptions().min_prompts:
-        # Of no use to the estimate: train on them.
-        selection = select_prompts(joined, max_length=args.max_length)
-    return selection

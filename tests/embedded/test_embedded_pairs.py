@@ -6,21 +6,26 @@ import pytest
 
 from bvpo_stats.embedded.assets import embedded_prompts
 from bvpo_stats.embedded.task import grade
-from bvpo_stats.gradients.examples import check_identity, join_examples
+from bvpo_stats.gradients.examples import Example, check_identity
 from bvpo_stats.gradients.references import check_stored_log_probs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_pairs, load_traces
+from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_examples
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[PreferencePair]:
-    return load_pairs(AlphaInputs())
+def examples() -> tuple[Example, ...]:
+    return load_examples(AlphaInputs()).examples
 
 
 @pytest.fixture(scope="module")
-def traces(pairs) -> list[TraceRecord]:
-    return load_traces(AlphaInputs(), {pair.prompt_id for pair in pairs})
+def pairs(examples) -> list[PreferencePair]:
+    return [pair for example in examples for pair in example.pairs]
+
+
+@pytest.fixture(scope="module")
+def traces(examples) -> list[TraceRecord]:
+    return [trace for example in examples for trace in example.traces]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +58,7 @@ def test_every_answer_has_eight_posterior_and_eight_prior_traces(pairs, traces):
         assert counts["anchor"] + counts["same-answer"] + counts["mh"] == counts["prior"] == 8
 
 
-def test_records_are_of_the_shipped_weights(policy, pairs, traces):
+def test_records_are_of_the_shipped_weights(policy, examples):
     """Fails when the weights were trained anew and the records were not drawn again."""
-    examples = join_examples(pairs, traces).examples
     check_identity(policy, examples)
     assert check_stored_log_probs(policy, examples, 16) == 16

@@ -9,6 +9,7 @@ import torch
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.noise_curvature import noise_curvature
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
@@ -99,9 +100,10 @@ def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, mon
     noise = np.array([values[i, "thinking"] - values[i, "nothinking"] for i in ids])
     noise = noise - noise.mean(axis=0)
     exact = np.einsum("ij,jk,ik->", noise, dense, noise) / (noise**2).sum()
-    assert noise_curvature(policy, subset, pairs, objective, options) == pytest.approx(exact, rel=1e-5)
+    examples = join(pairs).examples
+    assert noise_curvature(policy, subset, examples, objective, options) == pytest.approx(exact, rel=1e-5)
     monkeypatch.setattr("bvpo_stats.gradients.noise_curvature.PRODUCTS", 2)
-    drawn = [noise_curvature(policy, subset, pairs, objective, replace(options, seed=seed)) for seed in range(30)]
+    drawn = [noise_curvature(policy, subset, examples, objective, replace(options, seed=seed)) for seed in range(30)]
     assert np.std(drawn) > 0
     ends = np.linalg.eigvalsh(dense)
     assert ends[0] <= min(drawn)
@@ -112,5 +114,6 @@ def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, mon
 def test_noise_curvature_needs_both_kinds_of_pairs(policy_and_pairs):
     policy, pairs = policy_and_pairs
     subset = lora_subset(policy.model, ["layers.0.self_attn.v_proj"])
-    with pytest.raises(UserError, match="both a D_t and a D_e pair"):
-        noise_curvature(policy, subset, pairs[:N_PAIRS], Objective(), CurvatureOptions(learning_rate=1.0))
+    examples = join(pairs, needs=["thinking"]).examples
+    with pytest.raises(UserError, match="both are needed"):
+        noise_curvature(policy, subset, examples, Objective(), CurvatureOptions(learning_rate=1.0))

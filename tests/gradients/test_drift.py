@@ -5,6 +5,7 @@ import pytest
 
 from bvpo_stats.gradients.blocks import BlockLayout
 from bvpo_stats.gradients.drift import project_sides
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.options import StreamOptions
 
 
@@ -18,7 +19,7 @@ def test_sides_are_the_tables(drifted, stored):
     for name, (block, offset, size) in layout.places.items():
         direction[block][offset : offset + size] = vector[name]
     options = StreamOptions(reference=stored, max_tokens=200)
-    found = project_sides(drifted.oracle.policy, drifted.subset, drifted.pairs, direction, options)
+    found = project_sides(drifted.oracle.policy, drifted.subset, join(drifted.pairs).examples, direction, options)
     along = table.scores @ np.concatenate(list(vector.values()))
     for column, (trace, answer) in enumerate(
         (drifted.draws.thinking.chosen_pair, drifted.draws.thinking.rejected_pair)

@@ -7,6 +7,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.aggregate import aggregate
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.ladder import choose_marginal
 from bvpo_stats.gradients.marginal import SideDiagnostics, SideTraces, diagnose_side
 from bvpo_stats.gradients.objectives import Objective
@@ -18,7 +19,7 @@ IPO, SIMPO = (replace(AUTO, objective=Objective(name)) for name in ("ipo", "simp
 
 
 def choose(case, traces=(), options=AUTO):
-    return choose_marginal(case.oracle.policy, case.pairs, traces, options)
+    return choose_marginal(case.oracle.policy, join(case.pairs, traces).examples, options)
 
 
 def collapsed(bank):
@@ -43,7 +44,7 @@ def test_cooled_pairs_leave_the_reference_point(plain):
     assert (choice.method, choice.rung) == ("posterior", "posterior traces")
     assert "temperature 0.8" in choice.reason
     nucleus = [replace(pair, top_p=0.95) for pair in plain.pairs]
-    choice = choose_marginal(plain.oracle.policy, nucleus, (), AUTO)
+    choice = choose_marginal(plain.oracle.policy, join(nucleus).examples, AUTO)
     assert (choice.method, choice.estimable) == ("none", False)
     assert "top-p 0.95" in choice.reason
 

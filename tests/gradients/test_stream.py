@@ -8,6 +8,7 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients import stream
 from bvpo_stats.gradients.blocks import OTHER, BlockLayout, block_of
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
 from bvpo_stats.lab.oracle import example_gradients
@@ -21,7 +22,9 @@ OBJECTIVES = [Objective(beta=1.0), Objective("ipo", beta=0.5), Objective("simpo"
 
 def run(case, traces=(), pairs=None, done=frozenset(), **options):
     options = StreamOptions(**{"method": "none", **options})
-    return list(gradient_batches(case.oracle.policy, case.subset, pairs or case.pairs, options, traces, done))
+    return list(
+        gradient_batches(case.oracle.policy, case.subset, join(pairs or case.pairs, traces).examples, options, done)
+    )
 
 
 def every_trace_twice(case):
@@ -182,6 +185,30 @@ def test_prompts_that_are_done_are_left_out(plain):
     done = frozenset(pair.prompt_id for pair in plain.trace_pairs[:5])
     prompts = [prompt for batch in run(plain, done=done) for prompt in batch.prompt_ids]
     assert sorted(prompts) == sorted(pair.prompt_id for pair in plain.trace_pairs[5:])
+
+
+def test_several_pairs_of_a_prompt_are_one_cluster(warped):
+    """Two examples of a prompt have the gradients they would have as two prompts, and share every batch."""
+    first, second = ([p.prompt_id for p in warped.trace_pairs][k::2] for k in (0, 1))
+    home = dict(zip(second, first, strict=True))
+    pairs, bank = (
+        [replace(record, prompt_id=home.get(record.prompt_id, record.prompt_id)) for record in records]
+        for records in (warped.pairs, warped.bank(2, "same-answer"))
+    )
+    examples = join(pairs, bank).examples
+    assert [(e.prompt_id, e.number) for e in examples] == [(p, n) for p in first for n in (0, 1)]
+    apart = run(warped, warped.bank(2, "same-answer"), method="posterior")
+    for settings in ({}, {"max_tokens": 100}):
+        options = StreamOptions(method="posterior", **settings)
+        batches = list(gradient_batches(warped.oracle.policy, warped.subset, examples, options))
+        assert all(batch.prompt_ids.count(prompt) == 2 for batch in batches for prompt in batch.prompt_ids)
+        moments = Moments.init(("t", "e", "m"), ("layers.0", "layers.1"))
+        for batch in batches:
+            moments = moments.update(batch.vectors, batch.prompt_ids, batch.trace2)
+        assert (moments.n_prompts, moments.n_examples) == (len(first), 2 * len(first))
+        for member in ("t", "e"):
+            total = [sum(b.vectors[member]["layers.0"].sum(axis=0) for b in found) for found in (batches, apart)]
+            np.testing.assert_allclose(*total, rtol=0, atol=TOL)
 
 
 def test_blocks_are_decoder_layers_and_feed_the_moments(warped):

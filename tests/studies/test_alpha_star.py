@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.ladder import MarginalChoice
 from bvpo_stats.gradients.stream import StreamOptions
 from bvpo_stats.lab.oracle import exact_moments
@@ -193,8 +194,8 @@ def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
     while True:
         runs += 1
         try:
-            run = study._Pass((), options, "LoRA adapter", tmp_path)
-            resumed = study._estimate(oracle.policy, subset, pairs, run)
+            run = study._Pass(options, "LoRA adapter", tmp_path)
+            resumed = study._estimate(oracle.policy, subset, join(pairs).examples, run)
             break
         except KeyboardInterrupt:
             assert runs < 50
@@ -215,7 +216,7 @@ def test_state_survives_its_file_and_merges(drifted):
     pairs, traces = records(drifted, 12)
     subset, stream = lora_subset(drifted.policy.model), StreamOptions(method="posterior")
     state = PassState()
-    for batch in study.gradient_batches(drifted.policy, subset, pairs, stream, traces=traces):
+    for batch in study.gradient_batches(drifted.policy, subset, join(pairs, traces).examples, stream):
         state = state.add(batch, 5)
     again = PassState.from_arrays(state.to_arrays())
     assert again.done == state.done

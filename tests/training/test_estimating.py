@@ -45,8 +45,8 @@ def test_sums_and_gradient_of_a_step(random_model: Path, tmp_path: Path, max_tok
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
     options = GradientOptions(trainer.config.objective(), reference="adapter")
     vectors = []
-    for side in ("trace", "empty"):
-        pairs: list[PreferencePair] = [getattr(prompt, side) for prompt in prompts]
+    for side in (0, 1):
+        pairs: list[PreferencePair] = [prompt.both[side] for prompt in prompts]
         vectors.append(pair_gradients(trainer.policy.model, trainer._subset, pairs, options)[1].numpy())
     truth, step = StepSums.of_units(*vectors), sums.step_sums()
     assert (step.examples, step.squares) == (7, 7)
@@ -81,11 +81,10 @@ def test_the_probe_set_is_held_out_and_looked_at_as_alpha_star_does(random_model
     assert {p.prompt_id for p in again.selection.probe} == probe  # the seed decides
     found = trainer.estimator._probe.look()
     assert found.method == "posterior"
-    policy, pairs = trainer.policy, [pair for prompt in trainer.selection.probe for pair in prompt.pairs]
+    policy = trainer.policy
     options = StreamOptions(Objective("dpo", 0.1), method="posterior", traces_per_answer=4)
-    traces = banks(policy, pairs)
     sums: dict[str, float] = {}
-    for batch in gradient_batches(policy, trainer._subset, pairs, options, traces):
+    for batch in gradient_batches(policy, trainer._subset, trainer.selection.probe, options):
         for member, blocks in batch.vectors.items():
             sums[member] = sums.get(member, 0.0) + sum(float((block**2).sum()) for block in blocks.values())
     summary = found.moments.finalize()

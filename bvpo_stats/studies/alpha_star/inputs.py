@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Joined, join
 from bvpo_stats.gradients.references import at_reference
 from bvpo_stats.model.policy import EMBEDDED, Policy
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
-from bvpo_stats.records import Mode, PreferencePair, TraceRecord, from_dict
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord, from_dict
 from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
 
 
@@ -116,13 +117,14 @@ def _chosen(params: Sequence[str]) -> str:
     return f", layers {', '.join(params)}" if params else ""
 
 
-def load_pairs(inputs: AlphaInputs) -> list[PreferencePair]:
-    """D_t and D_e of the prompts that have both, in the order of D_t.
+def load_examples(inputs: AlphaInputs) -> Joined:
+    """Pairs and traces of the prompts that have both a D_t and a D_e pair, joined.
 
     Raises:
         UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
     """
-    return shared_pairs([*load_set(inputs, "thinking"), *load_set(inputs, "nothinking")], inputs.limit)
+    pairs = (pair for mode in MODES for pair in load_set(inputs, mode))
+    return join(pairs, load_traces(inputs), unmatched="drop", limit=inputs.limit)
 
 
 def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
@@ -143,41 +145,14 @@ def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
     return pairs
 
 
-def shared_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[PreferencePair]:
-    """The pairs of the prompts that have both kinds, of the first ``limit`` such prompts.
+def load_traces(inputs: AlphaInputs) -> Iterator[TraceRecord]:
+    """The bank's traces, one at a time; none where there is no bank.
 
     Raises:
-        UserError: No prompt has both kinds.
-    """
-    by_mode: dict[str, dict[str, None]] = {"thinking": {}, "nothinking": {}}
-    for pair in pairs:
-        by_mode[pair.mode][pair.prompt_id] = None
-    shared = [prompt for prompt in by_mode["thinking"] if prompt in by_mode["nothinking"]]
-    if not shared:
-        there, other = (next(iter(found), "none") for found in by_mode.values())
-        raise UserError(
-            f"D_t and D_e share no prompts (prompt ids there: {there!r}, ...; here: {other!r}, ...); give pairs that "
-            "were made from the same samples."
-        )
-    if limit is not None:
-        if limit < 1:
-            raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
-        shared = shared[:limit]
-    kept = set(shared)
-    return [pair for pair in pairs if pair.prompt_id in kept]
-
-
-def load_traces(inputs: AlphaInputs, prompts: Iterable[str]) -> list[TraceRecord]:
-    """The bank's traces of some prompts.
-
-    Raises:
-        UserError: Records are missing fields.
+        UserError: The bank is missing, or records are missing fields.
     """
     path = inputs.traces_path()
-    if path is None:
-        return []
-    wanted = set(prompts)
-    return [record for record in read_records(path, TraceRecord) if record.prompt_id in wanted]
+    return iter(()) if path is None else iter(read_records(path, TraceRecord))
 
 
 def fingerprints(inputs: AlphaInputs) -> dict[str, str | None]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.ladder import MarginalChoice
 from bvpo_stats.gradients.marginal import SideDiagnostics
-from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.entries import Marginal, finite
 
 
@@ -43,9 +43,7 @@ def marginal_entry(choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics
     )
 
 
-def bias_warnings(
-    choice: MarginalChoice, pairs: Sequence[PreferencePair], traces: Sequence[TraceRecord]
-) -> tuple[str, ...]:
+def bias_warnings(choice: MarginalChoice, examples: Sequence[Example]) -> tuple[str, ...]:
     """Flags an estimator of mu that is biased by construction here: that bias shifts alpha, and no prompts cure it.
 
     Self-normalised weights are unbiased only where one trace is an exact posterior draw of theta; a pair's own trace is
@@ -54,11 +52,10 @@ def bias_warnings(
 
     Args:
         choice: Rung of the ladder.
-        pairs: The pairs, for the temperature of the anchors.
-        traces: The bank, for the temperature of its traces.
+        examples: For the temperature of pairs (the anchors) and traces.
     """
     off_reference = choice.drift > 0
-    cooled = any(pair.temperature != 1 for pair in pairs) or any(trace.temperature != 1 for trace in traces)
+    cooled = any(record.temperature != 1 for example in examples for record in example.records)
     biased = choice.method in ("prior", "jackknife") or (
         choice.method in ("anchored", "posterior") and (off_reference or cooled)
     )

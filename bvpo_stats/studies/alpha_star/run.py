@@ -13,6 +13,7 @@ from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
 from bvpo_stats.gradients.drift import project_sides
+from bvpo_stats.gradients.examples import Example, join
 from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
@@ -31,10 +32,8 @@ from bvpo_stats.studies.alpha_star.inputs import (
     AlphaInputs,
     SubsetOptions,
     fingerprints,
-    load_pairs,
-    load_traces,
+    load_examples,
     prepare_subset,
-    shared_pairs,
     theta_words,
 )
 from bvpo_stats.studies.alpha_star.marginal import bias_warnings, marginal_entry
@@ -101,9 +100,8 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
     """
     with joined_world() as world:
         identity = fingerprints(config.inputs)
-        pairs = load_pairs(config.inputs)
-        check_groups(_prompts(pairs), config.options.groups)
-        traces = load_traces(config.inputs, {pair.prompt_id for pair in pairs})
+        joined = load_examples(config.inputs)
+        check_groups(joined.prompts, config.options.groups)
         policy, subset, words = prepare_subset(
             load_policy(on_own_device(config.policy, world.local_rank, world.size)), config.subset
         )
@@ -112,7 +110,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
         identity |= _identity(config, policy, words)
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
-            report = _estimate(policy, subset, pairs, _Pass(traces, options, words, folder, world))
+            report = _estimate(policy, subset, joined.examples, _Pass(options, words, folder, world))
             if world.leads:
                 _write(report, folder)
         return report if world.leads else None
@@ -139,44 +137,43 @@ def estimate_alpha_star(
         UserError: Anything wrong with the input; see the message.
     """
     options = options or AlphaOptions()
-    pairs = shared_pairs(pairs)
-    check_groups(_prompts(pairs), options.groups)
+    joined = join(pairs, traces, unmatched="drop")
+    check_groups(joined.prompts, options.groups)
     words = "given parameters" if subset is not None else "LoRA adapter"
-    return _estimate(policy, subset or lora_subset(policy.model), pairs, _Pass(traces, options, words))
+    return _estimate(policy, subset or lora_subset(policy.model), joined.examples, _Pass(options, words))
 
 
 @dataclass(frozen=True)
 class _Pass:
     """What a pass over the prompts needs besides policy and pairs."""
 
-    traces: Sequence[TraceRecord]
     options: AlphaOptions
     words: str
     folder: Path | None = None
     world: World = field(default_factory=World)
 
 
-def _estimate(policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass) -> AlphaReport:
+def _estimate(policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass) -> AlphaReport:
     options, world = run.options, run.world
-    choice = world.broadcast(choose_marginal(policy, pairs, run.traces, options.stream) if world.leads else None)
+    choice = world.broadcast(choose_marginal(policy, examples, options.stream) if world.leads else None)
     assert choice is not None  # rank 0 made one
-    state = _stream(policy, subset, pairs, run, choice)
+    state = _stream(policy, subset, examples, run, choice)
     states = world.gather(state.to_arrays())
     report = None
     if world.leads:
         merged = merge_states(PassState.from_arrays(arrays) for arrays in states)
-        report = _report(policy, subset, pairs, run, (choice, merged))
+        report = _report(policy, subset, examples, run, (choice, merged))
     sent = world.broadcast(report)
     assert sent is not None
     return sent
 
 
 def _stream(
-    policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass, choice: MarginalChoice
+    policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass, choice: MarginalChoice
 ) -> PassState:
     """Gradients of this process's prompts into moments, from where an earlier run stopped."""
     options, world = run.options, run.world
-    order = list(dict.fromkeys(pair.prompt_id for pair in pairs))
+    order = list(dict.fromkeys(example.prompt_id for example in examples))
     mine = set(order[world.rank :: world.size])
     shard = Shard(world.rank + 1, world.size)
     checkpoint = Checkpoint(None if run.folder is None else shard.file(run.folder, MOMENTS_FILE))
@@ -184,15 +181,11 @@ def _stream(
     if options.second_moments is not None:
         metric = block_metric(subset, options.second_moments, options.epsilon)
     stream = replace(options.stream, method=choice.method)
-    own_pairs = [pair for pair in pairs if pair.prompt_id in mine]
-    own_traces = [trace for trace in run.traces if trace.prompt_id in mine]
+    own = [example for example in examples if example.prompt_id in mine]
     try:
         with progress("Gradients", len(mine), "prompts", done=len(checkpoint.state.done)) as advance:
             if mine - checkpoint.state.done:
-                batches = gradient_batches(
-                    policy, subset, own_pairs, stream, traces=own_traces, done=checkpoint.state.done
-                )
-                for batch in batches:
+                for batch in gradient_batches(policy, subset, own, stream, checkpoint.state.done):
                     checkpoint.update(checkpoint.state.add(batch, options.groups, metric))
                     advance(len(set(batch.prompt_ids)))
     finally:
@@ -203,7 +196,7 @@ def _stream(
 def _report(
     policy: Policy,
     subset: Subset,
-    pairs: list[PreferencePair],
+    examples: Sequence[Example],
     run: _Pass,
     found: tuple[MarginalChoice, PassState],
 ) -> AlphaReport:
@@ -212,6 +205,7 @@ def _report(
         raise UserError("No prompt gave gradients; check the pairs.")
     settings, measured = options.settings, None
     if options.curvature is not None:
+        pairs = [example.both[0] for example in examples]
         curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
         settings = replace(settings, eta_l=curvature.eta_l)
         measured = asdict(curvature)
@@ -223,7 +217,7 @@ def _report(
         n_parameters=subset.size,
         seed=options.stream.seed,
         curvature=measured,
-        warnings=bias_warnings(choice, pairs, run.traces),
+        warnings=bias_warnings(choice, examples),
     )
     measurements = Measured(
         state.moments.finalize(),
@@ -231,18 +225,18 @@ def _report(
         n_second_draws=state.moments.n_second_draws,
         adam=None if state.adam is None else state.adam.finalize(),
         halves=None if state.halves is None else state.halves.finalize(),
-        drift=_drift_bound(policy, subset, pairs, run, state.moments) if choice.rung == "small drift" else None,
+        drift=_drift_bound(policy, subset, examples, run, state.moments) if choice.rung == "small drift" else None,
     )
     return analyse(measurements, settings, context)
 
 
 def _drift_bound(
-    policy: Policy, subset: Subset, pairs: list[PreferencePair], run: _Pass, moments: Moments
+    policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass, moments: Moments
 ) -> DriftBound:
     """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
     options, (t, e) = run.options, (moments.mean(name) for name in ("t", "e"))
     direction = {block: t[block] - e[block] for block in t}
-    sides = project_sides(policy, subset, pairs, direction, options.stream)
+    sides = project_sides(policy, subset, examples, direction, options.stream)
     level = (1 + options.settings.level) / 2
     return drift_bound(sides.log_ratios, sides.projections, options.stream.objective.beta, level)
 
@@ -274,10 +268,6 @@ def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]
         "seed": stream.seed,
         "optimizer_state": None if state is None else str(state),
     }
-
-
-def _prompts(pairs: Sequence[PreferencePair]) -> int:
-    return len({pair.prompt_id for pair in pairs})
 
 
 def _write(report: AlphaReport, folder: Path) -> None:

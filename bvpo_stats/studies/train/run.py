@@ -13,7 +13,6 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device, pick_device
 from bvpo_stats.model.subset import LoraOptions, create_lora
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Mode, PreferencePair
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
@@ -22,7 +21,7 @@ from bvpo_stats.studies.train.figures import train_figures
 from bvpo_stats.studies.train.output import markdown
 from bvpo_stats.studies.train.report import train_report
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import TrainingPrompt, join_prompts
+from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
 from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy
@@ -72,12 +71,13 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
     """
     args = _arguments(config, output)
     world = World(args.process_index, args.world_size, args.local_process_index)
-    pairs, prompts = _prompts(config.inputs, args)
-    traces = load_traces(config.inputs, {prompt.prompt_id for prompt in prompts}) if args.adaptive else []
+    pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode))
+    traces = load_traces(config.inputs) if args.adaptive else ()
+    joined = join_for(args, pairs, traces, config.inputs.limit)
     policy = _policy(config, world)
     weights = {name: tuple(w.shape) for name, w in policy.model.named_parameters() if w.requires_grad}
     identity = {"method": config.method, "limit": config.inputs.limit}
-    identity |= run_identity(args, policy.identity, weights, prompts)
+    identity |= run_identity(args, policy.identity, weights, joined.examples)
     with open_run(output, "train", identity, shard=Shard(world.rank + 1, world.size)) as folder:
         finished = _finished_report(folder)
         if finished is not None:
@@ -85,7 +85,7 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
         checkpoint = last_checkpoint(folder / _CHECKPOINTS)
         if config.must_resume and checkpoint is None:
             raise UserError(f"`resume=True`: {output} has no checkpoint to go on from. Leave `resume` out to start.")
-        trainer = BVPOTrainer(policy, args, pairs, traces=traces)
+        trainer = BVPOTrainer(policy, args, joined)
         _quieten(trainer)
         with progress("Training", _steps(trainer), "steps", done=_done(checkpoint)) as advance:
             trainer.add_callback(_progress_callback(advance))
@@ -145,23 +145,6 @@ def _check_trackers(report_to: str | list[str]) -> None:
         if name not in ("none", "all", *installed):
             there = ", ".join(installed) or "none"
             raise UserError(f"`report_to={name!r}`: no such tracker is installed (there: {there}).")
-
-
-def _prompts(inputs: AlphaInputs, args: BVPOConfig) -> tuple[list[PreferencePair], list[TrainingPrompt]]:
-    """The pairs of the sets that the loss needs, and their prompts; of the first ``limit`` shared ones."""
-    trace, empty = args.needed_sets
-    modes: tuple[tuple[Mode, bool], ...] = (("thinking", trace), ("nothinking", empty))
-    sets = [load_set(inputs, mode) for mode, needed in modes if needed]
-    pairs, unmatched = [pair for found in sets for pair in found], "drop"
-    if inputs.limit is None:
-        unmatched = args.unmatched_prompts
-    elif inputs.limit < 1:
-        raise UserError(f"`limit={inputs.limit}`: at least 1 prompt is needed.")
-    prompts, _ = join_prompts(pairs, trace=trace, empty=empty, unmatched=unmatched)  # type: ignore[arg-type]
-    if inputs.limit is not None:
-        prompts = prompts[: inputs.limit]
-        pairs = [pair for prompt in prompts for pair in prompt.pairs]
-    return pairs, prompts
 
 
 def _policy(config: TrainConfig, world: World) -> Policy:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,7 +18,6 @@ from bvpo_stats.gradients.noise_curvature import noise_curvature
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset, lora_subset
-from bvpo_stats.records import TraceRecord
 from bvpo_stats.training.alpha import AdaptiveOptions, Controller, Observation, StepSize, StepSums, from_state
 from bvpo_stats.training.config import AUTO, BVPOConfig
 from bvpo_stats.training.data import PromptSelection
@@ -184,7 +183,6 @@ def make_estimator(
     args: BVPOConfig,
     policy: Policy,
     selection: PromptSelection,
-    traces: Sequence[TraceRecord],
     world: World,
     reduce: Callable[[Any], Any] | None,
 ) -> tuple[AlphaEstimator, Subset | None]:
@@ -211,12 +209,10 @@ def make_estimator(
             "(`peft_config`; on the command line LoRA with `r` of at least 1), or give alpha as a number."
         )
     subset = lora_subset(policy.model)
-    held_out = {prompt.prompt_id for prompt in selection.probe}
     probe = ProbeSet(
         policy,
         subset,
-        [pair for prompt in selection.probe for pair in prompt.pairs],
-        [trace for trace in traces if trace.prompt_id in held_out],
+        selection.probe,
         StreamOptions(
             objective=args.objective(),
             traces_per_answer=args.alpha_traces_per_answer,
@@ -231,9 +227,8 @@ def make_estimator(
     step_tokens = args.prompts_per_step * sum(tokens) / len(selection.train)
     measure = None
     if args.eta_l == AUTO:
-        pairs = [pair for prompt in selection.probe for pair in prompt.pairs]
         curvature = CurvatureOptions(args.learning_rate, n_pairs=len(selection.probe), seed=args.seed)
-        measure = functools.partial(noise_curvature, policy, subset, pairs, args.objective(), curvature)
+        measure = functools.partial(noise_curvature, policy, subset, selection.probe, args.objective(), curvature)
     estimator = AlphaEstimator(
         *common,
         reduce=reduce,
