@@ -83,7 +83,7 @@ def test_a_concave_loss_is_refused(policy_and_pairs, monkeypatch):
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("inf")])
 def test_a_learning_rate_must_be_positive(rate):
-    with pytest.raises(UserError, match="learning-rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         CurvatureOptions(learning_rate=rate)
 
 
