@@ -1,55 +1,201 @@
-"""How the command line speaks: fields of a configuration become options, in errors as in ``--help``."""
+"""Commands made from configurations: a field becomes an option, in ``--help``, in YAML files and in errors."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.options import Group, Option, field_types, members
 
-# Fields whose options have names of their own.
-_NAMES = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "adapters": "adapter",
-    "loss_type": "loss",
-    "lr_scheduler_type": "scheduler",
-    "method": "marginal",
-    "modes": "mode",
-    "n_prompts": "oracle_prompts",
-    "n_samples": "samples",
-    "n_symbols": "symbols",
-    "num_train_epochs": "epochs",
-    "precompute_ref_log_probs": "precompute_ref_logps",
-    "r": "lora_r",
-    "simpo_gamma": "gamma",
-    "targets": "target_modules",
-    "unmatched_prompts": "unmatched",
-    "warmup_steps": "warmup",
+_LEGACY = {
+    "adapters": "--adapter",
+    "loss_type": "--loss",
+    "lr_scheduler_type": "--scheduler",
+    "method": "--marginal",
+    "modes": "--mode",
+    "num_train_epochs": "--epochs",
+    "precompute_ref_log_probs": "--precompute-ref-logps",
+    "r": "--lora-r",
+    "simpo_gamma": "--gamma",
+    "targets": "--target-modules",
+    "unmatched_prompts": "--unmatched",
+    "warmup_steps": "--warmup",
 }
 _FIELD = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One option of a command, and the field that it fills."""
+
+    path: tuple[str, ...]
+    kind: Any
+    option: Option
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        return "--" + (self.option.name or self.path[-1]).replace("_", "-")
+
+    @property
+    def name(self) -> str:
+        return self.flag.lstrip("-").replace("-", "_")
+
+    def parameter(self, names: Mapping[str, str]) -> inspect.Parameter:
+        """As typer reads it from a function's signature."""
+        option, default = self.option, self.default
+        if option.read is not None:
+            kind, default = (str | None if option.spelled is None else str), option.spelled
+        else:
+            kind = _typed(self.kind)
+        if option.shown is not None or default == ():
+            kind, default = (kind if NoneType in members(kind) else kind | None), None
+        info = typer.Option(
+            self.flag,
+            help=in_options(option.help, names),
+            metavar=option.metavar,
+            show_default=True if option.shown is None else option.shown,
+        )
+        default = inspect.Parameter.empty if default is MISSING else default
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        )
+
+    def value(self, given: Any) -> Any:
+        """The field's value for what the command line gave."""
+        if given is None:
+            return MISSING
+        if self.option.read is not None:
+            return self.option.read(given)
+        return tuple(given) if isinstance(given, list) else given
+
+
+def _typed(kind: Any) -> Any:
+    """The type of an option: of one choice the word, of a tuple a list (the option is repeatable)."""
+    for each in members(kind):
+        if get_origin(each) is Literal:
+            kind = str if kind is each else str | None
+        elif get_origin(each) is tuple:
+            kind = list[get_args(each)[0]] | None  # type: ignore[misc]
+    return kind
+
+
+def _parameters(config: type, path: tuple[str, ...] = (), group: Group | None = None) -> Iterator[_Parameter]:
+    entries = {entry.name: entry for entry in fields(config)}
+    for name, (kind, note) in field_types(config).items():
+        inner = _inner(kind)
+        if inner is not None:
+            yield from _parameters(inner, (*path, name), note if isinstance(note, Group) else None)
+        elif isinstance(note, Option):
+            option = note if group is None else group.options.get(name, note)
+            yield _Parameter((*path, name), kind, option, entries[name].default)
+
+
+def _inner(kind: Any) -> type | None:
+    """The dataclass with options of its own that a field holds, if it holds one."""
+    for each in members(kind):
+        if isinstance(each, type) and is_dataclass(each) and any(note for _, note in field_types(each).values()):
+            return each
+    return None
+
+
+def _filled(config: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> Any:
+    """An instance of a configuration; an optional group that needs a value and has none is None."""
+    found: dict[str, Any] = {}
+    entries = {entry.name: entry for entry in fields(config)}
+    for name, (kind, _) in field_types(config).items():
+        inner = _inner(kind)
+        if inner is not None:
+            found[name] = _filled(inner, values, (*path, name))
+        else:
+            found[name] = values.get((*path, name), MISSING)
+    found = {name: value for name, value in found.items() if value is not MISSING}
+    for name, entry in entries.items():
+        if name not in found and entry.default is MISSING and entry.default_factory is MISSING and path:
+            return None
+    return config(**found)
+
+
+def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output: str, examples: str) -> None:
+    """Makes a command of a function ``(config, output)`` or ``(config, output, given)``.
+
+    The options are those of the configuration's fields, ``--output`` and ``--config``; help, defaults and limits stand
+    there. ``given`` holds the names of the options that the user gave.
+
+    Args:
+        app: Takes the command.
+        name: Name of the command.
+        run: What it does; its docstring is the command's description.
+        output: Default of ``--output``.
+        examples: What ``--help`` ends with.
+    """
+    config: type = get_type_hints(run)["config"]
+    parameters = list(_parameters(config))
+    names = {parameter.path[-1]: parameter.flag for parameter in reversed(parameters)}
+    wants_given = "given" in inspect.signature(run).parameters
+
+    def call(context: typer.Context, **words: Any) -> None:
+        values = {parameter.path: parameter.value(words[parameter.name]) for parameter in parameters}
+        arguments = [_filled(config, values), words["output"]]
+        if wants_given:
+            sources = {each: context.get_parameter_source(each) for each in words}
+            arguments.append(frozenset(each for each, source in sources.items() if source and source.name != "DEFAULT"))
+        run(*arguments)
+
+    own = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    signature = [own, *(parameter.parameter(names) for parameter in parameters), *_common(output)]
+    call.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in signature}
+    call.__doc__, call.__name__ = run.__doc__, run.__name__
+    app.command(name, cls=type("_Command", (Command,), {"names": names}), epilog=examples)(call)
+
+
+def _common(output: str) -> Iterator[inspect.Parameter]:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    help_ = "Folder for the results; the same folder again resumes the run."
+    yield inspect.Parameter(
+        "output", kind, default=Path(output), annotation=Annotated[Path, typer.Option("--output", help=help_)]
+    )
+    yield inspect.Parameter(
+        "config",
+        kind,
+        default=None,
+        annotation=Annotated[
+            Path | None,
+            typer.Option(
+                "--config",
+                help="YAML file with any of these options; the command line wins.",
+                callback=read_config,
+                is_eager=True,
+            ),
+        ],
+    )
 
 
 class Command(TyperCommand):
     """A command whose errors name its options, where those of the package name fields."""
 
+    names: Mapping[str, str] = _LEGACY
+    """Fields whose options have names of their own."""
+
     def invoke(self, ctx: typer.Context) -> Any:
         """Runs the command."""
+        options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)}
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise UserError(in_options(str(error), self.fields)) from error
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """Option of each field."""
-        options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)}
-        return {field: options[name] for field, name in _NAMES.items() if name in options} | options
+            raise UserError(in_options(str(error), dict(self.names) | options)) from error
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
@@ -86,3 +232,24 @@ def _words(value: str) -> str:
     if isinstance(read, list | tuple):
         return shlex.quote(",".join(map(str, read)))
     return shlex.quote(str(read))
+
+
+def read_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Makes a YAML file's values the defaults of the command; options on the command line win."""
+    if value is None:
+        return None
+    import yaml
+
+    try:
+        loaded: object = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {value}: cannot be read as YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {value}: must map option names to values, e.g. `samples: 5`.")
+    options = {str(key).replace("-", "_").lstrip("_"): entry for key, entry in loaded.items()}
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(f"--config {value}: unknown options {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    context.default_map = options
+    return value

@@ -22,7 +22,7 @@ from bvpo_stats.cli import (
     train,
     variance,
 )
-from bvpo_stats.cli.build import Command
+from bvpo_stats.cli.build import Command, add_command
 
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
@@ -51,7 +51,7 @@ def root(
 
 
 app.command("demo", cls=Command, epilog=demo.EXAMPLES)(demo.demo)
-app.command("variance", cls=Command, epilog=variance.EXAMPLES)(variance.variance)
+add_command(app, "variance", variance.variance, output="runs/variance", examples=variance.EXAMPLES)
 app.command("sample", cls=Command, epilog=sample.EXAMPLES)(sample.sample)
 app.command("pairs", cls=Command, epilog=pairs.EXAMPLES)(pairs.pairs)
 app.command("traces", cls=Command, epilog=traces.EXAMPLES)(traces.traces)

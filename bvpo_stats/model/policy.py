@@ -14,6 +14,8 @@ import torch
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.options import EMBEDDED as EMBEDDED
+from bvpo_stats.model.options import PolicyOptions as PolicyOptions
 from bvpo_stats.model.templates import Template, find_template
 
 if TYPE_CHECKING:
@@ -25,31 +27,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """What to load and how.
-
-    Attributes:
-        model: ``embedded``, a folder, or a hub id.
-        adapter: Folder or hub id of a PEFT adapter.
-        device: ``auto`` (CUDA where present), ``cpu``, ``cuda``, ``cuda:1``, ...
-        dtype: ``auto`` (float32 on CPU, the checkpoint's on an accelerator) or one of :data:`DTYPES`.
-        template: Overrides the template protocol.
-        empty_trace: Overrides the spelling of the empty trace.
-        trust_remote_code: Runs code shipped with the model. Off unless the user says so.
-        attention: Attention implementation of transformers, None for its default.
-    """
-
-    model: str = EMBEDDED
-    adapter: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    template: str | None = None
-    empty_trace: str | None = None
-    trust_remote_code: bool = False
-    attention: str | None = None
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,10 @@ def _findings(folder: Path) -> list[str]:
 
 
 def _variance(folder: Path, seed: int, sizes: Sizes) -> None:
-    from bvpo_stats.model.policy import PolicyOptions
-    from bvpo_stats.sampling.engines.base import SamplingOptions
-    from bvpo_stats.studies.variance.run import VarianceConfig, run_variance
-    from bvpo_stats.studies.variance.tables import Definitions
+    from bvpo_stats.studies.variance.config import VarianceConfig
+    from bvpo_stats.studies.variance.run import run_variance
 
-    sampling = SamplingOptions(max_new_tokens=256, seed=seed)
-    run_variance(VarianceConfig(PolicyOptions(), sampling, Definitions(), limit=sizes.questions), folder)
+    run_variance(VarianceConfig(limit=sizes.questions, seed=seed), folder)
 
 
 def _alpha_star(folder: Path, seed: int, sizes: Sizes) -> None:

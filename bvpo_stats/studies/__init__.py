@@ -11,7 +11,7 @@ _HOMES = {
     "AlphaOptions": "alpha_star.run",
     "AlphaReport": "alpha_star.report",
     "Definitions": "variance.tables",
-    "VarianceConfig": "variance.run",
+    "VarianceConfig": "variance.config",
     "VarianceReport": "variance.report",
     "estimate_alpha_star": "alpha_star.run",
     "run_alpha_star": "alpha_star.run",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.records import MODES, Completion, Prompt
 from bvpo_stats.sampling.adopt import adopt_completions
 from bvpo_stats.sampling.engines.base import SamplingOptions
@@ -28,40 +28,15 @@ from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.published import APPENDIX_B, published_name
+from bvpo_stats.studies.variance.config import VarianceConfig
 from bvpo_stats.studies.variance.output import markdown
 from bvpo_stats.studies.variance.profiles import PositionProfile, histogram
 from bvpo_stats.studies.variance.report import VarianceReport
 from bvpo_stats.studies.variance.tables import (
-    Definitions,
     ScoredSample,
     reduce_sample,
     variance_tables,
 )
-
-
-@dataclass(frozen=True)
-class VarianceConfig:
-    """Settings of a variance study.
-
-    Attributes:
-        policy: Which model.
-        sampling: How responses are drawn.
-        definitions: How the tables are defined.
-        prompts: Source of the prompts.
-        split: Split, where the prompts are a dataset.
-        limit: Use only the first so many prompts.
-        samples_from: Analyse these responses instead of drawing any.
-        batch_size: Responses drawn at once, None for automatic.
-    """
-
-    policy: PolicyOptions
-    sampling: SamplingOptions
-    definitions: Definitions
-    prompts: str = "embedded"
-    split: str = "train"
-    limit: int | None = None
-    samples_from: Path | None = None
-    batch_size: int | None = None
 
 
 def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
@@ -70,10 +45,8 @@ def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
     Raises:
         UserError: Anything wrong with the input; see the message.
     """
-    if config.samples_from is None and config.sampling.samples < 2:
-        raise UserError(
-            f"`samples={config.sampling.samples}`: a variance needs at least 2 responses per prompt (the paper: 5)."
-        )
+    if config.samples_from is None and config.samples < 2:
+        raise UserError(f"`samples={config.samples}`: a variance needs at least 2 responses per prompt (the paper: 5).")
     report = _from_elsewhere(config, output) if config.samples_from else _from_policy(config, output)
     return report
 
