@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.options import Option, check_options
-
-EMBEDDED = "embedded"
-"""Name of the small model, and of the pairs, prompts and traces, shipped with the package."""
 
 
 @dataclass(frozen=True)

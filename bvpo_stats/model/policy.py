@@ -14,7 +14,6 @@ import torch
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.options import EMBEDDED as EMBEDDED
 from bvpo_stats.model.options import PolicyOptions as PolicyOptions
 from bvpo_stats.model.templates import Template, find_template
 
