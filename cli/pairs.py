@@ -44,7 +44,6 @@ def pairs(
 ) -> None:
     """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3)."""
     from bvpo_stats.records import MODES
-    from bvpo_stats.studies.pairs.output import print_report
     from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
 
     settings = PairsConfig(
@@ -54,4 +53,4 @@ def pairs(
         modes=MODES if mode == "both" else (mode,),
         ref_logps=ref_logps,
     )
-    print_report(run_pairs(settings, output), output)
+    run_pairs(settings, output).print(output)

@@ -62,7 +62,6 @@ def sample(
     """Draw responses in Thinking and NoThinking mode; run again after an interruption, it goes on where it stopped."""
     from bvpo_stats.sampling.engines.base import SamplingOptions
     from bvpo_stats.store.shards import parse_shard
-    from bvpo_stats.studies.sample.output import print_summary
     from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 
     if engine == "file" and prompts != "embedded":
@@ -88,4 +87,4 @@ def sample(
         shard=parse_shard(shard),
         parquet=parquet,
     )
-    print_summary(run_sample(settings, output), output)
+    run_sample(settings, output).print(output)

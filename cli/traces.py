@@ -56,7 +56,6 @@ def traces(
     """Collect K traces for each answer of D_t: its own, other samples', regenerated ones, and prior ones."""
     from bvpo_stats.errors import UserError
     from bvpo_stats.sampling.traces import BankOptions
-    from bvpo_stats.studies.traces.report import print_report
     from bvpo_stats.studies.traces.run import TracesConfig, run_traces
 
     if batch_size < 1:
@@ -77,4 +76,4 @@ def traces(
         batch_size=batch_size,
         limit=limit,
     )
-    print_report(run_traces(settings, output), output)
+    run_traces(settings, output).print(output)

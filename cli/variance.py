@@ -17,7 +17,6 @@ bvpo-stats variance --samples-from samples.jsonl --output runs/elsewhere"""
 
 def variance(config: VarianceConfig, output: Path) -> None:
     """Measure how much traces add to the variance of log-probabilities and lengths (the paper's Tables 3, 4 and 5)."""
-    from bvpo_stats.studies.variance.output import print_report
     from bvpo_stats.studies.variance.run import run_variance
 
-    print_report(run_variance(config, output), output)
+    run_variance(config, output).print(output)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from bvpo_stats.pages.kinds import KINDS
 from bvpo_stats.pages.page import write_page
-from bvpo_stats.pages.runs import read_run
+from bvpo_stats.pages.runs import KINDS, read_run
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _findings(folder: Path) -> list[str]:
     run = read_run(folder, folder.name)
     if run.report is None or run.study not in KINDS:
         return []
-    return [finding.sentence for finding in KINDS[run.study].present(run.report).findings]
+    return [finding.sentence for finding in run.read().present().findings]
 
 
 def _variance(folder: Path, seed: int, sizes: Sizes) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.pages.kinds import KINDS
-from bvpo_stats.pages.runs import REPORT_FILE, Run, find_runs
+from bvpo_stats.pages.runs import KINDS, Run, find_runs
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.studies.base import to_json
+from bvpo_stats.studies.base import REPORT_FILE, to_json
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ def draw_figures(run: Run, folder: Path) -> Drawn:
     if run.study not in KINDS:
         return Drawn(run, [], f"no figures are known for a report of {run.study or 'an unnamed study'}")
     try:
-        figures = KINDS[run.study].figures(run.report, folder)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        figures = run.read().figures(folder)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return Drawn(run, [], f"its report is of another version ({type(error).__name__}: {error})")
     return Drawn(run, figures, None if figures else f"a report of {run.study} has no figures")
 

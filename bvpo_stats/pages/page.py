@@ -9,13 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jinja2
-
 from bvpo_stats import __version__
 from bvpo_stats.errors import UserError
 from bvpo_stats.pages.figures import draw_figures
-from bvpo_stats.pages.kinds import KINDS, story_order
-from bvpo_stats.pages.runs import Run, find_runs
+from bvpo_stats.pages.runs import KINDS, Run, find_runs, story_order
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.studies.base import Presentation, ResultTable, caption
@@ -93,6 +90,8 @@ def write_page(root: Path, output: Path | None = None, title: str | None = None)
 
 def render(sections: list[Section], title: str) -> str:
     """The page's HTML; everything that comes from data is escaped."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bvpo_stats.pages", "."),
         autoescape=True,
@@ -126,7 +125,7 @@ def _present(run: Run) -> tuple[Presentation | None, str | None]:
     if run.study not in KINDS:
         return _anything(run.report), f"No page is known for a report of {run.study or 'an unnamed study'}; its values:"
     try:
-        return KINDS[run.study].present(run.report), None
+        return run.read().present(), None
     except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         return _anything(run.report), (
             f"The report is of another version of {run.study} ({type(error).__name__}: {error}); its values:"
@@ -163,7 +162,7 @@ def _plain(value: Any) -> str:
 
 def _images(run: Run) -> Iterator[Image]:
     """The run's figures, drawn from its report; for studies unknown here, the PNG files it left itself."""
-    title = KINDS[run.study].study if run.study in KINDS else "figure"
+    title = run.study if run.study in KINDS else "figure"
     with TemporaryDirectory() as folder:
         paths = draw_figures(run, Path(folder)).figures
         if not paths and run.study not in KINDS:

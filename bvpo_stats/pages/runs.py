@@ -1,17 +1,47 @@
-"""The runs under a folder, finished or not."""
+"""The runs under a folder, finished or not, and the kinds of report: a new study adds one line to `KINDS`."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.store.run_folder import RUN_FILE
+from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report
 
-REPORT_FILE = "report.json"
+KINDS = {  # in the order of the story that a page tells
+    "variance": "bvpo_stats.studies.variance.report:VarianceReport",
+    "sample": "bvpo_stats.studies.sample.report:SampleReport",
+    "pairs": "bvpo_stats.studies.pairs.report:PairsReport",
+    "traces": "bvpo_stats.studies.traces.report:TracesReport",
+    "alpha-star": "bvpo_stats.studies.alpha_star.report:AlphaReport",
+    "theorems": "bvpo_stats.lab.theorems:theorem_figures",
+    "train": "bvpo_stats.studies.train:train_figures",
+    "evaluate": "bvpo_stats.studies.evaluate:evaluation_figures",
+    "oracle-training": "bvpo_stats.lab.oracle_training:oracle_training_figures",
+}
+"""Class of each study's report, by what stands under ``study`` in its ``report.json``."""
+
+
+@dataclass(frozen=True)
+class _Plain(Report):
+    """A report whose study still reads plain dictionaries."""
+
+    content: dict[str, Any]
+    module: str
+    draw: str
+
+    def present(self) -> Presentation:
+        shown: Presentation = import_module(f"{self.module}.output").present(self.content)
+        return shown
+
+    def figures(self, folder: Path) -> list[Path]:
+        drawn: list[Path] = getattr(import_module(f"{self.module}.figures"), self.draw)(self.content, folder)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,22 @@ class Run:
     configuration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     problem: str | None = None
+
+    def read(self) -> Report:
+        """The report as its study's own class, whose module is imported only now.
+
+        Raises:
+            UserError: There is none, it is of another version of the study, or the study is unknown here.
+        """
+        if self.report is None:
+            raise UserError(self.problem or f"{self.name} has no report.")
+        if self.study not in KINDS:
+            raise UserError(f"No report of {self.study or 'an unnamed study'} is known here.")
+        module, _, name = KINDS[self.study].partition(":")
+        if not name[0].isupper():
+            return _Plain(content=self.report, module=module, draw=name, versions=self.report.get("versions", {}))
+        kind: type[Report] = getattr(import_module(module), name)
+        return kind.from_dict(self.report)
 
 
 def find_runs(root: Path) -> list[Run]:
@@ -73,6 +119,11 @@ def read_run(folder: Path, name: str) -> Run:
         )
     study = (report or {}).get("study", command)
     return Run(folder, name, str(study) if study is not None else None, configuration, report, problem)
+
+
+def story_order(study: str | None) -> int:
+    """Place of a study on a page; unknown ones come last."""
+    return list(KINDS).index(study) if study in KINDS else len(KINDS)
 
 
 def _name(folder: Path, root: Path) -> str:

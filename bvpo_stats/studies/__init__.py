@@ -10,7 +10,7 @@ _HOMES = {
     "AlphaInputs": "alpha_star.inputs",
     "AlphaOptions": "alpha_star.run",
     "AlphaReport": "alpha_star.report",
-    "Definitions": "variance.tables",
+    "Definitions": "variance.report",
     "VarianceConfig": "variance.config",
     "VarianceReport": "variance.report",
     "estimate_alpha_star": "alpha_star.run",

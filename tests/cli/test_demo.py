@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bvpo_stats.pages import demo
-from bvpo_stats.pages.kinds import KINDS
+from bvpo_stats.pages.runs import read_run
 from tests.cli.running import failed_politely, run
 
 # All stages but the checks of the theorems: they take longest, and their own tests make every one of them.
@@ -40,7 +40,7 @@ def test_every_stage_reports_and_the_page_holds_them_all(told: tuple[Path, str])
     for place, stage in enumerate(TOLD, start=1):
         report = json.loads((folder / stage.name / "report.json").read_text())
         assert report["study"] == stage.name
-        (finding, *_) = KINDS[stage.name].present(report).findings
+        (finding, *_) = read_run(folder / stage.name, stage.name).read().present().findings
         assert f"{place}/{len(TOLD)} {stage.name}: {stage.question}" in printed
         assert finding.sentence in printed
 

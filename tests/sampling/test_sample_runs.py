@@ -21,7 +21,6 @@ from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.store.tables import read_records
-from bvpo_stats.studies.sample.output import present
 from bvpo_stats.studies.sample.run import SampleConfig, run_sample
 from tests.cli.running import ENVIRONMENT, failed_politely, run
 from tests.sampling import killed_runs
@@ -118,7 +117,7 @@ def test_two_processes_share_one_folder(
 def test_a_shard_without_prompts_is_no_fault(tmp_path: Path, config: SampleConfig) -> None:
     report = run_sample(replace(config, limit=2, shard=Shard(2, 2)), tmp_path / "run")
     assert report.modes == {}
-    assert "Nothing was left to draw." in present(report.to_dict()).notes
+    assert "Nothing was left to draw." in report.present().notes
 
 
 def test_a_torn_last_line_is_drawn_again(uninterrupted: Path, tmp_path: Path, config: SampleConfig) -> None:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from bvpo_stats.records import Mode, PreferencePair
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
+from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.studies.base import Presentation, Report, ResultTable, number
 
-_COUNTS = (
-    "prompts",
-    "responses",
-    "truncated",
-    "unclosed",
-    "unscored",
-    "too_few",
-    "identical",
-    "ties",
-    "pairs",
-    "shared_best",
-    "shared_worst",
-    "other_tokens",
+_NAMES = {"thinking": "D_t (thinking)", "nothinking": "D_e (nothinking)"}
+_ROWS = (
+    ("prompts", "prompts with responses"),
+    ("responses", "responses"),
+    ("truncated", "responses set aside: truncated"),
+    ("unclosed", "responses set aside: trace never closed"),
+    ("unscored", "responses set aside: no reward"),
+    ("too_few", "prompts set aside: fewer than two responses left"),
+    ("identical", "prompts set aside: identical answers"),
+    ("ties", "prompts set aside: best and worst tie"),
+    ("pairs", "pairs"),
+    ("shared_best", "pairs whose best reward several responses share"),
+    ("shared_worst", "pairs whose worst reward several responses share"),
+    ("other_tokens", "pairs whose text reads back as other tokens"),
 )
+_GAPS = (("mean_gap", "reward gap, mean"), ("min_gap", "reward gap, least"), ("max_gap", "reward gap, largest"))
+_COUNTS = tuple(name for name, _ in _ROWS)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class ModeTally:
 
 
 @dataclass(frozen=True)
-class PairsReport:
+class PairsReport(Report):
     """A pairs run.
 
     Attributes:
@@ -137,8 +143,9 @@ class PairsReport:
         in_both_modes: Prompts with a pair in D_t and in D_e, which joint statistics need; None for one mode.
         modes: Counts by mode.
         ref_logps: Whether reference log-probabilities are stored.
-        versions: Software versions.
     """
+
+    study: ClassVar[str] = "pairs"
 
     model: str
     template: str
@@ -150,8 +157,58 @@ class PairsReport:
     in_both_modes: int | None
     modes: dict[Mode, ModeSummary]
     ref_logps: bool
-    versions: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``."""
-        return {"study": "pairs", **asdict(self)}
+    def present(self) -> Presentation:
+        """Counts by mode."""
+        modes = self.modes
+        rows = [(label, *(str(getattr(counts, name)) for counts in modes.values())) for name, label in _ROWS]
+        rows += [(label, *(number(getattr(counts, name)) for counts in modes.values())) for name, label in _GAPS]
+        table = ResultTable("Responses and pairs by mode", ("", *(_NAMES[mode] for mode in modes)), tuple(rows))
+        return Presentation(
+            "Preference pairs", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions())
+        )
+
+    def written(self, folder: Path) -> str:
+        """The sets and the report."""
+        names = ", ".join(f"{mode}.jsonl and .parquet" for mode in self.modes)
+        return f"{names}, report.json in {folder}"
+
+    def write(self, folder: Path) -> None:
+        """As every report, and README.md: tells ``datasets.load_dataset(FOLDER, "thinking")`` which file is which."""
+        lines = ["---", "configs:"]
+        for mode in self.modes:
+            lines += [f"- config_name: {mode}", f"  data_files: {mode}.parquet"]
+        write_atomic(folder / "README.md", "\n".join([*lines, "---", "", self.markdown()]))
+        super().write(folder)
+
+    def _notes(self) -> list[str]:
+        lines = [
+            f"Samples of {self.model}, template {self.template}; final answers scored by {self.reward}.",
+            "Chosen and rejected: best and worst complete response by reward, the lowest sample index among equals.",
+        ]
+        if self.in_both_modes is not None:
+            lines.append(f"{self.in_both_modes} prompts have a pair in both modes.")
+        if self.half_written:
+            lines.append(
+                f"{self.half_written} half-written last line of the samples was passed over; resume the sampling run."
+            )
+        return lines
+
+    def _cautions(self) -> list[str]:
+        lines = []
+        if self.set_aside:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.set_aside.items()))
+            lines.append(
+                f"The sampling run set {sum(self.set_aside.values())} requests aside ({reasons}; see its "
+                "set_aside*.jsonl). They are not among the responses counted here."
+            )
+        for mode, counts in self.modes.items():
+            if not counts.pairs:
+                lines.append(f"No pairs in {_NAMES[mode]}; the counts above say why.")
+            if counts.other_tokens:
+                lines.append(
+                    f"In {counts.other_tokens} of {counts.pairs} pairs of {_NAMES[mode]} the sampler wrote other "
+                    "tokens than the tokenizer makes of the text: the *_ids columns are exact, a trainer that "
+                    "tokenises the text columns is not."
+                )
+        return lines

@@ -15,14 +15,12 @@ from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, build_pair, choo
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SET_ASIDE_FILE
 from bvpo_stats.sampling.sample_summary import count_set_aside
-from bvpo_stats.store.jsonl import append_jsonl, write_atomic
+from bvpo_stats.store.jsonl import append_jsonl
 from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.shards import run_files
 from bvpo_stats.store.tables import read_records, write_records
-from bvpo_stats.studies.base import software_versions, to_json
-from bvpo_stats.studies.pairs.output import dataset_card, markdown
 from bvpo_stats.studies.pairs.report import ModeTally, PairsReport
 
 if TYPE_CHECKING:
@@ -106,15 +104,12 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             in_both_modes=joint if len(config.modes) == 2 else None,
             modes={mode: tally.summary() for mode, tally in tallies.items()},
             ref_logps=config.ref_logps,
-            versions=software_versions(),
         )
         without = () if config.ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
         for mode in config.modes:
             pairs = read_records(folder / f"{mode}.jsonl", PreferencePair)
             write_records(folder / f"{mode}.parquet", pairs, PreferencePair, without=without)
-        write_atomic(folder / "report.json", to_json(report.to_dict()))
-        write_atomic(folder / "report.md", markdown(report))
-        write_atomic(folder / "README.md", dataset_card(report))
+        report.write(folder)
     return report
 
 

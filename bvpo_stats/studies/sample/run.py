@@ -23,13 +23,12 @@ from bvpo_stats.sampling.sample import (
     automatic_batch_size,
     sample_into,
 )
-from bvpo_stats.sampling.sample_summary import ModeSummary, count_set_aside, summarise
+from bvpo_stats.sampling.sample_summary import count_set_aside, summarise
 from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
-from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import WHOLE, Shard, run_files
 from bvpo_stats.store.tables import fingerprint, read_records, write_records
-from bvpo_stats.studies.base import software_versions, to_json
+from bvpo_stats.studies.sample.report import SampleReport
 
 ENGINES = ("transformers", "openai", "file")
 
@@ -91,43 +90,6 @@ class SampleConfig:
             raise UserError("`engine='openai'` needs `model`: the model that the server serves, for its tokenizer.")
         if self.policy.adapter is not None:
             raise UserError("`adapter` cannot be put on a served model. Let the server load it.")
-
-
-@dataclass(frozen=True)
-class SampleReport:
-    """What a sampling run has on record, and how fast it went.
-
-    Attributes:
-        engine: Name of the engine.
-        model: Identity of the model.
-        template: Name of the protocol.
-        prompts: Fingerprint of the prompts (count and hash) or of the file.
-        shard: ``i/n``.
-        sampling: Sampling options, None for responses from elsewhere.
-        dialect: How the server was asked, None for the other engines or when nothing was left to ask.
-        modes: Summary by mode, of everything on record (of a shard: its own part).
-        set_aside: Requests set aside, by reason.
-        tally: What this call drew.
-        tokens_per_second: Tokens drawn a second by this call, None where it had nothing left to draw.
-        versions: Software versions.
-    """
-
-    engine: str
-    model: str
-    template: str
-    prompts: str
-    shard: str
-    sampling: SamplingOptions | None
-    dialect: str | None
-    modes: dict[Mode, ModeSummary]
-    set_aside: dict[str, int]
-    tally: SamplingTally
-    tokens_per_second: float | None
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``."""
-        return {"study": "sample", **asdict(self)}
 
 
 def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None) -> SampleReport:
@@ -237,7 +199,6 @@ def _on_record(config: SampleConfig, folder: Path, tally: SamplingTally) -> dict
         "set_aside": count_set_aside(aside),
         "tally": tally,
         "tokens_per_second": tally.tokens / tally.seconds if tally.tokens and tally.seconds > 0 else None,
-        "versions": software_versions(),
     }
 
 
@@ -254,5 +215,5 @@ def _finish(config: SampleConfig, folder: Path, report: SampleReport) -> SampleR
         paths = _files(config, folder, SAMPLES_FILE)
         rows = (completion for path in paths for completion in read_records(path, Completion))
         write_records(config.shard.file(folder, "samples.parquet"), rows, Completion)
-    write_atomic(config.shard.file(folder, "report.json"), to_json(report.to_dict()))
+    report.write(folder)
     return report

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from bvpo_stats.studies.base import Presentation, ResultTable
-
-if TYPE_CHECKING:
-    from bvpo_stats.sampling.traces import BankOptions, BankTally
+from bvpo_stats.sampling.traces import BankOptions, BankTally
+from bvpo_stats.studies.base import Presentation, Report, ResultTable
 
 _MEANING = {
     "anchor": "the pair's own trace",
@@ -20,7 +18,7 @@ _MEANING = {
 
 
 @dataclass(frozen=True)
-class TracesReport:
+class TracesReport(Report):
     """A trace bank.
 
     Attributes:
@@ -32,8 +30,9 @@ class TracesReport:
         burn_in: Moves before the first trace of a chain was kept.
         seed: Seed of the draws.
         tally: Counts.
-        versions: Software versions.
     """
+
+    study: ClassVar[str] = "traces"
 
     model: str
     template: str
@@ -43,7 +42,6 @@ class TracesReport:
     burn_in: int
     seed: int
     tally: BankTally
-    versions: dict[str, str]
 
     @property
     def acceptance(self) -> float | None:
@@ -51,59 +49,48 @@ class TracesReport:
         return self.tally.accepted / self.tally.proposals if self.tally.proposals else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``."""
-        return {"study": "traces", **asdict(self), "acceptance": self.acceptance}
+        """As every report, with the ``acceptance``."""
+        return super().to_dict() | {"acceptance": self.acceptance}
 
-
-def present(report: dict[str, Any]) -> Presentation:
-    """A traces report as people see it.
-
-    Args:
-        report: ``report.json`` of ``bvpo-stats traces``.
-    """
-    sides = max(1, report["tally"]["sides"])
-    rows = tuple(
-        (source, _MEANING[source], str(count), f"{count / sides:.2f}")
-        for source, count in report["tally"]["by_source"].items()
-    )
-    table = ResultTable("Traces by source", ("Source", "Meaning", "Traces", "Per answer"), rows, text_columns=(1,))
-    return Presentation("Trace bank", tables=(table,), notes=tuple(_notes(report)), cautions=tuple(_cautions(report)))
-
-
-def _notes(report: dict[str, Any]) -> list[str]:
-    tally, bank = report["tally"], report["bank"]
-    lines = [
-        f"{report['n_pairs']} pairs, {tally['sides']} answers, K = {bank['traces_per_answer']}; model "
-        f"{report['model']}, template {report['template']}, seed {report['seed']}.",
-    ]
-    if report["acceptance"] is not None:
-        lines.append(
-            f"Metropolis-Hastings: {report['acceptance']:.0%} of {tally['proposals']} moves accepted, "
-            f"{bank['mh_moves']} moves between kept traces, burn-in {report['burn_in']}; {tally['stuck']} chains never "
-            "moved."
+    def present(self) -> Presentation:
+        """Counts by source, and how well the chains moved."""
+        sides = max(1, self.tally.sides)
+        rows = tuple(
+            (source, _MEANING[source], str(count), f"{count / sides:.2f}")
+            for source, count in self.tally.by_source.items()
         )
-    if tally["unclosed"]:
-        lines.append(f"{tally['unclosed']} prior traces would not close within the cut-off and were given up.")
-    return lines
+        table = ResultTable("Traces by source", ("Source", "Meaning", "Traces", "Per answer"), rows, text_columns=(1,))
+        return Presentation("Trace bank", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions()))
 
+    def written(self, folder: Path) -> str:
+        """The bank and the report."""
+        return f"traces.jsonl, report.json, report.md in {folder}"
 
-def _cautions(report: dict[str, Any]) -> list[str]:
-    lines = []
-    if report["sampled_at"] != 1.0:
-        lines.append(
-            f"The responses were sampled at temperature {report['sampled_at']:g}. Anchors and same-answer traces are "
-            "posterior draws at that temperature, not at 1; chains start from them and forget it only gradually."
-        )
-    if report["bank"]["prior"] == "samples" and report["tally"]["by_source"]["prior"]:
-        lines.append("Prior traces come from the prompt's other samples, whose answers were beaten or not beaten by y.")
-    return lines
+    def _notes(self) -> list[str]:
+        tally, bank = self.tally, self.bank
+        lines = [
+            f"{self.n_pairs} pairs, {tally.sides} answers, K = {bank.traces_per_answer}; model "
+            f"{self.model}, template {self.template}, seed {self.seed}.",
+        ]
+        if self.acceptance is not None:
+            lines.append(
+                f"Metropolis-Hastings: {self.acceptance:.0%} of {tally.proposals} moves accepted, "
+                f"{bank.mh_moves} moves between kept traces, burn-in {self.burn_in}; {tally.stuck} chains never "
+                "moved."
+            )
+        if tally.unclosed:
+            lines.append(f"{tally.unclosed} prior traces would not close within the cut-off and were given up.")
+        return lines
 
-
-def markdown(report: TracesReport) -> str:
-    """The report as Markdown."""
-    return present(report.to_dict()).markdown([], report.versions)
-
-
-def print_report(report: TracesReport, folder: Path) -> None:
-    """Prints the counts on standard output."""
-    present(report.to_dict()).print(f"traces.jsonl, report.json, report.md in {folder}")
+    def _cautions(self) -> list[str]:
+        lines = []
+        if self.sampled_at != 1.0:
+            lines.append(
+                f"The responses were sampled at temperature {self.sampled_at:g}. Anchors and same-answer traces are "
+                "posterior draws at that temperature, not at 1; chains start from them and forget it only gradually."
+            )
+        if self.bank.prior == "samples" and self.tally.by_source["prior"]:
+            lines.append(
+                "Prior traces come from the prompt's other samples, whose answers were beaten or not beaten by y."
+            )
+        return lines

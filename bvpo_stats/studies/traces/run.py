@@ -21,8 +21,7 @@ from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
-from bvpo_stats.studies.base import software_versions, to_json
-from bvpo_stats.studies.traces.report import TracesReport, markdown
+from bvpo_stats.studies.traces.report import TracesReport
 
 TRACES_FILE = "traces.jsonl"
 _STATE_FILE = "progress.json"
@@ -102,10 +101,8 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
             burn_in=config.bank.burn_in_moves(temperature),
             seed=config.seed,
             tally=state.tally,
-            versions=software_versions(),
         )
-        write_atomic(folder / "report.json", to_json(report.to_dict()))
-        write_atomic(folder / "report.md", markdown(report))
+        report.write(folder)
     return report
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
+from bvpo_stats.statistics.proportions import Interval
 from bvpo_stats.studies.style import (
     BLUE,
     GREEN,
@@ -21,6 +21,7 @@ from bvpo_stats.studies.style import (
     numbers,
     plain_ticks,
 )
+from bvpo_stats.studies.variance.report import Histogram, VarianceReport
 
 COLOURS = {"thinking": BLUE, "nothinking": OCHRE, "trace": BLUE, "answer": GREEN, "no-trace answer": OCHRE}
 MARKERS = {"trace": "o-", "answer": "^-.", "no-trace answer": "s--"}
@@ -28,11 +29,11 @@ NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Th
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
 
 
-def variance_figures(report: dict[str, Any], folder: Path) -> list[Path]:
+def variance_figures(report: VarianceReport, folder: Path) -> list[Path]:
     """Draws the figures of a variance report.
 
     Args:
-        report: ``report.json`` of ``bvpo-stats variance``.
+        report: The report.
         folder: Where the PNG files go.
 
     Returns:
@@ -40,29 +41,27 @@ def variance_figures(report: dict[str, Any], folder: Path) -> list[Path]:
     """
     paths = [folder / name for name in ("ratios.png", "lengths.png", "logps.png", "nll_by_position.png")]
     _ratios(report, paths[0])
-    _distribution(report["lengths"], "How long are responses?", "Length of a response (tokens)", paths[1])
-    _distribution(
-        report["logps"], "How probable are responses?", "Joint log-probability of a response (nats)", paths[2]
-    )
+    _distribution(report.lengths, "How long are responses?", "Length of a response (tokens)", paths[1])
+    _distribution(report.logps, "How probable are responses?", "Joint log-probability of a response (nats)", paths[2])
     _positions(report, paths[3])
     return paths
 
 
-def _ratios(report: dict[str, Any], path: Path) -> None:
+def _ratios(report: VarianceReport, path: Path) -> None:
     entries = [
-        ("Variance of log p", report["table3"]["logp_variance_ratio"], "table3", "logp_variance_ratio"),
-        ("Variance of length", report["table3"]["length_variance_ratio"], "table3", "length_variance_ratio"),
-        ("Mean length", report["table4"]["mean_length_ratio"], "table4", "mean_length_ratio"),
-        ("NLL, trace / answer", report["table5"]["nll_ratio"], "table5", "nll_ratio"),
+        ("Variance of log p", report.table3["logp_variance_ratio"], "table3", "logp_variance_ratio"),
+        ("Variance of length", report.table3["length_variance_ratio"], "table3", "length_variance_ratio"),
+        ("Mean length", report.table4["mean_length_ratio"], "table4", "mean_length_ratio"),
+        ("NLL, trace / answer", report.table5["nll_ratio"], "table5", "nll_ratio"),
     ]
-    entries = [entry for entry in entries if entry[1]["value"] is not None]
+    entries = [entry for entry in entries if entry[1].value is not None]
     with figure(path, height=3.0) as (_, axes):
         for row, (_, entry, table, name) in enumerate(entries):
-            value, low, high = entry["value"], entry["low"], entry["high"]
+            value, low, high = entry.value, entry.low, entry.high
             interval_bar(axes, low, high, row, colour=COLOURS["thinking"])
-            axes.plot(value, row, "o", color=COLOURS["thinking"], ms=6)
-            if report.get("published"):
-                axes.plot(report["published"][table][name], row, "D", color=RED, ms=6,
+            axes.plot(numbers([value]), row, "o", color=COLOURS["thinking"], ms=6)
+            if report.published:
+                axes.plot(report.published[table][name], row, "D", color=RED, ms=6,
                           label="paper" if row == 0 else None)  # fmt: skip
         axes.axvline(1, color=INK, lw=1, ls=":")
         axes.set_xscale("log")
@@ -74,14 +73,14 @@ def _ratios(report: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.08)
         axes.set_xlabel("Ratio, log scale (Thinking / NoThinking; last row trace / answer)")
         axes.set_title(f"What a trace does to a response ({_level(report)} intervals)")
-        if report.get("published"):
+        if report.published:
             legend_below(axes)
 
 
-def _distribution(histogram: dict[str, Any], title: str, label: str, path: Path) -> None:
-    edges = np.asarray(histogram["edges"])
+def _distribution(histogram: Histogram, title: str, label: str, path: Path) -> None:
+    edges = np.asarray(histogram.edges)
     with figure(path, height=3.2) as (_, axes):
-        for mode, counts in histogram["counts"].items():
+        for mode, counts in histogram.counts.items():
             total = max(1, sum(counts))
             axes.stairs(np.asarray(counts) / total, edges, fill=True, color=COLOURS[mode], alpha=0.35)
             axes.stairs(
@@ -93,13 +92,13 @@ def _distribution(histogram: dict[str, Any], title: str, label: str, path: Path)
         legend_below(axes)
 
 
-def _positions(report: dict[str, Any], path: Path) -> None:
+def _positions(report: VarianceReport, path: Path) -> None:
     with figure(path) as (_, axes):
-        for segment, bins in report["positions"].items():
+        for segment, bins in report.positions.items():
             if not bins:
                 continue
-            centre = np.array([(b["start"] + b["stop"] - 1) / 2 + 1 for b in bins])
-            value, low, high = (numbers([b["nll"][k] for b in bins]) for k in ("value", "low", "high"))
+            centre = np.array([(b.start + b.stop - 1) / 2 + 1 for b in bins])
+            value, low, high = (numbers([getattr(b.nll, k) for b in bins]) for k in ("value", "low", "high"))
             band(axes, centre, low, high, colour=COLOURS[segment])
             axes.plot(centre, value, MARKERS[segment], color=COLOURS[segment], ms=4, lw=1.5, label=NAMES[segment])
         axes.set_xscale("log")
@@ -111,11 +110,11 @@ def _positions(report: dict[str, Any], path: Path) -> None:
         legend_below(axes)
 
 
-def _words(entry: dict[str, Any]) -> str:
-    if entry["low"] is None:
-        return f"{entry['value']:.3g}"
-    return f"{entry['value']:.3g} ({entry['low']:.3g} to {entry['high']:.3g})"
+def _words(entry: Interval) -> str:
+    if entry.low is None:
+        return f"{entry.value:.3g}"
+    return f"{entry.value:.3g} ({entry.low:.3g} to {entry.high:.3g})"
 
 
-def _level(report: dict[str, Any]) -> str:
-    return f"{report['definitions']['level']:.0%}"
+def _level(report: VarianceReport) -> str:
+    return f"{report.definitions.level:.0%}"

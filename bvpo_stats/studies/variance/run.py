@@ -23,17 +23,16 @@ from bvpo_stats.sampling.sample import (
     sample_into,
 )
 from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
-from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.tables import read_records
-from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.published import APPENDIX_B, published_name
 from bvpo_stats.studies.variance.config import VarianceConfig
-from bvpo_stats.studies.variance.output import markdown
-from bvpo_stats.studies.variance.profiles import PositionProfile, histogram
-from bvpo_stats.studies.variance.report import VarianceReport
-from bvpo_stats.studies.variance.tables import (
+from bvpo_stats.studies.variance.report import (
+    Definitions,
+    PositionProfile,
     ScoredSample,
+    VarianceReport,
+    histogram,
     reduce_sample,
     variance_tables,
 )
@@ -71,7 +70,7 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
         )
         score_into(folder / LOGPROBS_FILE, completions, policy)
         report = _analyse(config, completions, folder / LOGPROBS_FILE, policy.identity)
-        _write(report, folder)
+        report.write(folder)
     return report
 
 
@@ -130,7 +129,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
             score_into(folder / LOGPROBS_FILE, unscored, policy)
         model = policy.identity if unscored and policy is not None else completions[0].model
         report = _analyse(config, completions, folder / LOGPROBS_FILE, model)
-        _write(report, folder)
+        report.write(folder)
     return report
 
 
@@ -165,7 +164,7 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
     return VarianceReport(
         model=model,
         seed=None if config.samples_from else config.sampling.seed,
-        tables=tables,
+        **vars(tables),
         definitions=config.definitions,
         sampling=None if config.samples_from else config.sampling,
         template=completions[0].template,
@@ -173,14 +172,4 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
         lengths=histogram(samples, "length"),
         logps=histogram(samples, "logp"),
         positions=profile.bins(config.definitions.level),
-        versions=software_versions(),
     )
-
-
-def _write(report: VarianceReport, folder: Path) -> None:
-    from bvpo_stats.studies.variance.figures import variance_figures
-
-    plain = report.to_dict()
-    write_atomic(folder / "report.json", to_json(plain))
-    figures = variance_figures(plain, folder / "figures")
-    write_atomic(folder / "report.md", markdown(report, figures))
