@@ -97,7 +97,6 @@ def alpha_star(
     from bvpo_stats.gradients.stream import StreamOptions
     from bvpo_stats.model.subset import LoraOptions
     from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions
-    from bvpo_stats.studies.alpha_star.output import print_report
     from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
     from bvpo_stats.studies.alpha_star.settings import AlphaSettings
 
@@ -132,7 +131,7 @@ def alpha_star(
     )
     report = run_alpha_star(settings, output)
     if report is not None:
-        print_report(report, output)
+        report.print(output)
 
 
 def _curvature(eta_l: str, learning_rate: float | None, seed: int) -> CurvatureOptions | None:

@@ -14,7 +14,7 @@ from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.statistics.estimates import noise_scale
 from bvpo_stats.studies.alpha_star import run as study
-from bvpo_stats.studies.alpha_star.output import html, markdown, sections, verdict
+from bvpo_stats.studies.alpha_star.output import sections, verdict
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
 from bvpo_stats.studies.alpha_star.settings import AlphaSettings
@@ -133,10 +133,10 @@ def test_figures_and_texts(drifted_report, tmp_path):
         "trace_weights",
     }
     assert all(path.stat().st_size > 5_000 for path in figures)
-    text = markdown(drifted_report, figures)
+    text = drifted_report.markdown(figures)
     assert "alpha*" in verdict(drifted_report)
     assert all(f"figures/{path.name}" in text for path in figures)
-    assert all(section.title in html(drifted_report) for section in sections(drifted_report))
+    assert all(section.title in drifted_report._repr_html_() for section in sections(drifted_report))
 
 
 def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
@@ -167,7 +167,7 @@ def test_small_drift_gives_a_range_and_no_alpha_star(tmp_path):
     assert found.alpha_range.informative
     assert found.alpha_range.low <= exact_moments(near).alpha(1 / 128) <= found.alpha_range.high
     assert found.alpha_range.high - found.alpha_range.low < 0.7
-    assert "no estimate" in markdown(found, [])
+    assert "no estimate" in found.markdown()
     assert "alpha* lies between" in verdict(found)
     assert AlphaReport.from_json(found.to_json()) == found
 

@@ -21,7 +21,6 @@ from bvpo_stats.studies.alpha_star.tables import (
     sampling_share,
     tables,
 )
-from bvpo_stats.studies.base import software_versions
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ def analyse(measured: Measured, settings: AlphaSettings, context: AlphaContext) 
         layer_gain=gain,
         marginal=marginal,
         warnings=[*context.warnings, *found],
-        versions=software_versions(),
     )
 
 

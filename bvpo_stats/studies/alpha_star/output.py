@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from bvpo_stats.statistics.bounds import AlphaRange
 from bvpo_stats.studies.alpha_star.entries import Weight
@@ -182,21 +181,6 @@ def present(report: AlphaReport) -> Presentation:
         notes=tuple(notes(report)),
         cautions=tuple(report.warnings),
     )
-
-
-def print_report(report: AlphaReport, folder: Path) -> None:
-    """Prints the table, the verdict and the notes on standard output."""
-    present(report).print(f"{folder / 'report.json'}, report.md, figures/")
-
-
-def markdown(report: AlphaReport, figures: list[Path]) -> str:
-    """The report as Markdown, figures linked."""
-    return present(report).markdown(figures, report.versions)
-
-
-def html(report: AlphaReport) -> str:
-    """The report as an HTML table, for notebooks."""
-    return present(report).html()
 
 
 def _percent(share: Weight) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.bounds import AlphaRange
 from bvpo_stats.studies.alpha_star.entries import (
     CurvePoint,
@@ -18,13 +16,11 @@ from bvpo_stats.studies.alpha_star.entries import (
     Verdict,
     Weight,
 )
-from bvpo_stats.studies.base import to_json
-
-T = TypeVar("T")
+from bvpo_stats.studies.base import Presentation, Report
 
 
 @dataclass(frozen=True)
-class AlphaReport:
+class AlphaReport(Report):
     """The answer to "which alpha, for my model, my batch size and my step size, and how sure are you?".
 
     All errors are those of one step, ``norm(bias)^2 + (eta L / B) Var``.
@@ -63,8 +59,9 @@ class AlphaReport:
         layer_gain: What they save.
         marginal: Where mu came from.
         warnings: What a reader must know before quoting a number.
-        versions: Software.
     """
+
+    study: ClassVar[str] = "alpha-star"
 
     model: str
     template: str
@@ -99,72 +96,15 @@ class AlphaReport:
     layer_gain: LayerGain | None
     marginal: Marginal
     warnings: list[str]
-    versions: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``."""
-        return {"study": "alpha-star", **asdict(self)}
+    def present(self) -> Presentation:
+        """The weights, errors, biases and variances, and the verdict in a sentence."""
+        from bvpo_stats.studies.alpha_star.output import present
 
-    def to_json(self) -> str:
-        """The text of ``report.json``."""
-        return to_json(self.to_dict())
+        return present(self)
 
-    @classmethod
-    def from_json(cls, text: str) -> AlphaReport:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            UserError: Not JSON, or not an alpha-star report.
-        """
-        try:
-            plain = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"This is not JSON ({error}). Give the report.json of an alpha-star run.") from error
-        return cls.from_dict(plain)
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> AlphaReport:
-        """Reads what `to_dict` made.
-
-        Raises:
-            UserError: Not an alpha-star report.
-        """
-        try:
-            return cls(**cls._values(plain))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"This is no alpha-star report ({error}). Give the report.json of such a run.") from error
-
-    @classmethod
-    def _values(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        values = {f.name: plain[f.name] for f in fields(cls)}
-        kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(cls)}
-        single = {"Weight": Weight, "Verdict": Verdict, "LayerGain": LayerGain, "Marginal": Marginal,
-                  "AlphaRange": AlphaRange}  # fmt: skip
-        several = {"list[CurvePoint]": CurvePoint, "list[Layer]": Layer}
-        for name, value in values.items():
-            if value is None:
-                continue
-            if kinds[name] in single:
-                values[name] = _build(single[kinds[name]], value)
-            elif kinds[name] in several:
-                values[name] = [_build(several[kinds[name]], entry) for entry in value]
-        values["uncertainty"] = {
-            part: {name: _build(Uncertainty, entry) for name, entry in entries.items()}
-            for part, entries in plain["uncertainty"].items()
-        }
-        return values
-
-    def plot(self, folder: Path | str) -> list[Path]:
-        """Draws the figures into a folder and returns their paths."""
+    def figures(self, folder: Path) -> list[Path]:
+        """Error over alpha, alpha over batch sizes, alpha by layer; what the data cannot fill is left out."""
         from bvpo_stats.studies.alpha_star.figures import alpha_figures
 
-        return alpha_figures(self.to_dict(), Path(folder))
-
-    def _repr_html_(self) -> str:
-        from bvpo_stats.studies.alpha_star.output import html
-
-        return html(self)
-
-
-def _build(kind: type[T], value: dict[str, Any]) -> T:
-    return kind(**value)
+        return alpha_figures(self.to_dict(), folder)

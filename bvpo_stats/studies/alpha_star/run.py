@@ -24,7 +24,6 @@ from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.moments import DEFAULT_GROUPS, Moments
-from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.studies.alpha_star.analysis import Measured, analyse, check_groups
@@ -37,7 +36,6 @@ from bvpo_stats.studies.alpha_star.inputs import (
     theta_words,
 )
 from bvpo_stats.studies.alpha_star.marginal import bias_warnings, marginal_entry
-from bvpo_stats.studies.alpha_star.output import markdown
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.alpha_star.settings import AlphaContext, AlphaSettings
 from bvpo_stats.studies.alpha_star.state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
@@ -112,7 +110,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
             report = _estimate(policy, subset, joined.examples, _Pass(options, words, folder, world))
             if world.leads:
-                _write(report, folder)
+                report.write(folder)
         return report if world.leads else None
 
 
@@ -268,9 +266,3 @@ def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]
         "seed": stream.seed,
         "optimizer_state": None if state is None else str(state),
     }
-
-
-def _write(report: AlphaReport, folder: Path) -> None:
-    figures = report.plot(folder / "figures")
-    write_atomic(folder / "report.md", markdown(report, figures))
-    write_atomic(folder / "report.json", report.to_json())

@@ -11,7 +11,7 @@ from bvpo_stats.model.options import PolicyOptions
 from bvpo_stats.sampling.engines.base import SamplingOptions
 
 if TYPE_CHECKING:
-    from bvpo_stats.studies.variance.tables import Definitions
+    from bvpo_stats.studies.variance.report import Definitions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class VarianceConfig:
         seed: Decides every draw.
         limit: Use only the first so many prompts.
         samples_from: Analyse these responses instead of drawing any.
-        nll: How the tables pool log-probabilities, see `bvpo_stats.studies.variance.tables.Definitions`.
+        nll: How the tables pool log-probabilities, see `bvpo_stats.studies.variance.report.Definitions`.
         ddof: Variances divide by n - ddof.
         level: Confidence level of every interval.
     """
@@ -67,6 +67,6 @@ class VarianceConfig:
     @property
     def definitions(self) -> Definitions:
         """How the tables are defined."""
-        from bvpo_stats.studies.variance.tables import Definitions
+        from bvpo_stats.studies.variance.report import Definitions
 
         return Definitions(self.nll, self.ddof, self.level)

@@ -28,7 +28,6 @@ from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.published import APPENDIX_B, published_name
 from bvpo_stats.studies.variance.config import VarianceConfig
 from bvpo_stats.studies.variance.report import (
-    Definitions,
     PositionProfile,
     ScoredSample,
     VarianceReport,
