@@ -35,16 +35,16 @@ class PromptSelection:
 
 
 class PromptRows(Dataset[int]):
-    """The numbers 0, 1, ... of the prompts: what samplers and loaders move around instead of token ids."""
+    """The numbers of successive examples: what samplers and loaders move around instead of token ids."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, start: int = 0) -> None:
+        self._size, self._start = size, start
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> int:
-        return index
+        return self._start + index
 
 
 def collate_rows(rows: Sequence[int]) -> dict[str, Tensor]:

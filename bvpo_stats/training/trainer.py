@@ -3,48 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.examples import Joined
+from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.model.checkpointing import gradient_checkpointing
+from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
-from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.model.scores import log_probabilities
+from bvpo_stats.model.templates import find_template
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows, join_for, select
 from bvpo_stats.training.deposit import through_wrapper, with_gradient
 from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
-from bvpo_stats.training.metrics import PairMetrics
+from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
 from bvpo_stats.training.reference import DisabledAdapter, StoredReference, precompute_reference
 from bvpo_stats.training.scored import scored_gradient
 from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
+
+Rows = str | Path | Iterable[PreferencePair | dict[str, Any]]
+"""A dataset, see :class:`BVPOTrainer`."""
+
+_SETS = {"trace", "empty"}
 
 
 class BVPOTrainer(Trainer):
     """Trains on preference pairs with traces (D_t) and without (D_e); DPO and SimPO are special cases.
 
     The model runs without dropout: policy and reference share one code path, so that all rewards are 0 at the start.
+    The reference is the model with its adapter disabled; where all weights are trained, the weights at the start.
+
+    A dataset is a ``datasets.Dataset``, a list of records or of rows, or the path of a file (JSONL, gzipped or not;
+    Parquet) or of a run's folder. Rows have TRL's columns ``prompt``, ``chosen`` and ``rejected`` as text, as messages
+    or as token ids (``prompt`` may be implicit), or those of the records that ``bvpo-stats pairs`` writes.
 
     Args:
-        model: A model folder or hub id, a transformers causal LM (with a PEFT adapter or without), or a
+        model: ``embedded``, a model folder or hub id, a transformers causal LM (with a PEFT adapter or without), or a
             :class:`~bvpo_stats.model.policy.Policy`.
-        args: Settings.
-        train_dataset: D_t: records, or a ``datasets.Dataset`` with the columns that ``bvpo-stats pairs`` writes. May
-            hold D_e too. Or all of it joined already, by `bvpo_stats.gradients.examples.join`.
-        empty_dataset: D_e, likewise.
-        traces: Trace bank of the prompts, for ``alpha="adaptive"`` away from the reference point.
+        args: Settings; None for the defaults of :class:`~bvpo_stats.training.config.BVPOConfig`.
+        train_dataset: D_t. Records say themselves which set they are of, so D_e may be in it too. Or all of
+            it joined already, by `bvpo_stats.gradients.examples.join`.
+        empty_dataset: D_e of the same prompts; not needed for alpha = 1.
+        eval_dataset: D_t of other prompts, or ``{"trace": D_t, "empty": D_e}``, or a dictionary of several such, each
+            evaluated under its name.
         processing_class: The tokenizer, where ``model`` is a bare model.
         peft_config: Puts a new adapter on the model. Without an adapter all weights are trained.
+        traces: Trace bank of the prompts, for ``alpha="adaptive"`` away from the reference point.
         callbacks: Further callbacks.
         optimizers: Optimizer and scheduler, where not those of the settings.
 
@@ -55,31 +72,36 @@ class BVPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module | Policy,
-        args: BVPOConfig,
-        train_dataset: Iterable[PreferencePair | dict[str, Any]] | Joined,
-        empty_dataset: Iterable[PreferencePair | dict[str, Any]] | None = None,
+        args: BVPOConfig | None = None,
+        train_dataset: Rows | Joined | None = None,
+        empty_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Any] | None = None,
         *,
-        traces: Sequence[TraceRecord] = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
+        traces: Sequence[TraceRecord] = (),
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if args.bf16 or args.fp16:
-            raise UserError(
-                "Mixed precision by autocast is not supported; load the model in bfloat16 instead (`dtype`)."
-            )
+        args = BVPOConfig() if args is None else args
+        _check_arguments(args, train_dataset, empty_dataset, eval_dataset)
         self.config = args
-        self.policy = trainable_policy(_as_policy(model, processing_class), peft_config)
+        self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
-            pairs = as_pairs(train_dataset, "train_dataset") + as_pairs(empty_dataset or (), "empty_dataset")
+            pairs = self._pairs(train_dataset, "thinking", "train_dataset")
+            pairs += self._pairs(empty_dataset, "nothinking", "empty_dataset")
             train_dataset = join_for(args, pairs, traces)
         self.selection = select(args, train_dataset)
+        self._examples = list(
+            self.selection.train
+        )  # rows of batches are numbers in here; evaluation puts its own behind
+        evaluated = None if eval_dataset is None else self._rows_of(eval_dataset)
         super().__init__(
             model=self.policy.model,
             args=args,
             data_collator=collate_rows,
             train_dataset=PromptRows(len(self.selection.train)),
+            eval_dataset=evaluated,
             processing_class=self.policy.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -95,7 +117,7 @@ class BVPOTrainer(Trainer):
                 f"There are {len(self.selection.train)} prompts to train on, fewer than one batch of "
                 f"{args.prompts_per_step}; lower the batch size (or the probe set), or give more pairs."
             )
-        self._pair_model = PairModel(self.policy, args.objective(), self._reference(), args.max_tokens)
+        self._pair_model = PairModel(self.policy, args.objective(), self._reference(self._examples), args.max_tokens)
         self._metrics = PairMetrics()
         world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
         self.estimator, self._subset = make_estimator(
@@ -151,7 +173,7 @@ class BVPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of L_c over a batch of prompts, with its gradient attached (see `bvpo_stats.training.deposit`)."""
-        prompts = [self.selection.train[row] for row in inputs["rows"].tolist()]
+        prompts = [self._examples[row] for row in inputs["rows"].tolist()]
 
         def compute() -> Tensor:
             with self._evaluation_mode():
@@ -163,13 +185,88 @@ class BVPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry, averaged over processes."""
-        if "train_runtime" not in logs:  # the entry at the very end sums the run up
+        if "loss" in logs:  # a step's entry, not an evaluation's or the one at the end that sums the run up
             logs |= self._metrics.take(self._summed) | {"alpha": self._alpha_in_use} | self.estimator.log()
         super().log(logs, start_time)
 
+    def evaluate(  # type: ignore[override]  # more kinds of datasets
+        self,
+        eval_dataset: Rows | Mapping[str, Any] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss, rewards and log-probabilities on held-out pairs, under TRL's names.
+
+        ``eval_loss`` and ``eval_rewards/*`` weigh pairs as the next step's loss would, alpha on D_t and 1 - alpha on
+        D_e (all on the one set that is given alone); ``eval_trace/*`` and ``eval_empty/*`` are of one set.
+
+        Args:
+            eval_dataset: As in the constructor; None for what was given there.
+            ignore_keys: Not used.
+            metric_key_prefix: Begins the names.
+
+        Raises:
+            UserError: There is nothing to evaluate on, or its reference cannot be had any more.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            raise UserError("There is nothing to evaluate on: give `eval_dataset`, here or to the trainer.")
+        named: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}  # transformers asks name by name
+        given: Any = eval_dataset
+        if given is None or isinstance(given, PromptRows) or (isinstance(given, str) and given in named):
+            return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
+        with self._added(given) as rows:
+            return super().evaluate(rows, ignore_keys, metric_key_prefix)
+
+    def predict(  # type: ignore[override]
+        self,
+        test_dataset: Rows | Mapping[str, Any],
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """The same as :meth:`evaluate`, with the values behind the means.
+
+        Returns:
+            ``predictions`` by name (``trace/rewards/chosen``, ``empty/loss``, ...), one value an example; ``metrics``.
+
+        Raises:
+            UserError: As in :meth:`evaluate`.
+        """
+        with self._added(test_dataset) as rows:
+            return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Any, None]:
+        """Loss of a batch, and what is logged of each of its examples."""
+        examples = [self._examples[row] for row in inputs["rows"].tolist()]
+        with self._evaluation_mode():
+            values = _evaluate(self._pair_model, examples)
+        loss = evaluation_metrics({name: value.cpu().numpy() for name, value in values.items()}, self.alpha)["loss"]
+        return torch.tensor(loss, device=self.policy.device), values, None
+
+    def evaluation_loop(self, dataloader: Any, description: str, *arguments: Any, **options: Any) -> EvalLoopOutput:
+        """As transformers', with the metrics of all pairs in its result."""
+        output = super().evaluation_loop(dataloader, description, *arguments, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        values: Any = output.predictions
+        found = evaluation_metrics(values, self.alpha)
+        return output._replace(
+            metrics=(output.metrics or {}) | {f"{prefix}_{name}": value for name, value in found.items()}
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """With a last, smaller batch: only training drops it."""
+        with self._every_row():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """With a last, smaller batch."""
+        with self._every_row():
+            return super().get_test_dataloader(test_dataset)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token, as usual: the batch's own padding is not counted."""
-        prompts = [self.selection.train[row] for row in inputs["rows"].tolist()]
+        prompts = [self._examples[row] for row in inputs["rows"].tolist()]
         tokens = sum(
             2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for prompt in prompts for p in prompt.pairs
         )
@@ -184,13 +281,65 @@ class BVPOTrainer(Trainer):
         self.estimator.add(sums)
         return found
 
-    def _reference(self) -> Reference | None:
+    def _pairs(self, dataset: Any, mode: Mode, name: str) -> list[PreferencePair]:
+        """The pairs of a dataset; ``mode`` is the set of rows that do not say."""
+        return [] if dataset is None else as_pairs(dataset, name)
+
+    def _rows_of(self, dataset: Rows | Mapping[str, Any]) -> PromptRows | dict[str, PromptRows]:
+        """Joins an evaluation's pairs and puts them behind the examples that there are."""
+        if isinstance(dataset, Mapping) and not set(dataset) <= _SETS:
+            return {name: self._one_set(part) for name, part in dataset.items()}
+        return self._one_set(dataset)
+
+    def _one_set(self, dataset: Rows | Mapping[str, Any]) -> PromptRows:
+        sets = dataset if isinstance(dataset, Mapping) else {"trace": dataset}
+        pairs = self._pairs(sets.get("trace"), "thinking", "eval_dataset")
+        pairs += self._pairs(sets.get("empty"), "nothinking", "eval_dataset")
+        if not pairs:
+            raise UserError("`eval_dataset` holds no pairs.")
+        joined = join(
+            pairs,
+            needs=[mode for mode in MODES if any(pair.mode == mode for pair in pairs)],
+            unmatched=self.config.unmatched_prompts,  # type: ignore[arg-type]
+            max_length=self.config.max_length,
+        )
+        self._examples += joined.examples
+        return PromptRows(len(joined.examples), start=len(self._examples) - len(joined.examples))
+
+    @contextlib.contextmanager
+    def _added(self, dataset: Rows | Mapping[str, Any]) -> Iterator[Any]:
+        """An evaluation's rows for as long as it takes."""
+        before, pair_model = len(self._examples), self._pair_model
+        try:
+            rows = self._rows_of(dataset)
+            if isinstance(pair_model.reference, StoredReference):
+                if self.state.global_step and not hasattr(self.policy.model, "disable_adapter"):
+                    raise UserError(
+                        "All weights were trained, so the reference is gone; give `eval_dataset` to the trainer, which "
+                        "takes its log-probabilities before the first step."
+                    )
+                self._pair_model = replace(pair_model, reference=self._reference(self._examples[before:]))
+            yield rows
+        finally:
+            del self._examples[before:]
+            self._pair_model = pair_model
+
+    @contextlib.contextmanager
+    def _every_row(self) -> Iterator[None]:
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
+
+    def _reference(self, examples: Sequence[Example]) -> Reference | None:
         if not self.config.objective().needs_reference:
             return None
         adapted = hasattr(self.policy.model, "disable_adapter")
         if adapted and not self.config.precompute_ref_log_probs:
             return DisabledAdapter(self.policy)
-        pairs = [pair for prompt in self.selection.train for pair in prompt.pairs]
+        pairs = [pair for example in examples for pair in example.pairs]
         share = (self.args.process_index, self.args.world_size)
         mine = precompute_reference(self.policy, pairs, max_tokens=self.config.max_tokens, share=share)
         return StoredReference(pairs, dict(gather_object(list(mine.items()))))
@@ -235,17 +384,49 @@ class AlphaCallback(TrainerCallback):
         return float(scheduler.get_last_lr()[0])
 
 
-def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
+def _evaluate(pair_model: PairModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """What is logged of pairs, ``trace/loss``, ``empty/rewards/chosen``, ..., one value an example."""
+    found: dict[str, Tensor] = {}
+    for mode, prefix in PREFIXES.items():
+        pairs = [pair for example in examples for pair in example.pairs if pair.mode == mode]
+        for micro in pair_model.plan(pairs):
+            policy = log_probabilities(pair_model.policy.model, micro.batch, names=micro.names)
+            for name, values in pair_values(*pair_model.terms(micro, sequence_logprobs(policy))).items():
+                place = found.setdefault(f"{prefix}/{name}", values.new_zeros(len(pairs)))
+                place[micro.members] = values
+    return found
+
+
+def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dataset: Any) -> None:
+    if not isinstance(args, BVPOConfig):
+        raise UserError(f"`args` must be a BVPOConfig, not a {type(args).__name__}: alpha and beta stand in it.")
+    if args.bf16 or args.fp16:
+        raise UserError("Mixed precision by autocast is not supported; load the model in bfloat16 instead (`dtype`).")
+    if train_dataset is None and empty_dataset is None:
+        raise UserError("There is nothing to train on: give D_t as `train_dataset`, and D_e as `empty_dataset`.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise UserError(f"`eval_strategy={str(args.eval_strategy)!r}` needs an `eval_dataset`.")
+
+
+def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPOConfig) -> Policy:
     """A policy from what users have: a name, a loaded model with its tokenizer, or a policy."""
     if isinstance(model, Policy):
         return model
-    if isinstance(model, str):
-        return load_policy(PolicyOptions(model=model))
-    return wrap_model(model, tokenizer)
+    if isinstance(model, nn.Module):
+        return wrap_model(cast(PreTrainedModel, model), tokenizer)
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
+    policy = load_policy(PolicyOptions(model=str(model), device=str(args.device)))
+    return policy if tokenizer is None else replace(policy, tokenizer=tokenizer, template=find_template(tokenizer))
 
 
-def trainable_policy(policy: Policy, peft_config: Any) -> Policy:
+def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> Policy:
     """The policy with its trainable weights marked: the adapter's where there is one, else all of them.
+
+    Args:
+        policy: The policy.
+        peft_config: A new adapter to put on it.
+        seed: Decides the new adapter's random start.
 
     Raises:
         UserError: A new adapter is asked for on top of another.
@@ -256,7 +437,9 @@ def trainable_policy(policy: Policy, peft_config: Any) -> Policy:
     if peft_config is not None:
         if hasattr(model, "disable_adapter"):
             raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
-        model = get_peft_model(model, peft_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(model, peft_config)
     if not hasattr(model, "disable_adapter"):
         model.requires_grad_(True)
     elif not any(weight.requires_grad for weight in model.parameters()):  # loaded for inference
