@@ -19,6 +19,8 @@ FinishReason = Literal["stop", "length"]
 TraceSource = Literal["anchor", "same-answer", "mh", "prior"]
 
 MODES: tuple[Mode, Mode] = ("thinking", "nothinking")
+UNKNOWN = "unknown"
+"""How reports call a model or template that no record names."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Completion:
             closing tag counted as trace. 0 in ``nothinking`` mode; None when the trace was never closed.
         trace: Text of the trace, None in ``nothinking`` mode.
         answer: Text of the final answer, None when there is none (unclosed trace).
-        seed: Seed of the run; the draw is a function of (seed, prompt_id, mode, sample_index).
+        seed: Seed of the run; the draw is a function of (seed, prompt_id, mode, sample_index). This and what follows
+            is None where it is not known; unknown is never taken for a default.
         temperature: Sampling temperature.
         top_p: Nucleus mass (1 = off).
         max_new_tokens: Cut-off.
@@ -78,13 +81,13 @@ class Completion:
     answer_start: int | None
     trace: str | None
     answer: str | None
-    seed: int
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    model: str
-    template: str
-    engine: str
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+    model: str | None = None
+    template: str | None = None
+    engine: str | None = None
     gold: str | None = None
     logprobs: tuple[float, ...] | None = None
 
@@ -105,6 +108,9 @@ class PreferencePair:
 
     In ``nothinking`` mode ``prompt_ids`` is the D_e prompt of the training form: the same prompt as in D_t, while the
     tokens that close the empty trace open both completions and count as trace (``*_answer_start`` is their number).
+
+    Where a pair comes from is optional: None means that it is not known, and is never taken for a default. An unknown
+    temperature, nucleus, model or answer boundary rules out that the pair's traces count as draws of pi_ref.
 
     Attributes:
         prompt_id: The prompt.
@@ -139,18 +145,18 @@ class PreferencePair:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
-    chosen_answer_start: int
-    rejected_answer_start: int
-    chosen_answer: str
-    rejected_answer: str
-    chosen_reward: float
-    rejected_reward: float
-    chosen_index: int
-    rejected_index: int
-    temperature: float
-    top_p: float
-    model: str
-    template: str
+    chosen_answer_start: int | None = None
+    rejected_answer_start: int | None = None
+    chosen_answer: str | None = None
+    rejected_answer: str | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    chosen_index: int | None = None
+    rejected_index: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    model: str | None = None
+    template: str | None = None
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
 
@@ -186,9 +192,9 @@ class TraceRecord:
     answer_start: int
     trace_logp: float
     joint_logp: float
-    temperature: float
-    model: str
-    template: str
+    temperature: float | None = None
+    model: str | None = None
+    template: str | None = None
 
 
 RecordT = TypeVar("RecordT", Prompt, Completion, PreferencePair, TraceRecord)

@@ -106,7 +106,25 @@ class Example:
     @property
     def sampled_plainly(self) -> bool:
         """Whether the D_t pair was sampled at temperature 1 without top-p: then its traces are draws of pi_ref."""
-        return self.both[0].temperature == 1.0 and self.both[0].top_p >= 1.0
+        return self.not_plain is None
+
+    @property
+    def not_plain(self) -> str | None:
+        """Why the traces of the D_t pair do not count as draws of pi_ref; None where they do."""
+        pair = self.both[0]
+        unknown = {
+            "the temperature of D_t": pair.temperature,
+            "the top-p of D_t": pair.top_p,
+            "the model that sampled D_t": pair.model,
+            "where the chosen answers of D_t begin": pair.chosen_answer_start,
+            "where the rejected answers of D_t begin": pair.rejected_answer_start,
+        }
+        missing = next((what for what, value in unknown.items() if value is None), None)
+        if missing is not None:
+            return f"{missing} is not recorded"
+        if pair.temperature == 1.0 and pair.top_p is not None and pair.top_p >= 1.0:
+            return None
+        return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
 
     @property
     def longest(self) -> int:
@@ -228,12 +246,12 @@ def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
     for example in examples:
         for record in example.records:
             kind = f"The {record.mode} pair" if isinstance(record, PreferencePair) else f"A {record.source} trace"
-            if record.model != reference:
+            if record.model not in (None, reference):
                 raise UserError(
                     f"{kind} of prompt {record.prompt_id} was sampled by {record.model}, but the reference is "
                     f"{reference}. Give the model the records come from, or allow the mismatch if you know why."
                 )
-            if record.template != policy.template.name:
+            if record.template not in (None, policy.template.name):
                 raise UserError(
                     f"{kind} of prompt {record.prompt_id} uses the template {record.template}, but the policy's is "
                     f"{policy.template.name}. Choose it with `template`, or allow the mismatch if you know why."
@@ -318,7 +336,8 @@ def _own_trace(pair: PreferencePair, side: Side) -> TraceRecord:
         index=0,
         prompt_ids=pair.prompt_ids,
         completion_ids=pair.chosen_ids if chosen else pair.rejected_ids,
-        answer_start=pair.chosen_answer_start if chosen else pair.rejected_answer_start,
+        # an unknown boundary rules out everything that would look at it
+        answer_start=(pair.chosen_answer_start if chosen else pair.rejected_answer_start) or 0,
         trace_logp=math.nan,
         joint_logp=math.nan if reference is None else reference,
         temperature=pair.temperature,

@@ -144,16 +144,15 @@ class Probe:
 
     def obstacle(self, method: MarginalMethod) -> str | None:
         """What rules a method out before any weight is looked at; None where nothing does."""
-        name, nucleus = self.options.objective.name, [e for e in self.examples if e.both[0].top_p < 1]
+        name, nucleus = self.options.objective.name, [e for e in self.examples if (e.both[0].top_p or 1) < 1]
         if method == "reference-point":
             if name != "dpo":
                 return f"the weights of {name} depend on each trace's length, so E g_t is not mu even at theta_ref"
             if not self.at_reference:
                 return "the policy is off theta_ref"
-            if not self.plain:
-                pair = next(e.both[0] for e in self.examples if not e.sampled_plainly)
-                return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
-            return None
+            return next((reason for e in self.examples if (reason := e.not_plain) is not None), None)
+        if any(None in (e.both[0].chosen_answer_start, e.both[0].rejected_answer_start) for e in self.examples):
+            return "where the answers of D_t begin is not recorded"
         if method == "anchored" and not self.plain:
             return "anchors are posterior draws only if the pairs were sampled at temperature 1 without top-p"
         if method == "posterior" and name == "simpo":

@@ -166,8 +166,8 @@ class Planner:
         is_prior = all(trace.source == "prior" for trace in traces) or method == "anchored"
         if not is_prior:
             for trace, row in zip(traces, rows, strict=True):
-                if trace.source != "mh" and trace.temperature != 1.0:
-                    self._temperature[row] = trace.temperature
+                if trace.source != "mh" and trace.temperature not in (1.0, None):
+                    self._temperature[row] = trace.temperature or math.nan
         return TraceChoice(traces, rows, bank.answer_tokens, is_prior, method == "anchored")
 
     def _trace(self, trace: TraceRecord) -> int:

@@ -63,7 +63,7 @@ def stored_log_probs(examples: Sequence[Example]) -> Iterator[StoredLogProb]:
                     ("joint_logp", len(trace.completion_ids), 1.0, trace.joint_logp),
                     ("trace_logp", trace.answer_start, trace.temperature, trace.trace_logp),
                 ):
-                    if not math.isnan(value):
+                    if not math.isnan(value) and temperature is not None:
                         yield StoredLogProb(f"{field} {name}", sequence, tokens, temperature, value)
 
 

@@ -26,7 +26,8 @@ def select_traces(bank: SideBank, method: MarginalMethod, most: int | None) -> t
     Raises:
         UserError: The bank lacks what the method needs.
     """
-    independent = (bank.own, *bank.same_answer)
+    # Of an unknown temperature the law of the pair's own trace is unknown too.
+    independent = () if bank.own.temperature is None else (bank.own, *bank.same_answer)
     where = f"prompt {bank.own.prompt_id} ({bank.own.side})"
     if method == "prior" or method == "anchored":
         if not bank.prior:

@@ -20,7 +20,8 @@ def adopt_completions(path: Path, template: Template | None, eos_id: int | None 
 
     Needed in each line: ``prompt_id``, ``mode`` (thinking or nothinking), and ``prompt_ids`` + ``completion_ids``, or
     ``prompt`` + ``text``, which are then tokenised here. ``sample_index`` is counted where missing, ``finish_reason``
-    defaults to ``stop``, the trace/answer boundary is found through the template.
+    defaults to ``stop``, the trace/answer boundary is found through the template. Temperature, model and the like stay
+    unknown where no line gives them.
 
     Args:
         path: The file.
@@ -73,12 +74,7 @@ def adopt_row(
         "answer_start": None,
         "trace": None,
         "answer": None,
-        "seed": 0,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "max_new_tokens": 0,
-        "model": "unknown",
-        "template": template.name if template else "unknown",
+        "template": template.name if template else None,
         "engine": "file",
     }
     return from_dict(Completion, defaults | row, where)

@@ -55,6 +55,26 @@ class PairSide:
         return trace + self.answer_ids
 
 
+def sampling_temperature(pair: PreferencePair) -> float:
+    """The temperature that a pair's responses were sampled at.
+
+    Raises:
+        UserError: It or the nucleus is not recorded, or the nucleus is below 1: the proposal's probabilities would
+            be unknown or wrong.
+    """
+    if pair.temperature is None or pair.top_p is None:
+        raise UserError(
+            f"The temperature and top-p that pair {pair.prompt_id} was sampled at are not recorded; without them its "
+            "traces have no weights. Make pairs with `bvpo-stats sample` and `pairs`, or give both fields."
+        )
+    if pair.top_p < 1:
+        raise UserError(
+            f"Pair {pair.prompt_id} was sampled with top-p {pair.top_p:g}: cut-off traces have no proposal "
+            "probability, so no weights. Sample with `top_p=1`."
+        )
+    return pair.temperature
+
+
 def pair_sides(pair: PreferencePair, samples: Sequence[Completion], max_positions: int | None) -> list[PairSide]:
     """Both sides of a D_t pair.
 
@@ -64,27 +84,30 @@ def pair_sides(pair: PreferencePair, samples: Sequence[Completion], max_position
         max_positions: Longest sequence the model has positions for; None for no limit.
 
     Raises:
-        UserError: The pair is not of D_t, was sampled with top-p below 1 (the proposal's log-probabilities would be
-            wrong), or is not among the samples.
+        UserError: The pair is not of D_t, is not among the samples, or see :func:`sampling_temperature`.
     """
     if pair.mode != "thinking":
         raise UserError(
             f"Pair {pair.prompt_id} is a {pair.mode} pair, which has no traces. Give a folder with thinking.jsonl."
         )
-    if pair.top_p < 1:
-        raise UserError(
-            f"Pair {pair.prompt_id} was sampled with top-p {pair.top_p:g}: cut-off traces have no proposal "
-            "probability, so no weights. Sample with `top_p=1`."
-        )
-    by_index = {sample.sample_index: sample for sample in samples}
+    sampling_temperature(pair)
     found = []
     for side in SIDES:
         index = pair.chosen_index if side == "chosen" else pair.rejected_index
         ids = pair.chosen_ids if side == "chosen" else pair.rejected_ids
-        own = by_index.get(index)
-        if own is None or own.completion_ids != ids or own.prompt_ids != pair.prompt_ids:
+        own = next(
+            (
+                sample
+                for sample in samples
+                if (index is None or sample.sample_index == index)
+                and (sample.prompt_ids, sample.completion_ids) == (pair.prompt_ids, ids)
+            ),
+            None,
+        )
+        if own is None:
+            number = "" if index is None else f" (sample {index})"
             raise UserError(
-                f"The {side} response of pair {pair.prompt_id} (sample {index}) is not in `samples`. Give the "
+                f"The {side} response of pair {pair.prompt_id}{number} is not in `samples`. Give the "
                 "samples that the pairs were made from."
             )
         found.append(_side(pair, side, own, samples, max_positions))

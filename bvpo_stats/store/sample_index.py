@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, from_dict
@@ -35,17 +36,17 @@ class SampleSource:
     """What all samples of an index have in common, and how many there are.
 
     Attributes:
-        model: Identity of the model that wrote them.
-        template: Name of the template protocol.
-        engine: Name of the engine of the first one.
+        model: Identity of the model that wrote them, None where they do not say.
+        template: Name of the template protocol, likewise.
+        engine: Name of the engine of the first one, likewise.
         n_prompts: Prompts with a response in one of the wanted modes.
         n_responses: Responses in the wanted modes.
         half_written: Half-written last lines that were passed over, the trace of a kill during sampling.
     """
 
-    model: str
-    template: str
-    engine: str
+    model: str | None
+    template: str | None
+    engine: str | None
     n_prompts: int
     n_responses: int
     half_written: int
@@ -181,7 +182,7 @@ class _Line:
 
 
 def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, modes: Sequence[Mode]) -> SampleSource:
-    first: dict[str, str] = {}
+    first: dict[str, str | None] = {}
     half_written = count = 0
     connection.execute("BEGIN")
     for line in _lines(paths):
@@ -221,7 +222,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[_Line]:
             raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
 
 
-def _parse(line: _Line) -> dict[str, object] | None:
+def _parse(line: _Line) -> dict[str, Any] | None:
     """The fields of a line that the index needs; None for a half-written last line."""
     try:
         row = json.loads(line.raw.decode("utf-8"))
@@ -229,19 +230,20 @@ def _parse(line: _Line) -> dict[str, object] | None:
         if not line.raw.endswith(b"\n"):
             return None  # only a last line lacks its newline, and only a kill during its write leaves half of it
         raise UserError(f"{line.where}: not JSON in UTF-8. Each line must be one sample (JSONL).") from error
-    wanted = {"prompt_id": str, "mode": str, "sample_index": int, "model": str, "template": str, "engine": str}
+    text: Any = (str, types.NoneType)
+    wanted = {"prompt_id": str, "mode": str, "sample_index": int, "model": text, "template": text, "engine": text}
     bad = [name for name, kind in wanted.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
     if bad or row["mode"] not in MODES or not row["prompt_id"]:
         raise UserError(
             f"{line.where}: not a sample (check {', '.join(bad or ['mode', 'prompt_id'])}). Give the `output` folder "
             "of `bvpo-stats sample`; responses from elsewhere go through its file engine first."
         )
-    return {name: row[name] for name in wanted}
+    return {name: row.get(name) for name in wanted}
 
 
-def _check_same_source(row: dict[str, object], line: _Line, first: dict[str, str]) -> None:
+def _check_same_source(row: dict[str, Any], line: _Line, first: dict[str, str | None]) -> None:
     for name in ("model", "template", "engine"):
-        value = str(row[name])
+        value = row[name]
         if first.setdefault(name, value) != value and name != "engine":
             raise UserError(
                 f"{line.where}: samples of several {name}s are mixed: {first[name]} before, {value} here. "

@@ -67,7 +67,7 @@ def broken(line: str) -> str:
     [
         ("{", "not JSON"),
         ("[1]", "not a sample"),
-        ("fields", "check mode, sample_index, model, template, engine"),
+        ("fields", "check mode, sample_index"),
         ('{"prompt_id": "p", "chosen": "a", "rejected": "b"}', "not a sample"),
     ],
 )

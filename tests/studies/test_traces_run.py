@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_done_again(inputs: Inputs, monkeypatch: pytest.Mo
 
 def test_inputs_that_do_not_belong_together(inputs: Inputs) -> None:
     out = inputs.folder / "o"
-    with pytest.raises(UserError, match=r"no thinking\.jsonl there"):
+    with pytest.raises(UserError, match=r"no thinking\.jsonl"):
         run_traces(replace(inputs.config, pairs=inputs.folder), out)
     with pytest.raises(UserError, match="no such folder"):
         run_traces(replace(inputs.config, samples=inputs.folder / "none"), out)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bvpo_stats.records import Completion
+from bvpo_stats.records import UNKNOWN, Completion
 from bvpo_stats.sampling.sample import SAMPLES_FILE
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.shards import run_files
@@ -120,7 +120,7 @@ def _read(config: EvaluateConfig, entrant: Contestant, benchmark: Benchmark, fol
         by_prompt = [
             {c.mode: c for c in reversed(index.completions(problem.prompt_id))} for problem in benchmark.problems
         ]
-        model = index.source.model
+        model = index.source.model or UNKNOWN
     return {mode: _Responses(model, tuple(found.get(mode) for found in by_prompt)) for mode in config.modes}
 
 

@@ -107,6 +107,8 @@ class ModeTally:
 
     def count_pair(self, pair: PreferencePair, *, exact_text: bool) -> None:
         """Counts a pair's gap and lengths."""
+        assert pair.chosen_reward is not None
+        assert pair.rejected_reward is not None
         gap = pair.chosen_reward - pair.rejected_reward
         self.gap_sum += gap
         self.gap_range = (min(self.gap_range[0], gap), max(self.gap_range[1], gap))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, Completion, Mode, PreferencePair, to_dict
+from bvpo_stats.records import MODES, UNKNOWN, Completion, Mode, PreferencePair, to_dict
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, build_pair, choose, reads_back
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SET_ASIDE_FILE
@@ -94,8 +94,8 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             run = _Run(index, reward, template, policy, scores, logps)
             tallies, joint = _write_pairs(run, config.modes, folder)
         report = PairsReport(
-            model=index.source.model,
-            template=index.source.template,
+            model=index.source.model or UNKNOWN,
+            template=index.source.template or UNKNOWN,
             reward=reward.identity,
             n_prompts=index.source.n_prompts,
             n_responses=index.source.n_responses,

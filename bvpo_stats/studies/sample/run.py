@@ -11,7 +11,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.served import ServedPolicy, load_served_policy
 from bvpo_stats.model.templates import Template
-from bvpo_stats.records import MODES, Completion, Mode
+from bvpo_stats.records import MODES, UNKNOWN, Completion, Mode
 from bvpo_stats.sampling.engines.base import Engine, SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.sampling.prompts import load_prompts
@@ -181,8 +181,8 @@ def _adopt(config: SampleConfig, output: Path) -> SampleReport:
             folder,
             SampleReport(
                 engine="file",
-                model=first.model,
-                template=first.template,
+                model=first.model or UNKNOWN,
+                template=first.template or UNKNOWN,
                 prompts=digest,
                 shard="1/1",
                 sampling=None,

@@ -15,7 +15,7 @@ from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, to_dict
 from bvpo_stats.sampling.trace_chain import TraceDrawer
-from bvpo_stats.sampling.trace_sides import pair_sides
+from bvpo_stats.sampling.trace_sides import pair_sides, sampling_temperature
 from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
 from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
@@ -123,7 +123,7 @@ def _fill_bank(
     with progress("Tracing", total, "pairs", done=state.pairs) as advance:
         while window := list(islice(pairs, _WINDOW)):
             done += len(window)
-            temperatures.update(pair.temperature for pair in window)
+            temperatures.update(map(sampling_temperature, window))
             if len(temperatures) > 1:
                 raise UserError(
                     f"Pairs sampled at several temperatures are mixed: {', '.join(map(str, sorted(temperatures)))}. "
@@ -150,7 +150,7 @@ def _window_records(
             )
     positions = drawer.policy.max_positions
     sides = [side for pair in window for side in pair_sides(pair, index.completions(pair.prompt_id), positions)]
-    return (to_dict(record) for record in trace_bank(sides, window[0].temperature, drawer, options, tally))
+    return (to_dict(record) for record in trace_bank(sides, sampling_temperature(window[0]), drawer, options, tally))
 
 
 def _restore(bank: Path, state_path: Path) -> _State:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy
-from bvpo_stats.records import MODES, Completion, Prompt
+from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt
 from bvpo_stats.sampling.adopt import adopt_completions
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.prompts import load_prompts
@@ -126,7 +126,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     with open_run(output, "variance", identity) as folder:
         if unscored and policy is not None:
             score_into(folder / LOGPROBS_FILE, unscored, policy)
-        model = policy.identity if unscored and policy is not None else completions[0].model
+        model = policy.identity if unscored and policy is not None else completions[0].model or UNKNOWN
         report = _analyse(config, completions, folder / LOGPROBS_FILE, model)
         report.write(folder)
     return report
@@ -166,7 +166,7 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
         **vars(tables),
         definitions=config.definitions,
         sampling=None if config.samples_from else config.sampling,
-        template=completions[0].template,
+        template=completions[0].template or UNKNOWN,
         published={"model": name, **APPENDIX_B[name]} if name else None,
         lengths=histogram(samples, "length"),
         logps=histogram(samples, "logp"),
