@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bvpo_stats.gradients.examples import Example, Joined, join
-from bvpo_stats.records import PreferencePair, TraceRecord, from_dict
+from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.training.alpha import AdaptiveOptions
 from bvpo_stats.training.config import BVPOConfig
 
@@ -50,24 +50,6 @@ class PromptRows(Dataset[int]):
 def collate_rows(rows: Sequence[int]) -> dict[str, Tensor]:
     """A batch: the numbers of its prompts."""
     return {"rows": torch.tensor(list(rows), dtype=torch.long)}
-
-
-def as_pairs(rows: Iterable[PreferencePair | dict[str, Any]], name: str) -> list[PreferencePair]:
-    """Records from records, or from the rows of a ``datasets.Dataset`` that `bvpo-stats pairs` wrote.
-
-    Args:
-        rows: The rows.
-        name: How errors name them.
-
-    Raises:
-        UserError: A row lacks fields.
-    """
-    found = []
-    for number, row in enumerate(rows):
-        found.append(
-            row if isinstance(row, PreferencePair) else from_dict(PreferencePair, row, f"{name}, row {number}")
-        )
-    return found
 
 
 def join_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,18 +24,16 @@ from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_mod
 from bvpo_stats.model.scores import log_probabilities
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
+from bvpo_stats.store.tables import Source, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
-from bvpo_stats.training.data import PromptRows, as_pairs, collate_rows, join_for, select
+from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
 from bvpo_stats.training.deposit import through_wrapper, with_gradient
 from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
 from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
 from bvpo_stats.training.reference import DisabledAdapter, StoredReference, precompute_reference
 from bvpo_stats.training.scored import scored_gradient
 from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
-
-Rows = str | Path | Iterable[PreferencePair | dict[str, Any]]
-"""A dataset, see :class:`BVPOTrainer`."""
 
 _SETS = {"trace", "empty"}
 
@@ -46,9 +44,9 @@ class BVPOTrainer(Trainer):
     The model runs without dropout: policy and reference share one code path, so that all rewards are 0 at the start.
     The reference is the model with its adapter disabled; where all weights are trained, the weights at the start.
 
-    A dataset is a ``datasets.Dataset``, a list of records or of rows, or the path of a file (JSONL, gzipped or not;
-    Parquet) or of a run's folder. Rows have TRL's columns ``prompt``, ``chosen`` and ``rejected`` as text, as messages
-    or as token ids (``prompt`` may be implicit), or those of the records that ``bvpo-stats pairs`` writes.
+    A dataset is a ``datasets.Dataset``, a list of records or of rows, or a path: a file (JSONL, gzipped or not, or
+    Parquet) or a run's folder. Rows have TRL's columns ``prompt``, ``chosen`` and ``rejected`` as text, as messages or
+    as token ids (the prompt may be implicit), or those of the records that ``bvpo-stats pairs`` writes.
 
     Args:
         model: ``embedded``, a model folder or hub id, a transformers causal LM (with a PEFT adapter or without), or a
@@ -73,9 +71,9 @@ class BVPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | nn.Module | Policy,
         args: BVPOConfig | None = None,
-        train_dataset: Rows | Joined | None = None,
-        empty_dataset: Rows | None = None,
-        eval_dataset: Rows | Mapping[str, Any] | None = None,
+        train_dataset: Source | Joined | None = None,
+        empty_dataset: Source | None = None,
+        eval_dataset: Source | Mapping[str, Any] | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
@@ -88,8 +86,7 @@ class BVPOTrainer(Trainer):
         self.config = args
         self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
-            pairs = self._pairs(train_dataset, "thinking", "train_dataset")
-            pairs += self._pairs(empty_dataset, "nothinking", "empty_dataset")
+            pairs = self._pairs(train_dataset, empty_dataset, ("train_dataset", "empty_dataset"))
             train_dataset = join_for(args, pairs, traces)
         self.selection = select(args, train_dataset)
         self._examples = list(
@@ -191,7 +188,7 @@ class BVPOTrainer(Trainer):
 
     def evaluate(  # type: ignore[override]  # more kinds of datasets
         self,
-        eval_dataset: Rows | Mapping[str, Any] | None = None,
+        eval_dataset: Source | Mapping[str, Any] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -219,7 +216,7 @@ class BVPOTrainer(Trainer):
 
     def predict(  # type: ignore[override]
         self,
-        test_dataset: Rows | Mapping[str, Any],
+        test_dataset: Source | Mapping[str, Any],
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
@@ -281,20 +278,23 @@ class BVPOTrainer(Trainer):
         self.estimator.add(sums)
         return found
 
-    def _pairs(self, dataset: Any, mode: Mode, name: str) -> list[PreferencePair]:
-        """The pairs of a dataset; ``mode`` is the set of rows that do not say."""
-        return [] if dataset is None else as_pairs(dataset, name)
+    def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
+        """The pairs of D_t and D_e; a folder that is given for D_t alone may hold both."""
+        mode: Mode | None = None if empty is None else "thinking"
+        pairs = [] if trace is None else list(read_records(trace, PreferencePair, mode=mode, name=names[0]))
+        if empty is not None:
+            pairs += read_records(empty, PreferencePair, mode="nothinking", name=names[1])
+        return pairs
 
-    def _rows_of(self, dataset: Rows | Mapping[str, Any]) -> PromptRows | dict[str, PromptRows]:
+    def _rows_of(self, dataset: Source | Mapping[str, Any]) -> PromptRows | dict[str, PromptRows]:
         """Joins an evaluation's pairs and puts them behind the examples that there are."""
         if isinstance(dataset, Mapping) and not set(dataset) <= _SETS:
             return {name: self._one_set(part) for name, part in dataset.items()}
         return self._one_set(dataset)
 
-    def _one_set(self, dataset: Rows | Mapping[str, Any]) -> PromptRows:
+    def _one_set(self, dataset: Source | Mapping[str, Any]) -> PromptRows:
         sets = dataset if isinstance(dataset, Mapping) else {"trace": dataset}
-        pairs = self._pairs(sets.get("trace"), "thinking", "eval_dataset")
-        pairs += self._pairs(sets.get("empty"), "nothinking", "eval_dataset")
+        pairs = self._pairs(sets.get("trace"), sets.get("empty"), ("eval_dataset", "eval_dataset"))
         if not pairs:
             raise UserError("`eval_dataset` holds no pairs.")
         joined = join(
@@ -307,7 +307,7 @@ class BVPOTrainer(Trainer):
         return PromptRows(len(joined.examples), start=len(self._examples) - len(joined.examples))
 
     @contextlib.contextmanager
-    def _added(self, dataset: Rows | Mapping[str, Any]) -> Iterator[Any]:
+    def _added(self, dataset: Source | Mapping[str, Any]) -> Iterator[Any]:
         """An evaluation's rows for as long as it takes."""
         before, pair_model = len(self._examples), self._pair_model
         try:

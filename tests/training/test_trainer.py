@@ -138,6 +138,28 @@ def test_a_model_and_its_tokenizer_as_trl_takes_them(random_model: Path, tmp_pat
         BVPOTrainer(AutoModelForCausalLM.from_pretrained(random_model), settings(tmp_path), *tables)
 
 
+def test_datasets_on_disk(random_model: Path, tmp_path: Path) -> None:
+    """A run's folder with both sets, one file of each, and the pairs that ship with the package."""
+    from bvpo_stats.store.tables import write_records
+
+    policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    known = BVPOTrainer(policy, settings(tmp_path), pairs)
+    for mode in ("thinking", "nothinking"):
+        for suffix in ("jsonl.gz", "parquet"):
+            (tmp_path / suffix).mkdir(exist_ok=True)
+            write_records(tmp_path / suffix / f"{mode}.{suffix}", [pair for pair in pairs if pair.mode == mode])
+    both = BVPOTrainer(policy, settings(tmp_path), tmp_path / "jsonl.gz")
+    files = [str(tmp_path / "parquet" / f"{mode}.parquet") for mode in ("thinking", "nothinking")]
+    apart = BVPOTrainer(policy, settings(tmp_path), *files, eval_dataset=files[0])
+    assert both.selection == apart.selection == known.selection
+    assert len(apart.eval_dataset) == PROMPTS
+    embedded = BVPOTrainer("embedded", settings(tmp_path, unmatched_prompts="drop"), "embedded")
+    assert len(embedded.selection.train) > 100
+    with pytest.raises(UserError, match="`train_dataset='nowhere'`"):
+        BVPOTrainer(policy, settings(tmp_path), "nowhere")
+
+
 def test_nan_names_the_batch_and_takes_no_step(random_model: Path, tmp_path: Path) -> None:
     policy = adapted(random_model)
     trainer = BVPOTrainer(policy, settings(tmp_path), both_sets(policy, PROMPTS))
