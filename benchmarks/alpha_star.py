@@ -109,8 +109,8 @@ class Stopwatch:
 
 def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
-    from bvpo_stats.gradients import forwards, passes, references, stream
-    from bvpo_stats.gradients.stream import StreamOptions
+    from bvpo_stats.gradients import engine, references, stream
+    from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star import run as study
@@ -128,8 +128,8 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
         if "lora_B" in key and drift:
             weight.data += drift * torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
     watch, count = Stopwatch(), [0, 0]
-    for owner, function in ((passes, "score_pass"), (forwards, "log_probabilities"), (stream, "check_scores"),
-                            (forwards, "completion_logprobs"), (references, "completion_logprobs")):  # fmt: skip
+    for owner, function in ((engine, "score_pass"), (engine, "log_probabilities"), (stream, "check_scores"),
+                            (engine, "completion_logprobs"), (references, "completion_logprobs")):  # fmt: skip
         watch.watch(owner, function, "model")
     watch.watch(Tape, "_emit", "combining")
     watch.watch(PassState, "add", "moments")
@@ -141,14 +141,14 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
         return kept[0]
 
     PassState.add = keep  # type: ignore[method-assign]
-    scores = passes.score_pass
+    scores = engine.score_pass
 
     def counted(model: Any, theta: Any, batch: Any, *arguments: Any) -> Any:
         count[0] += len(batch)
         count[1] += int(batch.attention_mask.sum())
         return scores(model, theta, batch, *arguments)
 
-    passes.score_pass = counted
+    engine.score_pass = counted
     stream_options = StreamOptions(traces_per_answer=8, half_splits=True, max_tokens=budget)
     options = study.AlphaOptions(stream=stream_options, groups=GROUPS)
     loading, before = time.process_time(), _peak_resident()

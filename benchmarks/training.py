@@ -26,8 +26,8 @@ from measure import machine, median_ratio, peak_bytes
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions, create_lora
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_examples

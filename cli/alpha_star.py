@@ -94,7 +94,7 @@ def alpha_star(
     Started by torchrun or accelerate launch, the processes (on one GPU each) share the prompts and one reports.
     """
     from bvpo_stats.gradients.objectives import LOSSES, Objective
-    from bvpo_stats.gradients.stream import StreamOptions
+    from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.model.subset import LoraOptions
     from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions
     from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star

@@ -11,7 +11,7 @@ from typing import Any
 _HOMES = {
     "GradientOptions": "pair_gradients",
     "Objective": "objectives",
-    "StreamOptions": "stream",
+    "StreamOptions": "options",
     "pair_gradients": "pair_gradients",
     "stream_pair_gradients": "pair_gradients",
 }

@@ -10,13 +10,11 @@ from typing import Literal
 import numpy as np
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.aggregate import MarginalDiagnostics, aggregate
+from bvpo_stats.gradients.engine import Forwards, Planner, RowRules, prompt_rows
 from bvpo_stats.gradients.examples import Example, SideBank
-from bvpo_stats.gradients.forwards import Forwards
+from bvpo_stats.gradients.marginal import MarginalDiagnostics, aggregate, select_traces
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
-from bvpo_stats.gradients.plans import Planner, RowRules, prompt_rows
 from bvpo_stats.gradients.references import at_reference
-from bvpo_stats.gradients.selection import select_traces
 from bvpo_stats.model.policy import Policy
 
 Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]

@@ -1,37 +1,306 @@
-"""The marginal gradient m of one prompt, as weights on the scores of its traces.
+"""The marginal gradient m of one prompt, as weights on the scores of its traces, and what they are worth.
 
-    m = chosen_weight(M) S(y+) + rejected_weight(M) S(y-),      S(y) = E_{r ~ pi_theta(r | x, y)} s(r, y),
+    m = chosen_weight(M) S(y+) + rejected_weight(M) S(y-)
+    log pi(y | x) = log E_{r ~ q} w,   S(y) = grad log pi(y | x) = E_{r ~ pi(r | x, y)} s(r, y)      (Fisher's identity)
 
-with the margin M of the log-marginals (DPO: weights -+ beta sigmoid(-M)). Every estimator here replaces S by a
-weighted mean of the scores of K traces, with w = pi_theta(r, y | x) / q(r), and M by
+with ``w = pi_theta(r, y | x) / q(r)`` and M the margin of the log-marginals (DPO: weights -+ beta sigmoid(-M)). Every
+estimator here replaces S by a weighted mean of the scores of K traces, and M by
 
     log pi_theta(y | x) / pi_ref(y | x) = log sum_k w_k - log sum_k v_k,      v = pi_ref(r, y | x) / q(r),
 
 so all of it is arithmetic on log-probabilities: the traces' scores are combined inside one backward and never stored.
 With posterior traces of pi_ref (q proportional to pi_ref(r, y | x)) all v are equal and this is the ratio identity,
-log mean exp(Delta). Normalisers of q cancel.
+log mean exp(Delta). Normalisers of q cancel. Functions of log-weights ``[K]`` and scores ``[K, d]`` know no model.
+
+Which estimator is unbiased:
+
+* `snis`: bias ``-E_q[w^2 (s - S)] / (K (E_q w)^2)`` to leading order (Cardoso et al. 2022; Agapiou et al. 2017).
+* `anchored_snis`: the same arithmetic where the first trace is an exact posterior draw and the rest come from q: no
+  bias for any K (the invariance of the i-SIR kernel, Andrieu, Lee and Vihola 2018).
+* `log_mean_weight`: ``log`` of an unbiased mean, bias ``-Var(w / E w) / (2 K)``. With ``w = exp(Delta)`` and traces of
+  pi_ref's posterior it estimates ``log pi(y | x) / pi_ref(y | x)``.
+* `multilevel`: antithetic multilevel Monte Carlo, no bias (Blanchet and Glynn 2015; Shi and Cornish 2021).
+* `jackknife`: bias of order ``1 / K^2`` (JVI, Nowozin 2018); its implied weights can be negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import logsumexp
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import SideBank
 from bvpo_stats.gradients.objectives import Objective, PairLogps
-from bvpo_stats.statistics.diagnostics import WeightDiagnostics, diagnose
-from bvpo_stats.statistics.marginal import (
-    antithetic_difference,
-    jackknife,
-    level_probabilities,
-    log_mean_weight,
-    multilevel,
-)
+from bvpo_stats.gradients.options import MarginalMethod
+from bvpo_stats.records import TraceRecord
+from bvpo_stats.statistics.moments import Array
+
+Functional = Callable[[Int[np.ndarray, " chosen"]], Array]
+"""A statistic of a subset of the traces, given by their indices; `multilevel` and `jackknife` remove its bias."""
+
+
+def normalised_weights(log_weights: Float[np.ndarray, "*batch traces"]) -> Float[np.ndarray, "*batch traces"]:
+    """Weights that sum to one along the last axis, computed without overflow.
+
+    Raises:
+        UserError: All weights are zero, or a log-weight is NaN or +inf.
+    """
+    log_weights = np.asarray(log_weights, dtype=np.float64)
+    if np.isnan(log_weights).any() or np.isposinf(log_weights).any():
+        raise UserError("a log-weight is NaN or infinite; check the log-probabilities of the traces.")
+    total = logsumexp(log_weights, axis=-1, keepdims=True)
+    if np.isneginf(total).any():
+        raise UserError("all traces of an answer have weight zero, so its marginal cannot be estimated from them.")
+    return np.exp(log_weights - total)
+
+
+def log_mean_weight(log_weights: Float[np.ndarray, "*batch traces"]) -> Float[np.ndarray, "*batch"]:
+    """``log((1 / K) sum_k w_k)``: log pi(y | x) from draws of q, its log-ratio to pi_ref from pi_ref's posterior."""
+    log_weights = np.asarray(log_weights, dtype=np.float64)
+    return logsumexp(log_weights, axis=-1) - np.log(log_weights.shape[-1])
+
+
+def snis(
+    log_weights: Float[np.ndarray, "*batch traces"], scores: Float[np.ndarray, "*batch traces parameters"]
+) -> Float[np.ndarray, "*batch parameters"]:
+    """Self-normalised importance sampling, ``sum_k w_k s_k / sum_k w_k``, from K draws of q.
+
+    Its bias does not shrink with the number of prompts: it shifts alpha by ``E(g_t - g_e) . bias / A``.
+
+    >>> snis(np.log([1.0, 3.0]), np.array([[0.0], [4.0]]))
+    array([3.])
+    """
+    return np.einsum("...k,...kd->...d", normalised_weights(log_weights), np.asarray(scores, dtype=np.float64))
+
+
+def anchored_snis(
+    log_weights: Float[np.ndarray, "*batch traces"], scores: Float[np.ndarray, "*batch traces parameters"]
+) -> Float[np.ndarray, "*batch parameters"]:
+    """`snis` with the anchor first: trace 0 from the exact posterior pi(r | x, y), traces 1 .. K-1 from q.
+
+    Exactly unbiased for S(y) at any K: with ``r_0 ~ w q / Z`` the joint density of the K traces is ``w_0 / Z`` times
+    that of K draws of q, and averaging over which of them is called the anchor turns the ratio into a plain mean. At
+    temperature 1 every generated (r, y) supplies its own anchor; K = 1 is that single trace.
+
+    The value is symmetric in the traces; this name exists to say which of them the caller must supply.
+    """
+    return snis(log_weights, scores)
+
+
+def antithetic_difference(functional: Functional, indices: Int[np.ndarray, " traces"]) -> Array:
+    """``f(all) - (f(first half) + f(second half)) / 2``, the correction of one level."""
+    half = len(indices) // 2
+    if half * 2 != len(indices):
+        raise UserError(f"the antithetic difference needs an even number of traces, got {len(indices)}.")
+    return functional(indices) - (functional(indices[:half]) + functional(indices[half:])) / 2
+
+
+def level_probabilities(levels: int) -> Float[np.ndarray, " levels"]:
+    """``p_l ~ 2^(-3 l / 2)`` for l = 1 .. levels, between the cost (2^l) and the variance (2^(-2 l)) of a level.
+
+    >>> level_probabilities(2).round(3)
+    array([0.739, 0.261])
+    """
+    weights = 2.0 ** (-1.5 * np.arange(1, levels + 1))
+    return weights / weights.sum()
+
+
+def multilevel(functional: Functional, traces: int, level: int, *, base: int = 1, levels: int | None = None) -> Array:
+    """Single-term antithetic multilevel estimate, ``mean f(blocks of base traces) + Delta_level / p_level``.
+
+    Draw ``level`` from `level_probabilities` and provide ``base * 2^level`` independent, identically drawn traces (no
+    anchor among them: the halves must look alike). The expectation telescopes to that of f on ``base * 2^levels``
+    traces, ``E f_0 + sum_l E Delta_l``: with the number of levels capped, what bias remains is that of f at the cap.
+
+    Args:
+        functional: Statistic of a subset of the traces, such as `snis` of them, or the whole of
+            ``-beta sigmoid(-M) (S(y+) - S(y-))``, whose second nonlinearity is corrected as well.
+        traces: Traces at hand, ``base * 2^level``.
+        level: The level drawn, 1 .. levels.
+        base: Traces at level 0.
+        levels: Number of levels that ``level`` was drawn from.
+
+    Raises:
+        UserError: The number of traces does not fit the level.
+    """
+    top = level if levels is None else levels
+    if not 1 <= level <= top or traces != base * 2**level:
+        raise UserError(f"level {level} of {top} needs {base * 2**level} traces, got {traces}; draw that many.")
+    indices = np.arange(traces)
+    ground = np.mean([functional(block) for block in indices.reshape(-1, base)], axis=0)
+    return ground + antithetic_difference(functional, indices) / level_probabilities(top)[level - 1]
+
+
+def jackknife(functional: Functional, traces: int) -> Array:
+    """``K f(all) - (K - 1) mean_k f(all but k)``: removes the bias of order 1/K (JVI for ``log_mean_weight``)."""
+    if traces < 2:
+        raise UserError("the jackknife over traces needs at least two of them; raise the number of traces per answer.")
+    indices = np.arange(traces)
+    without = np.mean([functional(np.delete(indices, k)) for k in indices], axis=0)
+    return traces * functional(indices) - (traces - 1) * without
+
+
+@dataclass(frozen=True)
+class SnisBias:
+    """Exact quantities of a finite trace space and the leading-order biases they predict at K traces.
+
+    Attributes:
+        score: ``-E_q[w^2 (s - S)] / (K (E_q w)^2)``, bias of `snis`, ``[d]``.
+        log_marginal: ``-Var_q(w / E_q w) / (2 K)``, bias of `log_mean_weight`.
+    """
+
+    score: Array
+    log_marginal: float
+
+
+def predicted_snis_bias(
+    proposal: Float[np.ndarray, " space"],
+    log_weights: Float[np.ndarray, " space"],
+    scores: Float[np.ndarray, "space parameters"],
+    traces: int,
+) -> SnisBias:
+    """Leading-order bias of `snis` and `log_mean_weight` with K traces, from the whole trace space.
+
+    Args:
+        proposal: q of every trace.
+        log_weights: log w of every trace.
+        scores: Score of every trace.
+        traces: K.
+    """
+    q = np.asarray(proposal, dtype=np.float64)
+    w = np.exp(np.asarray(log_weights) - logsumexp(log_weights, b=q))
+    centred = np.asarray(scores) - (q * w) @ scores
+    return SnisBias(-(q * w**2) @ centred / traces, float(-(q @ (w - 1) ** 2) / (2 * traces)))
+
+
+@dataclass(frozen=True)
+class WeightDiagnostics:
+    """Diagnostics of the K weights of one answer.
+
+    Attributes:
+        traces: K.
+        effective_size: ``1 / sum_k wbar_k^2`` of the normalised weights, between 1 and K.
+        largest: Largest normalised weight.
+        anchor_gap: ``J = E_posterior[log w] - E_q[log w]``, the Jeffreys divergence between posterior and proposal; it
+            needs no normaliser. None without draws of both kinds.
+        log_traces: ``log K``; ``J <= log K`` certifies, ``J >> log K`` is a red flag.
+        k_hat: Pareto tail index of the weights; None where K is too small for a fit or arviz-stats is missing.
+        k_threshold: ``min(1 - 1 / log10 K, 0.7)``: below it the estimate is as good as its effective size says
+            (Vehtari et al. 2024). Under K = 25 a certificate is out of reach.
+        certified: Whether the weights pass: ``J <= log K`` (where J is known) and ``k_hat < k_threshold`` (where
+            known), with at least one of the two known.
+    """
+
+    traces: int
+    effective_size: float
+    largest: float
+    anchor_gap: float | None
+    log_traces: float
+    k_hat: float | None
+    k_threshold: float
+    certified: bool
+
+
+def effective_sample_size(log_weights: Float[np.ndarray, "*batch traces"]) -> Float[np.ndarray, "*batch"]:
+    """``1 / sum_k wbar_k^2``.
+
+    >>> round(float(effective_sample_size(np.zeros(8))), 9)
+    8.0
+    """
+    return 1 / (normalised_weights(log_weights) ** 2).sum(axis=-1)
+
+
+def anchor_gap(posterior: Float[np.ndarray, " anchors"], proposal: Float[np.ndarray, " draws"]) -> float:
+    """``J = E_posterior[log w] - E_q[log w] = KL(posterior | q) + KL(q | posterior)``.
+
+    Args:
+        posterior: Log-weights of exact posterior draws (anchors).
+        proposal: Log-weights of draws of q. One of weight zero makes the gap infinite, as it should.
+    """
+    return float(np.mean(posterior) - np.mean(proposal))
+
+
+def k_hat_threshold(traces: int) -> float:
+    """``min(1 - 1 / log10 K, 0.7)``, from Vehtari et al. (2024), and minus infinity where K <= 1.
+
+    >>> [round(k_hat_threshold(K), 2) for K in (10, 25, 100, 10000)]
+    [0.0, 0.28, 0.5, 0.7]
+    """
+    return min(1 - 1 / math.log10(traces), 0.7) if traces > 1 else -math.inf
+
+
+def pareto_k_hat(log_weights: Float[np.ndarray, " traces"]) -> float | None:
+    """Shape k of a generalised Pareto fit to the largest weights; k > 0: moments of order 1/k and above are infinite.
+
+    The fit is that of arviz-stats (Zhang and Stephens 2009, with the weak prior of Vehtari et al.). Its ``psislw``
+    expects log-*likelihoods* and negates them, so log-weights go in with a minus sign; passed as they are, the fit
+    would describe the smallest weights instead.
+
+    Returns:
+        k-hat; None if the tail would hold fewer than 5 weights (K < 25), if all its weights are equal, or if
+        arviz-stats is not installed.
+    """
+    values = np.asarray(log_weights, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < 25 or np.ptp(values) == 0:
+        return None
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _, k_hat = array_stats.psislw(-values)
+        except ValueError:  # all tail values equal
+            return None
+    return float(k_hat)
+
+
+def diagnose(
+    log_weights: Float[np.ndarray, " traces"], anchors: Float[np.ndarray, " anchors"] | None = None
+) -> WeightDiagnostics:
+    """All diagnostics of the weights of one answer.
+
+    Args:
+        log_weights: Log-weights of the K draws of q.
+        anchors: Log-weights of exact posterior draws, where there are any.
+    """
+    weights = normalised_weights(log_weights)
+    traces = len(weights)
+    gap = None if anchors is None or len(anchors) == 0 else anchor_gap(anchors, log_weights)
+    k_hat, threshold = pareto_k_hat(log_weights), k_hat_threshold(traces)
+    tests = [] if gap is None else [gap <= math.log(traces)]
+    tests += [] if k_hat is None else [k_hat < threshold]
+    return WeightDiagnostics(
+        traces=traces,
+        effective_size=float(1 / (weights**2).sum()),
+        largest=float(weights.max()),
+        anchor_gap=gap,
+        log_traces=math.log(traces),
+        k_hat=k_hat,
+        k_threshold=threshold,
+        certified=bool(tests) and all(tests),
+    )
+
+
+def half_split_cosine(
+    log_weights: Float[np.ndarray, " traces"], scores: Float[np.ndarray, "traces parameters"]
+) -> float:
+    """Cosine between the marginal scores from the even and from the odd traces; near 1 when the traces agree."""
+    log_weights, scores = np.asarray(log_weights), np.asarray(scores)
+    first, second = (snis(log_weights[k::2], scores[k::2]) for k in (0, 1))
+    scale = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / scale if scale > 0 else math.nan
+
 
 Coefficients = tuple[Float[np.ndarray, " chosen_traces"], Float[np.ndarray, " rejected_traces"]]
 Rows = Int[np.ndarray, " traces"]
@@ -254,3 +523,132 @@ def _others(chosen: SideTraces, rejected: SideTraces, margin: tuple[Rows, Rows])
         np.setdiff1d(np.arange(len(chosen)), margin[0]),
         np.setdiff1d(np.arange(len(rejected)), margin[1]),
     )
+
+
+COLLAPSED_SIZE = 1.5
+"""Effective size under which the traces of an answer count as one."""
+
+COLLAPSED_SHARE = 0.5
+"""Share of answers with collapsed weights beyond which mu is not estimable."""
+
+ANCHOR_GAP_FACTOR = 2.0
+"""An anchor gap beyond this multiple of log K is a red flag: about e^J draws would be needed to see the posterior."""
+
+
+@dataclass(frozen=True)
+class MarginalDiagnostics:
+    """Trace weights over all pair sides.
+
+    Attributes:
+        sides: Pair sides.
+        traces: Mean number of traces per side.
+        effective_size: Mean effective size.
+        median_effective_size: Median effective size.
+        largest: Mean of the largest normalised weight.
+        anchor_gap: Mean of the anchor gap J over the sides that have one (each rests on a single anchor; the mean is
+            what to compare with log K); None without.
+        log_traces: Log of the mean number of proposal draws.
+        k_hat: Largest Pareto k-hat over the sides where it could be fitted; None without.
+        k_threshold: Threshold for k-hat at the largest number of traces.
+        certified: Share of sides whose own diagnostics certify them.
+        collapsed_share: Share of sides with at least two traces whose effective size is below `COLLAPSED_SIZE`.
+        collapsed: Whether mu is not estimable from these weights: most such sides are collapsed, or the anchor gap is
+            far beyond log K (draws that all miss the posterior can have equal weights and a large effective size).
+    """
+
+    sides: int
+    traces: float
+    effective_size: float
+    median_effective_size: float
+    largest: float
+    anchor_gap: float | None
+    log_traces: float
+    k_hat: float | None
+    k_threshold: float
+    certified: float
+    collapsed_share: float
+    collapsed: bool
+
+    @property
+    def failure(self) -> str | None:
+        """Why mu is not estimable from these weights, in words; None where it is."""
+        if not self.collapsed:
+            return None
+        if self.collapsed_share > COLLAPSED_SHARE or self.anchor_gap is None:
+            return f"the weights of {self.collapsed_share:.0%} of the answers have collapsed"
+        return f"the draws miss the posterior (anchor gap {self.anchor_gap:.2g} against log K = {self.log_traces:.2g})"
+
+
+def aggregate(diagnostics: Sequence[SideDiagnostics]) -> MarginalDiagnostics:
+    """Diagnostics of all pair sides in one.
+
+    A side with one trace has nothing to collapse; if no side has more, the weights say nothing and ``collapsed`` is
+    False.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not diagnostics:
+        raise UserError("There are no trace weights to diagnose; the method uses no trace bank.")
+    weights = [side.weights for side in diagnostics]
+    sizes = np.array([w.effective_size for w in weights])
+    several = np.array([w.traces > 1 for w in weights])
+    gaps = [w.anchor_gap for w in weights if w.anchor_gap is not None]
+    k_hats = [w.k_hat for w in weights if w.k_hat is not None]
+    collapsed_share = float((sizes[several] < COLLAPSED_SIZE).mean()) if several.any() else 0.0
+    log_traces = float(np.log(np.mean(np.exp([w.log_traces for w in weights]))))
+    gap = float(np.mean(gaps)) if gaps else None
+    missed = gap is not None and gap > ANCHOR_GAP_FACTOR * max(log_traces, np.log(2))
+    return MarginalDiagnostics(
+        sides=len(weights),
+        traces=float(np.mean([w.traces for w in weights])),
+        effective_size=float(sizes.mean()),
+        median_effective_size=float(np.median(sizes)),
+        largest=float(np.mean([w.largest for w in weights])),
+        anchor_gap=gap,
+        log_traces=log_traces,
+        k_hat=max(k_hats) if k_hats else None,
+        k_threshold=max(w.k_threshold for w in weights),
+        certified=float(np.mean([w.certified for w in weights])),
+        collapsed_share=collapsed_share,
+        collapsed=collapsed_share > COLLAPSED_SHARE or missed,
+    )
+
+
+def select_traces(bank: SideBank, method: MarginalMethod, most: int | None) -> tuple[TraceRecord, ...]:
+    """The traces of a side that a method uses.
+
+    ``posterior`` takes the pair's own trace, same-answer draws and chain states, in this order. Where the pair was
+    sampled at a temperature T other than 1, the first two are draws of q_T(r | x, y) and the chain's are draws of
+    pi_ref(r | x, y); normalisers differ, so the larger group is used alone. ``multilevel`` needs independent draws of
+    one law: own and same-answer traces, or prior ones where there are more.
+
+    Args:
+        bank: The side's traces.
+        method: The method.
+        most: K; None for all.
+
+    Raises:
+        UserError: The bank lacks what the method needs.
+    """
+    # Of an unknown temperature the law of the pair's own trace is unknown too.
+    independent = () if bank.own.temperature is None else (bank.own, *bank.same_answer)
+    where = f"prompt {bank.own.prompt_id} ({bank.own.side})"
+    if method == "prior" or method == "anchored":
+        if not bank.prior:
+            raise UserError(
+                f"The trace bank has no prior traces for {where}, which `method={method!r}` needs; make the bank with "
+                "`sources=('anchor', 'prior')`, or choose another method."
+            )
+        if method == "prior":
+            return bank.prior[:most]
+        if math.isnan(bank.own.trace_logp):
+            raise UserError(f"The trace bank has no anchor for {where}; make it with `sources=('anchor', 'prior')`.")
+        return (bank.own, *bank.prior)[:most]
+    if method == "multilevel":
+        return (independent if len(independent) >= len(bank.prior) else bank.prior)[:most]
+    if method == "jackknife" and len(bank.prior) > len(independent) + len(bank.chain):
+        return bank.prior[:most]
+    if bank.own.temperature == 1.0:
+        return (*independent, *bank.chain)[:most]
+    return (bank.chain if len(bank.chain) > len(independent) else independent)[:most]

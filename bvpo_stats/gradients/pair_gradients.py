@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
 from bvpo_stats.model.batching import Batch, TokenSequence, check_sequence, collate, length_batches
-from bvpo_stats.model.checks import check_scores
 from bvpo_stats.model.head import causal_lm_of, sequence_logprobs
-from bvpo_stats.model.scores import ScoreOptions, log_probabilities, score_pass
+from bvpo_stats.model.scores import ScoreOptions, check_scores, log_probabilities, score_pass
 from bvpo_stats.model.sinks import Keep, Sink
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.records import MODES, Mode, PreferencePair

@@ -12,8 +12,8 @@ import torch
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.records import PreferencePair
 
 # Difference of stored and recomputed log-probabilities that rounding explains, in nats per token. A wrong model,

@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.mixing import Mixture
-from bvpo_stats.model.sinks import Sink
+from bvpo_stats.model.sinks import Mixture, Sink
 from bvpo_stats.model.subset import LinearSite, LoraSite, Subset
 
 _BMM_WITH_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.options import PolicyOptions as PolicyOptions
 from bvpo_stats.model.templates import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 DTYPES = {
     "float64": torch.float64,
@@ -303,3 +309,87 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class ServedPolicy:
+    """What is needed to speak a policy's language without loading it.
+
+    Attributes:
+        template: Protocol and tokenizer.
+        eos_ids: Tokens that end a completion; the tokenizer's own first.
+    """
+
+    template: Template
+    eos_ids: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.template.tokenizer
+
+
+def load_served_policy(options: PolicyOptions) -> ServedPolicy:
+    """Loads tokenizer and template; no weights are read.
+
+    Args:
+        options: ``model``, ``template``, ``empty_trace`` and ``trust_remote_code`` are used.
+
+    Raises:
+        UserError: No such model, no tokenizer, no usable template, or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source = model_source(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # whatever a tokenizer's files provoke
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"Cannot load the tokenizer of `model={options.model!r}`: {reason} Check the name, the folder's files, and "
+            "hub access."
+        ) from error
+    try:
+        configured = GenerationConfig.from_pretrained(source).eos_token_id
+    except Exception:  # many models ship none; the tokenizer knows its own end
+        configured = None
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for extra in [configured] if isinstance(configured, int) else configured or []:
+        if int(extra) not in ids:
+            ids.append(int(extra))
+    if not ids:
+        raise UserError(f"The tokenizer of `model={options.model!r}` names no end-of-sequence token.")
+    template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
+    return ServedPolicy(template, tuple(ids))
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Within it, decoder layers keep their inputs only and are computed again in backward (non-reentrant).
+
+    Transformers checkpoints a layer only in training mode. Here the decoder layers themselves are marked as training
+    while all they contain stays in evaluation mode, so no dropout wakes up.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+
+    Raises:
+        UserError: The model has no layers that can be checkpointed.
+    """
+    causal_lm: Any = causal_lm_of(model)
+    layers = [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{type(causal_lm).__name__} has no layers that support gradient checkpointing; run without.")
+    was_training = [layer.training for layer in layers]
+    was_enabled = any(layer.gradient_checkpointing for layer in layers)
+    if not was_enabled:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, training in zip(layers, was_training, strict=True):
+            layer.training = training
+        if not was_enabled:
+            causal_lm.gradient_checkpointing_disable()

@@ -43,8 +43,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.records import Prompt
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, uniforms

@@ -14,9 +14,7 @@ from bvpo_stats.statistics.alpha import (
     layer_alphas,
     trace_sampling_share,
 )
-from bvpo_stats.statistics.diagnostics import WeightDiagnostics, diagnose
 from bvpo_stats.statistics.estimates import Estimates
-from bvpo_stats.statistics.marginal import anchored_snis, jackknife, multilevel, snis
 from bvpo_stats.statistics.moments import Moments, MomentSummary, summary_of_arrays
 
 __all__ = [
@@ -24,22 +22,16 @@ __all__ = [
     "Estimates",
     "MomentSummary",
     "Moments",
-    "WeightDiagnostics",
     "alpha_curve",
     "alpha_from_gradients",
     "alpha_from_summary",
     "alpha_j",
     "alpha_limits",
-    "anchored_snis",
     "conditional_variance_ratio",
-    "diagnose",
     "error_curve",
     "error_table",
     "fixed_alpha_verdict",
-    "jackknife",
     "layer_alphas",
-    "multilevel",
-    "snis",
     "summary_of_arrays",
     "trace_sampling_share",
 ]

@@ -45,7 +45,7 @@ class BVPOConfig(TrainingArguments):
         alpha_level: Confidence level of alpha's interval.
         eta_l: Learning rate times smoothness at the peak learning rate: a number, or ``auto``, which measures L on the
             probe set before the first step, as the curvature that the gradient noise meets
-            (`bvpo_stats.gradients.noise_curvature`). Either follows the learning rate's schedule.
+            (`bvpo_stats.gradients.curvature`). Either follows the learning rate's schedule.
     """
 
     # Defaults that differ from transformers'.

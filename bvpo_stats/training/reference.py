@@ -12,10 +12,9 @@ from torch import Tensor
 from bvpo_stats.gradients.pair_gradients import pair_sequences
 from bvpo_stats.gradients.references import check_stored_values, stored_pair_values
 from bvpo_stats.model.batching import Batch
-from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.model.scores import log_probabilities
+from bvpo_stats.model.scores import completion_logprobs, log_probabilities
 from bvpo_stats.records import PreferencePair
 
 NamedBatch = tuple[Batch, Sequence[PreferencePair], Sequence[str]]

@@ -18,9 +18,8 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example, Joined, join
-from bvpo_stats.model.checkpointing import gradient_checkpointing
 from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, wrap_model
+from bvpo_stats.model.policy import Policy, PolicyOptions, gradient_checkpointing, load_policy, wrap_model
 from bvpo_stats.model.scores import log_probabilities
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord

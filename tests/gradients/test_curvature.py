@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature
+from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature, noise_curvature
 from bvpo_stats.gradients.examples import join
-from bvpo_stats.gradients.noise_curvature import noise_curvature
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs
@@ -102,7 +101,7 @@ def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, mon
     exact = np.einsum("ij,jk,ik->", noise, dense, noise) / (noise**2).sum()
     examples = join(pairs).examples
     assert noise_curvature(policy, subset, examples, objective, options) == pytest.approx(exact, rel=1e-5)
-    monkeypatch.setattr("bvpo_stats.gradients.noise_curvature.PRODUCTS", 2)
+    monkeypatch.setattr("bvpo_stats.gradients.curvature.PRODUCTS", 2)
     drawn = [noise_curvature(policy, subset, examples, objective, replace(options, seed=seed)) for seed in range(30)]
     assert np.std(drawn) > 0
     ends = np.linalg.eigvalsh(dense)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from bvpo_stats.gradients.blocks import BlockLayout
-from bvpo_stats.gradients.drift import project_sides
+from bvpo_stats.gradients.engine import BlockLayout
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import project_sides
 
 
 @pytest.mark.parametrize("stored", ["record", "adapter"])

@@ -17,7 +17,7 @@ from bvpo_stats.gradients.pair_gradients import (
     stream_pair_gradients,
 )
 from bvpo_stats.model import capture
-from bvpo_stats.model.checks import ScoreMismatchError
+from bvpo_stats.model.scores import ScoreMismatchError
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, lora_subset
 from bvpo_stats.records import Mode, PreferencePair
 from tests.model.shapes import WORDS, tiny_model

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.aggregate import aggregate
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.ladder import choose_marginal
-from bvpo_stats.gradients.marginal import SideDiagnostics, SideTraces, diagnose_side
+from bvpo_stats.gradients.marginal import SideDiagnostics, SideTraces, aggregate, diagnose_side
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
 from tests.gradients.conftest import population

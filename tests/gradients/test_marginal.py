@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.marginal import MarginalEstimator, SideTraces, diagnose_side
+from bvpo_stats.gradients.marginal import MarginalEstimator, SideTraces, diagnose_side, level_probabilities
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle import Oracle, OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, marginal_responses, pair_gradients
-from bvpo_stats.statistics.marginal import level_probabilities
 
 TOL = 1e-10
 OBJECTIVES = [Objective(beta=1.0), Objective("ipo", beta=0.5), Objective("simpo", beta=2.0, gamma=0.5)]

@@ -7,10 +7,11 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients import stream
-from bvpo_stats.gradients.blocks import OTHER, BlockLayout, block_of
+from bvpo_stats.gradients.engine import OTHER, BlockLayout, block_of
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.objectives import Objective
-from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.lab.oracle import example_gradients
 from bvpo_stats.lab.oracle.draws import Spelling
 from bvpo_stats.statistics.moments import Moments

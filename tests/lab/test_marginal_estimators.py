@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import gammaln
 
-from bvpo_stats.statistics.marginal import (
+from bvpo_stats.gradients.marginal import (
     anchored_snis,
     jackknife,
     level_probabilities,

@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from bvpo_stats.gradients.marginal import snis
 from bvpo_stats.lab.acceptance.cells import Cell, run_cell, v_statistics
 from bvpo_stats.lab.oracle.trace_sets import METHODS, TraceSets
 from bvpo_stats.statistics import arrays, summary_of_arrays
-from bvpo_stats.statistics.marginal import snis
 
 REPLICATES = 400
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bvpo_stats.model.mixing import Mixture
+from bvpo_stats.model.sinks import Mixture
 
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.1, 0.6, 1.0])

@@ -10,9 +10,15 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.lab.reference_engine import reference_scores
 from bvpo_stats.model import capture
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
-from bvpo_stats.model.checkpointing import gradient_checkpointing
-from bvpo_stats.model.checks import ScoreMismatchError, batch_variation, check_scores
-from bvpo_stats.model.scores import ScoreOptions, log_probabilities, score_pass
+from bvpo_stats.model.policy import gradient_checkpointing
+from bvpo_stats.model.scores import (
+    ScoreMismatchError,
+    ScoreOptions,
+    batch_variation,
+    check_scores,
+    log_probabilities,
+    score_pass,
+)
 from bvpo_stats.model.sinks import Dots, Keep, Project, Sum
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
 from tests.model.shapes import SHAPES, sequences_of, tiny_model

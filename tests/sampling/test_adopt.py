@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import MODES, Completion, to_dict
 from bvpo_stats.sampling.adopt import adopt_completions
 from bvpo_stats.sampling.engines.file_engine import adopt_into

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bvpo_stats.embedded.tokenizer import build_tokenizer
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, Mode, Prompt
 from bvpo_stats.sampling.engines import server as server_module

@@ -18,8 +18,7 @@ from scipy import stats
 
 from bvpo_stats.embedded.assets import embedded_model_path
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.model.served import load_served_policy
+from bvpo_stats.model.policy import PolicyOptions, load_policy, load_served_policy
 from bvpo_stats.records import MODES, Completion, Prompt
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine

@@ -9,7 +9,7 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.ladder import MarginalChoice
-from bvpo_stats.gradients.stream import StreamOptions
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.statistics.estimates import noise_scale

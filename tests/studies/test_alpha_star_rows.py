@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bvpo_stats.gradients.blocks import block_of
-from bvpo_stats.gradients.stream import StreamOptions
+from bvpo_stats.gradients.engine import block_of
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.lab.oracle import Oracle, draw_examples, example_gradients
 from bvpo_stats.lab.oracle.exact import DPO, marginal_responses, pair_gradients, trace_responses
 from bvpo_stats.statistics.alpha import layer_alphas

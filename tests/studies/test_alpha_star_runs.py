@@ -15,10 +15,9 @@ import typer
 from bvpo_stats.cli.alpha_star import alpha_star
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.stream import StreamOptions
-from bvpo_stats.model.optimizer_state import read_second_moments
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.model.subset import LoraOptions
+from bvpo_stats.model.subset import LoraOptions, read_second_moments
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
 from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
@@ -93,7 +92,7 @@ def single(files, tmp_path_factory):
 WORKER = """
 import sys
 from pathlib import Path
-from bvpo_stats.gradients.stream import StreamOptions
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star

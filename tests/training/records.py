@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.completion_logprobs import completion_logprobs
 from bvpo_stats.model.exact import replace_norms
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset

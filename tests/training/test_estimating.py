@@ -10,8 +10,9 @@ import torch
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
-from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
+from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.training import StepSums

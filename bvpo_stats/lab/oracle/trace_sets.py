@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.special import expit, gammaln, logsumexp
 
+from bvpo_stats.gradients.marginal import level_probabilities
 from bvpo_stats.lab.oracle.build import Oracle, shortened
 from bvpo_stats.lab.oracle.exact import ExactMoments, Objective, Scored, exact_moments, pair_weights, trace_responses
 from bvpo_stats.statistics.estimates import Estimates
-from bvpo_stats.statistics.marginal import level_probabilities
 
 
 def multisets(

@@ -8,11 +8,11 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from bvpo_stats.gradients.marginal import anchored_snis, predicted_snis_bias, snis
 from bvpo_stats.lab.oracle import Oracle, expected_snis
 from bvpo_stats.lab.oracle.trace_sets import TraceSets
 from bvpo_stats.lab.theorems.checks import Check, Numbers, TopicReport, judge
 from bvpo_stats.lab.theorems.ground import COOL, DRIFT, Ground
-from bvpo_stats.statistics.marginal import anchored_snis, predicted_snis_bias, snis
 
 Array = NDArray[np.float64]
 COUNTS = (1, 2, 4, 8, 16, 32)

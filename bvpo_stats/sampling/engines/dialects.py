@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.base import Request, SamplingOptions
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import Completion, Mode, to_dict
 from bvpo_stats.sampling.adopt import adopt_completions

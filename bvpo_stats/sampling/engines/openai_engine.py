@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.base import Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.dialects import (

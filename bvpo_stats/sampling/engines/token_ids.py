@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bvpo_stats.model.served import ServedPolicy
+from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.sampling.engines.base import Draw, FinishReason, Outcome, Request, SetAside
 from bvpo_stats.sampling.engines.dialects import Answer
 

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
-from bvpo_stats.gradients.drift import project_sides
 from bvpo_stats.gradients.examples import Example, join
 from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.gradients.objectives import LOSSES, Objective
-from bvpo_stats.gradients.stream import StreamOptions, gradient_batches
-from bvpo_stats.model.optimizer_state import read_second_moments
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import gradient_batches, project_sides
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device
-from bvpo_stats.model.subset import Subset, lora_subset
+from bvpo_stats.model.subset import Subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.blocks import BlockLayout
-from bvpo_stats.gradients.marginal import SideDiagnostics
+from bvpo_stats.gradients.engine import BlockLayout
+from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.stream import GradientBatch
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
-from bvpo_stats.statistics.diagnostics import WeightDiagnostics
 from bvpo_stats.statistics.moments import Moments
 
 MOMENTS_FILE = "moments.npz"

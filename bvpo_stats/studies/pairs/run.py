@@ -181,7 +181,7 @@ def _with_ref_logps(run: _Run, policy: Policy, pairs: list[PreferencePair]) -> l
 def _reference_logps(policy: Policy, pairs: list[PreferencePair]) -> list[dict[str, float]]:
     """Log pi_ref(completion | prompt) of both sides, summed over tokens in float64."""
     from bvpo_stats.model.batching import TokenSequence
-    from bvpo_stats.model.completion_logprobs import completion_logprobs
+    from bvpo_stats.model.scores import completion_logprobs
 
     sides = [
         (pair, ids, side)

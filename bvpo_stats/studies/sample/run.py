@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
-from bvpo_stats.model.served import ServedPolicy, load_served_policy
+from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_policy, load_served_policy
 from bvpo_stats.model.templates import Template
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Mode
 from bvpo_stats.sampling.engines.base import Engine, SamplingOptions

@@ -13,8 +13,7 @@ from typing import Any
 
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.curvature import CurvatureOptions
-from bvpo_stats.gradients.noise_curvature import noise_curvature
+from bvpo_stats.gradients.curvature import CurvatureOptions, noise_curvature
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset, lora_subset

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.marginal import (
+from bvpo_stats.gradients.marginal import (
     anchored_snis,
     jackknife,
     level_probabilities,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bvpo_stats.statistics.diagnostics import (
+from bvpo_stats.gradients.marginal import (
     anchor_gap,
     diagnose,
     effective_sample_size,
