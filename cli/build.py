@@ -59,7 +59,7 @@ class _Parameter:
             kind, default = (str | None if option.spelled is None else str), option.spelled
         else:
             kind = _typed(self.kind)
-        if option.shown is not None or default == ():
+        if option.shown is not None or default is None or default == ():
             kind, default = (kind if NoneType in members(kind) else kind | None), None
         info = typer.Option(
             self.flag,
@@ -91,15 +91,20 @@ def _typed(kind: Any) -> Any:
     return kind
 
 
-def _parameters(config: type, path: tuple[str, ...] = (), group: Group | None = None) -> Iterator[_Parameter]:
+def _parameters(
+    config: type, path: tuple[str, ...] = (), group: Group | None = None, optional: bool = False
+) -> Iterator[_Parameter]:
     entries = {entry.name: entry for entry in fields(config)}
     for name, (kind, note) in field_types(config).items():
         inner = _inner(kind)
         if inner is not None:
-            yield from _parameters(inner, (*path, name), note if isinstance(note, Group) else None)
+            yield from _parameters(
+                inner, (*path, name), note if isinstance(note, Group) else None, NoneType in members(kind)
+            )
         elif isinstance(note, Option):
             option = note if group is None else group.options.get(name, note)
-            yield _Parameter((*path, name), kind, option, entries[name].default)
+            default = entries[name].default
+            yield _Parameter((*path, name), kind, option, None if optional and default is MISSING else default)
 
 
 def _inner(kind: Any) -> type | None:
@@ -142,7 +147,7 @@ def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output
     """
     config: type = get_type_hints(run)["config"]
     parameters = list(_parameters(config))
-    names = {parameter.path[-1]: parameter.flag for parameter in reversed(parameters)}
+    names = {parameter.path[-1]: parameter.flag for parameter in reversed(parameters)} | {"output": "--output"}
     wants_given = "given" in inspect.signature(run).parameters
 
     def call(context: typer.Context, **words: Any) -> None:

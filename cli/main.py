@@ -52,9 +52,9 @@ def root(
 
 app.command("demo", cls=Command, epilog=demo.EXAMPLES)(demo.demo)
 add_command(app, "variance", variance.variance, output="runs/variance", examples=variance.EXAMPLES)
-app.command("sample", cls=Command, epilog=sample.EXAMPLES)(sample.sample)
-app.command("pairs", cls=Command, epilog=pairs.EXAMPLES)(pairs.pairs)
-app.command("traces", cls=Command, epilog=traces.EXAMPLES)(traces.traces)
+add_command(app, "sample", sample.sample, output="runs/samples", examples=sample.EXAMPLES)
+add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMPLES)
+add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES)
 app.command("alpha-star", cls=Command, epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
 app.command("train", cls=Command, epilog=train.EXAMPLES)(train.train)
 app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)

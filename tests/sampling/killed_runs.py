@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.store.shards import Shard
-from bvpo_stats.studies.sample.run import SampleConfig, run_sample
+from bvpo_stats.studies.sample.config import SampleConfig
+from bvpo_stats.studies.sample.run import run_sample
 
 BATCH = 8
 
@@ -28,7 +28,9 @@ BATCH = 8
 def config(model: str, prompts: str) -> SampleConfig:
     return SampleConfig(
         policy=PolicyOptions(model=model),
-        sampling=SamplingOptions(samples=4, max_new_tokens=12, temperature=0.5),
+        samples=4,
+        max_new_tokens=12,
+        temperature=0.5,
         prompts=prompts,
         batch_size=BATCH,
     )

@@ -17,11 +17,11 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.records import Completion, arrow_schema, from_dict, to_dict
-from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.store.tables import read_records
-from bvpo_stats.studies.sample.run import SampleConfig, run_sample
+from bvpo_stats.studies.sample.config import SampleConfig
+from bvpo_stats.studies.sample.run import run_sample
 from tests.cli.running import ENVIRONMENT, failed_politely, run
 from tests.sampling import killed_runs
 from tests.sampling.fake_server import Reply, serve
@@ -133,7 +133,9 @@ def test_the_batch_size_does_not_change_the_draws(random_model: Path, prompts: s
     """In float64, where the rounding of a batch does not reach a draw."""
     base = SampleConfig(
         policy=PolicyOptions(model=str(random_model), dtype="float64"),
-        sampling=SamplingOptions(samples=3, max_new_tokens=12, temperature=0.2),
+        samples=3,
+        max_new_tokens=12,
+        temperature=0.2,
         prompts=prompts,
         limit=6,
     )

@@ -24,7 +24,8 @@ from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.store.tables import read_records
-from bvpo_stats.studies.sample.run import SampleConfig, run_sample
+from bvpo_stats.studies.sample.config import SampleConfig
+from bvpo_stats.studies.sample.run import run_sample
 
 pytestmark = pytest.mark.slow
 NAME = str(embedded_model_path())
@@ -60,7 +61,8 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_responses_of_a_real_server_go_on_record(base_url: str, tmp_path: Path) -> None:
     config = SampleConfig(
         policy=PolicyOptions(model=NAME),
-        sampling=SamplingOptions(samples=2, max_new_tokens=150),
+        samples=2,
+        max_new_tokens=150,
         engine="openai",
         limit=4,
         server=ServerOptions(base_url, served_model=NAME, concurrency=3),

@@ -13,9 +13,7 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.draws import completion_records, draw_examples, pair_records
-from bvpo_stats.model.policy import PolicyOptions
 from bvpo_stats.records import TraceRecord, to_dict
-from bvpo_stats.sampling.traces import BankOptions
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.traces import run as traces
 from bvpo_stats.studies.traces.run import TracesConfig, run_traces
@@ -43,7 +41,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     pairs, empty_pairs = pair_records(oracle, draws)
     for name, rows in (("thinking", pairs), ("nothinking", empty_pairs)):
         (tmp_path / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(to_dict(row)) + "\n" for row in rows))
-    settings = TracesConfig(tmp_path / "pairs", tmp_path / "samples", PolicyOptions(), BankOptions(traces_per_answer=K))
+    settings = TracesConfig(tmp_path / "pairs", tmp_path / "samples", traces_per_answer=K)
     return Inputs(tmp_path, settings)
 
 

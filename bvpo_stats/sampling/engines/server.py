@@ -18,9 +18,10 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.options import Option, check_options
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 _FIRST_WAIT = 0.5
@@ -44,13 +45,20 @@ class ServerOptions:
         retries: How often a failed request is tried again before the run gives up.
     """
 
-    base_url: str
-    api_key_env: str | None = None
-    served_model: str | None = None
-    endpoint: str = "auto"
-    concurrency: int = 16
-    timeout: float = 600.0
-    retries: int = 6
+    base_url: Annotated[str, Option("Address of the server, e.g. http://localhost:8000/v1 (openai engine).")]
+    api_key_env: Annotated[
+        str | None, Option("Environment variable that holds the server's API key.", shown="no key is sent")
+    ] = None
+    served_model: Annotated[
+        str | None, Option("The server's name for the model.", shown="the one model that it lists")
+    ] = None
+    endpoint: Annotated[
+        Literal["auto", "completions", "chat"],
+        Option("auto, completions or chat (chat only where it gives exact prompts)."),
+    ] = "auto"
+    concurrency: Annotated[int, Option("Requests to the server in flight at once.", low=1, high=10_000)] = 16
+    timeout: Annotated[float, Option("Seconds for one answer of the server.", above=0)] = 600.0
+    retries: Annotated[int, Option("Repetitions of a failed request before the run gives up.", low=0)] = 6
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.base_url)
@@ -60,14 +68,7 @@ class ServerOptions:
             raise UserError(
                 "`base_url` must not hold a password. Put the key in a variable and name it: `api_key_env`."
             )
-        if self.endpoint not in ("auto", "completions", "chat"):
-            raise UserError(f"`endpoint={self.endpoint!r}`: unknown. Choose auto, completions or chat.")
-        if self.concurrency < 1:
-            raise UserError(f"`concurrency={self.concurrency}`: must be at least 1.")
-        if not 0 < self.timeout < float("inf"):
-            raise UserError(f"`timeout={self.timeout}`: must be a positive number of seconds.")
-        if self.retries < 0:
-            raise UserError(f"`retries={self.retries}`: must not be negative.")
+        check_options(self)
 
     @property
     def root(self) -> str:

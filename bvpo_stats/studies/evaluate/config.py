@@ -14,7 +14,7 @@ from bvpo_stats.records import MODES, Mode
 from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.store.shards import WHOLE, Shard
 from bvpo_stats.studies.evaluate.report import BASE
-from bvpo_stats.studies.sample.run import ENGINES
+from bvpo_stats.studies.sample.config import EngineName
 
 Task = Literal["math", "alpaca-eval", "arena-hard"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -79,7 +79,7 @@ class EvaluateConfig:
     modes: tuple[Mode, ...] = MODES
     limit: int | None = None
     level: float = 0.95
-    engine: str = "transformers"
+    engine: EngineName = "transformers"
     server: ServerOptions | None = None
     samples_from: tuple[Path, ...] = ()
     batch_size: int | None = None
@@ -89,8 +89,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"`task={self.task!r}`: unknown. Choose one of {', '.join(TASKS)}.")
-        if self.engine not in ENGINES:
-            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(ENGINES)}.")
+        if self.engine not in get_args(EngineName):
+            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(get_args(EngineName))}.")
         if not 0 < self.level < 1:
             raise UserError(f"`level={self.level}`: must lie between 0 and 1, e.g. 0.95.")
         if self.policy is None and self.engine != "file":

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, model_source, with_adapter
-from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.store.jsonl import encode_row, write_atomic
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, prompt_rows
@@ -104,16 +104,14 @@ def _settings(config: EvaluateConfig, entrant: Contestant, benchmark: Benchmark,
         server = replace(server, served_model=entrant.served_model)
     return SampleConfig(
         policy=config.policy,
-        sampling=SamplingOptions(
-            samples=benchmark.samples,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.tokens,
-            seed=config.seed,
-        ),
+        samples=benchmark.samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.tokens,
+        seed=config.seed,
         engine=config.engine,
         modes=config.modes,
-        prompts=str(problems),
+        prompts=EMBEDDED if config.engine == "file" else str(problems),
         batch_size=config.batch_size,
         server=server,
         samples_from=entrant.samples_from,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template
+from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, UNKNOWN, Completion, Mode, PreferencePair, to_dict
+from bvpo_stats.records import UNKNOWN, Completion, Mode, PreferencePair, to_dict
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, build_pair, choose, reads_back
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SET_ASIDE_FILE
@@ -21,6 +21,7 @@ from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.shards import run_files
 from bvpo_stats.store.tables import read_records, write_records
+from bvpo_stats.studies.pairs.config import PairsConfig
 from bvpo_stats.studies.pairs.report import ModeTally, PairsReport
 
 if TYPE_CHECKING:
@@ -29,25 +30,6 @@ if TYPE_CHECKING:
 SCORES_FILE = "scores.jsonl"
 REF_LOGPS_FILE = "ref_logps.jsonl"
 _WINDOW = 64  # prompts in memory at a time
-
-
-@dataclass(frozen=True)
-class PairsConfig:
-    """Settings of a pairs run.
-
-    Attributes:
-        samples: Folder of a sampling run.
-        reward: What ranks the answers, see :func:`~bvpo_stats.sampling.rewards.load_reward`.
-        policy: The sampling model: its tokenizer renders the prompts, its weights give reference log-probabilities.
-        modes: Which of D_t (thinking) and D_e (nothinking).
-        ref_logps: Store the reference log-probabilities of both sides of each pair.
-    """
-
-    samples: Path
-    reward: str
-    policy: PolicyOptions
-    modes: tuple[Mode, ...] = MODES
-    ref_logps: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_policy, load_served_policy
 from bvpo_stats.model.templates import Template
-from bvpo_stats.records import MODES, UNKNOWN, Completion, Mode
-from bvpo_stats.sampling.engines.base import Engine, SamplingOptions
-from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.records import UNKNOWN, Completion
+from bvpo_stats.sampling.engines.base import Engine
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
@@ -25,70 +23,10 @@ from bvpo_stats.sampling.sample import (
 from bvpo_stats.sampling.sample_summary import count_set_aside, summarise
 from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import WHOLE, Shard, run_files
+from bvpo_stats.store.shards import run_files
 from bvpo_stats.store.tables import fingerprint, read_records, write_records
+from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.report import SampleReport
-
-ENGINES = ("transformers", "openai", "file")
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Settings of a sampling run.
-
-    Attributes:
-        policy: Which model; for ``openai`` its tokenizer, for ``file`` needed only where token ids are missing (else
-            None).
-        sampling: How responses are drawn.
-        engine: ``transformers``, ``openai`` or ``file``.
-        modes: Which of Thinking and NoThinking.
-        prompts: Source of the prompts.
-        split: Split, where the prompts are a dataset.
-        limit: Use only the first so many prompts.
-        batch_size: Responses drawn at once (``transformers``), None for automatic.
-        server: The server of the ``openai`` engine.
-        samples_from: The file of the ``file`` engine.
-        shard: Which part of the run this process does.
-        parquet: Whether to write the completions as Parquet, too.
-    """
-
-    policy: PolicyOptions | None
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    engine: str = "transformers"
-    modes: tuple[Mode, ...] = MODES
-    prompts: str = "embedded"
-    split: str = "train"
-    limit: int | None = None
-    batch_size: int | None = None
-    server: ServerOptions | None = None
-    samples_from: Path | None = None
-    shard: Shard = WHOLE
-    parquet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(ENGINES)}.")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"`limit={self.limit}`: at least 1 prompt is needed.")
-        if self.engine == "openai":
-            self._check_openai()
-        elif self.server is not None:
-            raise UserError("`base_url` is for `engine='openai'`.")
-        if self.engine == "file":
-            if self.samples_from is None:
-                raise UserError("`engine='file'` needs the responses: `samples_from`.")
-            if not self.shard.whole:
-                raise UserError("`engine='file'` has nothing to share out; leave out `shard`.")
-        elif self.samples_from is not None:
-            raise UserError("`samples_from` is for `engine='file'`.")
-
-    def _check_openai(self) -> None:
-        if self.server is None:
-            raise UserError("`engine='openai'` needs a server: `base_url`, e.g. http://localhost:8000/v1.")
-        if self.policy is None:
-            raise UserError("`engine='openai'` needs `model`: the model that the server serves, for its tokenizer.")
-        if self.policy.adapter is not None:
-            raise UserError("`adapter` cannot be put on a served model. Let the server load it.")
 
 
 def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None) -> SampleReport:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, to_dict
 from bvpo_stats.sampling.trace_chain import TraceDrawer
@@ -21,34 +21,12 @@ from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
+from bvpo_stats.studies.traces.config import TracesConfig
 from bvpo_stats.studies.traces.report import TracesReport
 
 TRACES_FILE = "traces.jsonl"
 _STATE_FILE = "progress.json"
 _WINDOW = 32  # pairs worked on together
-
-
-@dataclass(frozen=True)
-class TracesConfig:
-    """Settings of a traces run.
-
-    Attributes:
-        pairs: Folder of a pairs run with D_t, or its ``thinking.jsonl``.
-        samples: Folder of the sampling run that the pairs were made from.
-        policy: The sampling model.
-        bank: What goes into the bank.
-        seed: Decides every draw.
-        batch_size: Sequences generated at once.
-        limit: Use only the first so many pairs.
-    """
-
-    pairs: Path
-    samples: Path
-    policy: PolicyOptions
-    bank: BankOptions = field(default_factory=BankOptions)
-    seed: int = 0
-    batch_size: int = 64
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +47,6 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
         UserError: Anything wrong with the input; see the message.
     """
     (pairs_path,) = record_paths(config.pairs, PreferencePair, mode="thinking", name="pairs")
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"`limit={config.limit}`: at least 1 pair is needed.")
     n_pairs = sum(1 for _ in read_rows(pairs_path))
     if not n_pairs:
         raise UserError(f"{pairs_path} holds no pairs, so there is nothing to find traces for.")
