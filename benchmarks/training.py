@@ -26,9 +26,9 @@ from measure import machine, median_ratio, peak_bytes
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, with_lora
 from bvpo_stats.model.scores import completion_logprobs
-from bvpo_stats.model.subset import LoraOptions, create_lora
+from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_examples
 from bvpo_stats.training import BVPOConfig, BVPOTrainer
@@ -160,7 +160,7 @@ def _with_logps(policy: Policy, traces: list[TraceRecord]) -> list[TraceRecord]:
 
 def drifted(policy: Policy) -> Policy:
     """The policy with an adapter off the reference point, as it is in the middle of training."""
-    policy = replace(policy, model=create_lora(policy.model, LoraOptions(r=RANK)))
+    policy = with_lora(policy, LoraOptions(r=RANK))
     torch.manual_seed(1)
     for name, weight in policy.model.named_parameters():
         if "lora_B" in name:

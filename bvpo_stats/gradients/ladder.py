@@ -14,7 +14,6 @@ from bvpo_stats.gradients.engine import Forwards, Planner, RowRules, prompt_rows
 from bvpo_stats.gradients.examples import Example, SideBank
 from bvpo_stats.gradients.marginal import MarginalDiagnostics, aggregate, select_traces
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
-from bvpo_stats.gradients.references import at_reference
 from bvpo_stats.model.policy import Policy
 
 Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]
@@ -96,7 +95,7 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
 def make_forwards(policy: Policy, options: StreamOptions) -> Forwards:
     """The policy's forward passes as the options ask for them."""
     stored = options.reference == "record"
-    return Forwards(policy, at_reference(policy), stored, options.max_tokens, options.max_padding)
+    return Forwards(policy, policy.at_reference, stored, options.max_tokens, options.max_padding)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Probe:
     def __init__(self, policy: Policy, examples: Sequence[Example], options: StreamOptions) -> None:
         self.examples = examples
         self.options = options
-        self.at_reference = at_reference(policy)
+        self.at_reference = policy.at_reference
         self.plain = all(example.sampled_plainly for example in examples)
         self._forwards = make_forwards(policy, options)
         step = max(1, len(examples) // PROBED_PROMPTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,16 +18,6 @@ from bvpo_stats.records import PreferencePair
 # Difference of stored and recomputed log-probabilities that rounding explains, in nats per token. A wrong model,
 # adapter or temperature is off by tenths.
 RECORD_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-def at_reference(policy: Policy) -> bool:
-    """Whether theta = theta_ref: no adapter, or an active LoRA adapter whose B are all zero, as a new one's are."""
-    model: Any = policy.model
-    if not hasattr(model, "disable_adapter"):
-        return True
-    layers = [module for module in model.modules() if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
-    weights = [layer.lora_B[name].weight for layer in layers for name in layer.active_adapters if name in layer.lora_B]
-    return bool(weights) and not any(bool(weight.any()) for weight in weights)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from bvpo_stats.gradients.examples import Example, check_identity
 from bvpo_stats.gradients.ladder import check_method, choose_marginal, make_forwards
 from bvpo_stats.gradients.marginal import SideDiagnostics
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.references import at_reference, check_stored_log_probs
+from bvpo_stats.gradients.references import check_stored_log_probs
 from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
@@ -114,7 +114,7 @@ def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOption
     return RowRules(
         objective=options.objective,
         method=method,
-        at_reference=at_reference(policy),
+        at_reference=policy.at_reference,
         traces_per_answer=options.traces_per_answer,
         second_traces=options.second_traces,
         half_splits=options.half_splits,

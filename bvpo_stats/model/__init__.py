@@ -15,10 +15,20 @@ _HOMES = {
     "create_lora": "subset",
     "load_policy": "policy",
     "lora_subset": "subset",
+    "with_lora": "policy",
     "score_pass": "scores",
 }
 
-__all__ = ["LoraOptions", "Policy", "PolicyOptions", "create_lora", "load_policy", "lora_subset", "score_pass"]
+__all__ = [
+    "LoraOptions",
+    "Policy",
+    "PolicyOptions",
+    "create_lora",
+    "load_policy",
+    "lora_subset",
+    "score_pass",
+    "with_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.options import PolicyOptions as PolicyOptions
+from bvpo_stats.model.subset import LoraOptions, create_lora, sharing_copy
 from bvpo_stats.model.templates import Template, find_template
 
 if TYPE_CHECKING:
@@ -67,6 +68,23 @@ class Policy:
         """Longest sequence the model has positions for, None where it has no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter to disable."""
+        return hasattr(self.model, "disable_adapter")
+
+    @property
+    def at_reference(self) -> bool:
+        """Whether theta = theta_ref: no adapter, or an active LoRA adapter whose B are all zero, as a new one's are."""
+        if not self.has_adapter:
+            return True
+        modules: Any = self.model.modules()
+        layers = [module for module in modules if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
+        weights = [
+            layer.lora_B[name].weight for layer in layers for name in layer.active_adapters if name in layer.lora_B
+        ]
+        return bool(weights) and not any(bool(weight.any()) for weight in weights)
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference policy: the same weights with the adapter disabled (the model itself where there is none)."""
@@ -78,13 +96,76 @@ class Policy:
             yield self.model
 
 
-def load_policy(options: PolicyOptions) -> Policy:
-    """Loads a policy from safetensors weights.
+def load_policy(
+    model: str | PolicyOptions | PreTrainedModel = EMBEDDED,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    lora: int | LoraOptions | None = None,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    template: str | None = None,
+    empty_trace: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> Policy:
+    """A policy, from safetensors weights or around a model that is loaded already.
+
+    Args:
+        model: ``embedded``, a folder, a hub id; a transformers causal LM, wrapped by PEFT or not, whose name then
+            stands for its identity; or all of this as `PolicyOptions`, which leave ``lora`` alone to be said here.
+        tokenizer: The fast tokenizer of a loaded model.
+        lora: A new LoRA adapter on top: its rank, or `LoraOptions`; None for none.
+        adapter: Folder or hub id of a PEFT adapter.
+        dtype: ``auto`` (float32 on a CPU, the checkpoint's on an accelerator; a loaded model's own) or one of
+            :data:`DTYPES`.
+        device: ``auto`` (CUDA where present; where a loaded model is), ``cpu``, ``cuda``, ``cuda:1``, ...
+        template: Overrides the template protocol.
+        empty_trace: Overrides the spelling of the empty trace.
+        trust_remote_code: Runs code shipped with the model.
+        attention: Attention implementation of transformers, None for its default.
 
     Raises:
-        UserError: Missing or unreadable model, weights that are not safetensors, unknown dtype or device, a tokenizer
-            without a usable template, or an adapter that does not fit.
+        UserError: Missing or unreadable model, weights that are not safetensors, unknown dtype or device, no tokenizer
+            or one without a usable template, or an adapter that does not fit.
+
+    Example:
+        >>> policy = load_policy("embedded", lora=4, device="cpu")
+        >>> policy.at_reference
+        True
     """
+    if isinstance(model, (str, PolicyOptions)):
+        options = model
+        if isinstance(options, str):
+            options = PolicyOptions(
+                options, adapter, device, dtype, template, empty_trace, trust_remote_code, attention
+            )
+        policy = _load(options)
+    else:
+        policy = _wrap(model, tokenizer, template, empty_trace)
+        if dtype != "auto":
+            policy.model.to(_dtype(dtype, device))  # type: ignore[arg-type]
+        if device != "auto":
+            policy.model.to(pick_device(device))  # type: ignore[arg-type]
+        if adapter is not None:
+            adapted: Any = _add_adapter(sharing_copy(policy.model), adapter)
+            identity = f"{policy.identity}+{content_identity(adapter, adapter, None)}"
+            policy = replace(policy, model=adapted.requires_grad_(False).eval(), identity=identity)
+    if lora is None:
+        return policy
+    return with_lora(policy, LoraOptions(r=lora) if isinstance(lora, int) else lora)
+
+
+def with_lora(policy: Policy, options: LoraOptions | None = None) -> Policy:
+    """The policy with a new LoRA adapter, at theta_ref since B = 0; the given policy goes on without it.
+
+    Raises:
+        UserError: As in `create_lora`.
+    """
+    return replace(policy, model=create_lora(policy.model, options or LoraOptions()))
+
+
+def _load(options: PolicyOptions) -> Policy:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = model_source(options.model)
@@ -130,24 +211,21 @@ def on_own_device(options: PolicyOptions, local_rank: int, processes: int) -> Po
     return replace(options, device=f"cuda:{local_rank % torch.cuda.device_count()}")
 
 
-def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Policy:
-    """A policy around a model that is loaded already; its name stands for its identity.
-
-    Args:
-        model: A transformers causal LM, wrapped by PEFT or not.
-        tokenizer: Its fast tokenizer.
-
-    Raises:
-        UserError: There is no tokenizer, or it has no usable template.
-    """
+def _wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, template: str | None, empty_trace: str | None
+) -> Policy:
     from transformers import GenerationConfig
 
     if tokenizer is None:
-        raise UserError("A model that is loaded already needs its tokenizer beside it (processing_class=...).")
+        raise UserError(
+            "A model that is loaded already needs its tokenizer beside it (`tokenizer`; in a trainer "
+            "`processing_class`)."
+        )
     eos_ids = _eos_ids(model, tokenizer)
     model.generation_config = GenerationConfig()
     identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return Policy(model.eval(), tokenizer, find_template(tokenizer), identity, eos_ids)
+    protocol = find_template(tokenizer, name=template, empty_trace=empty_trace)
+    return Policy(model.eval(), tokenizer, protocol, identity, eos_ids)
 
 
 @contextlib.contextmanager
@@ -220,7 +298,7 @@ def _load_error(model: str, error: Exception) -> UserError:
     return UserError(f"Cannot load `model={model!r}`: {reason} Check the name, the folder's files, and hub access.")
 
 
-def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def _add_adapter(model: Any, adapter: str) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import pickle
@@ -91,7 +92,9 @@ class LoraOptions:
 
 
 def create_lora(model: nn.Module, options: LoraOptions) -> Any:
-    """Puts a new LoRA adapter on a model: no dropout, no biases, A random by the seed, B zero.
+    """A model with a new LoRA adapter: no dropout, no biases, A random by the seed, B zero.
+
+    The given model stays as it is: the adapter goes into new layers around the same weights.
 
     Args:
         model: A transformers causal LM without adapter.
@@ -123,11 +126,21 @@ def create_lora(model: nn.Module, options: LoraOptions) -> Any:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(options.seed)
         try:
-            return get_peft_model(model, config).eval()
+            adapted: Any = sharing_copy(model)
+            return get_peft_model(adapted, config).eval()
         except ValueError as error:
             names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
             wanted = [options.targets] if isinstance(options.targets, str) else options.targets
             raise UserError(f"LoRA targets {', '.join(wanted)}: {error} {_near(wanted, names)}") from error
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """The same model out of new modules around the same weights and buffers.
+
+    PEFT puts its layers into the model it is given, which would change what every other holder of it computes.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 def lora_subset(model: nn.Module, patterns: Sequence[str] | None = None) -> Subset:

@@ -19,8 +19,9 @@ from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy, PolicyOptions, gradient_checkpointing, load_policy, wrap_model
+from bvpo_stats.model.policy import Policy, PolicyOptions, gradient_checkpointing, load_policy
 from bvpo_stats.model.scores import log_probabilities
+from bvpo_stats.model.subset import sharing_copy
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.store.tables import Source, read_records
@@ -412,7 +413,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
     if isinstance(model, Policy):
         return model
     if isinstance(model, nn.Module):
-        return wrap_model(cast(PreTrainedModel, model), tokenizer)
+        return load_policy(cast(PreTrainedModel, model), tokenizer)
     if not isinstance(model, (str, Path)):
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
     policy = load_policy(PolicyOptions(model=str(model), device=str(args.device)))
@@ -438,7 +439,8 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
             raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = get_peft_model(model, peft_config)
+            adapted: Any = sharing_copy(model)  # what the caller holds goes on without the adapter
+            model = get_peft_model(adapted, peft_config)
     if not hasattr(model, "disable_adapter"):
         model.requires_grad_(True)
     elif not any(weight.requires_grad for weight in model.parameters()):  # loaded for inference

@@ -7,7 +7,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import check_identity, join
 from bvpo_stats.gradients.marginal import select_traces
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.references import at_reference, check_stored_log_probs, stored_log_probs
+from bvpo_stats.gradients.references import check_stored_log_probs, stored_log_probs
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle
 from tests.gradients.conftest import SMALL
 
@@ -128,10 +128,10 @@ def test_records_of_the_base_fit_a_policy_with_a_stored_adapter(plain):
 
 
 def test_the_reference_point_is_recognised(plain, drifted):
-    assert at_reference(plain.oracle.policy)
-    assert not at_reference(drifted.oracle.policy)
+    assert plain.oracle.policy.at_reference
+    assert not drifted.oracle.policy.at_reference
     fresh = build_oracle(OracleConfig(**SMALL)).policy
-    assert at_reference(replace(fresh, model=fresh.model.get_base_model()))
+    assert replace(fresh, model=fresh.model.get_base_model()).at_reference
 
 
 @pytest.mark.parametrize("fixture", ["plain", "warped"])

@@ -9,7 +9,6 @@ from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Joined, join
-from bvpo_stats.gradients.references import at_reference
 from bvpo_stats.model.policy import EMBEDDED, Policy
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord, from_dict
@@ -108,7 +107,7 @@ def theta_words(policy: Policy, subset: Subset, words: str) -> str:
         subset: The parameters theta.
         words: What they are.
     """
-    if at_reference(policy) and any(".lora_A." in name for name in subset.parameters):
+    if policy.at_reference and any(".lora_A." in name for name in subset.parameters):
         return f"{words} (with B = 0, so that only the B half has a gradient yet and A has none)"
     return words
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device, pick_device
-from bvpo_stats.model.subset import LoraOptions, create_lora
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device, pick_device, with_lora
+from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
@@ -149,8 +149,8 @@ def _check_trackers(report_to: str | list[str]) -> None:
 
 def _policy(config: TrainConfig, world: World) -> Policy:
     policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
-    if config.lora is not None and not hasattr(policy.model, "disable_adapter"):
-        policy = replace(policy, model=create_lora(policy.model, config.lora))
+    if config.lora is not None and not policy.has_adapter:
+        policy = with_lora(policy, config.lora)
     return trainable_policy(policy, None)
 
 
