@@ -35,11 +35,10 @@ def theorems(
 
     Takes about half a minute on one core.
     """
-    from bvpo_stats.lab.theorems.ground import TheoremConfig
-    from bvpo_stats.lab.theorems.output import print_report
+    from bvpo_stats.lab.theorems.config import TheoremConfig
     from bvpo_stats.lab.theorems.run import run_theorems
 
     report = run_theorems(TheoremConfig(beta, draws, seed, embedded_prompts), output)
-    print_report(report.to_dict(), output)
+    report.print(output)
     if report.alarms:
         raise typer.Exit(1)

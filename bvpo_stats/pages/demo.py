@@ -134,7 +134,7 @@ def _evaluate(folder: Path, seed: int, sizes: Sizes) -> None:
 
 
 def _theorems(folder: Path, seed: int, sizes: Sizes) -> None:
-    from bvpo_stats.lab.theorems.ground import TheoremConfig
+    from bvpo_stats.lab.theorems.config import TheoremConfig
     from bvpo_stats.lab.theorems.run import run_theorems
 
     config = TheoremConfig(draws=sizes.draws, seed=seed, embedded_prompts=sizes.theorem_prompts)

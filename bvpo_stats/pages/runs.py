@@ -19,7 +19,7 @@ KINDS = {  # in the order of the story that a page tells
     "pairs": "bvpo_stats.studies.pairs.report:PairsReport",
     "traces": "bvpo_stats.studies.traces.report:TracesReport",
     "alpha-star": "bvpo_stats.studies.alpha_star.report:AlphaReport",
-    "theorems": "bvpo_stats.lab.theorems:theorem_figures",
+    "theorems": "bvpo_stats.lab.theorems.report:TheoremsReport",
     "train": "bvpo_stats.studies.train:train_figures",
     "evaluate": "bvpo_stats.studies.evaluate:evaluation_figures",
     "oracle-training": "bvpo_stats.lab.oracle_training:oracle_training_figures",

@@ -14,15 +14,12 @@ from bvpo_stats.lab.acceptance.cells import v_statistics
 from bvpo_stats.lab.theorems import (
     Ground,
     TheoremConfig,
-    batch_size,
-    checks,
+    alpha,
+    bias,
     convergence,
     log_probabilities,
-    optimal_alpha,
-    step_size,
-    trace_bias,
-    trace_variance,
-    trace_weights,
+    report,
+    variance,
 )
 from bvpo_stats.lab.theorems import run as theorems_run
 from tests.cli.running import Result, failed_politely, run
@@ -45,15 +42,16 @@ def ground() -> Ground:
 def test_every_claim_that_should_hold_does(finished) -> None:
     result, folder = finished
     assert result.returncode == 0, result.stdout
-    report = json.loads((folder / "report.json").read_text())
-    assert report["study"] == "theorems"
-    assert [topic["name"] for topic in report["topics"]] == [
+    written = json.loads((folder / "report.json").read_text())
+    assert written["study"] == "theorems"
+    assert [topic["name"] for topic in written["topics"]] == [
         *("theorem1", "theorem2", "proposition1", "batch_size", "theorem3", "theorem4"),
         *("reference_point", "drift", "marginal_gradient", "appendix_b"),
     ]
-    found = [check for topic in report["topics"] for check in topic["checks"]]
-    assert report["alarms"] == []
-    assert len(found) == report["n_checks"] > 35
+    found = [check for topic in written["topics"] for check in topic["checks"]]
+    assert written["alarms"] == []
+    assert report.TheoremsReport.from_dict(written).to_dict() == written
+    assert len(found) == written["n_checks"] > 35
     for check in found:
         assert all(check[key] for key in ("claim", "source", "quantity"))
         assert check["verdict"] in ("holds", "holds with limits", "loose", "fails")
@@ -76,51 +74,51 @@ def test_table_and_files_of_the_command(finished) -> None:
 
 def test_a_seed_decides_everything() -> None:
     config = TheoremConfig(draws=2048, embedded_prompts=0)
-    assert optimal_alpha.theorem2(Ground(config)) == optimal_alpha.theorem2(Ground(config))
+    assert alpha.theorem2(Ground(config)) == alpha.theorem2(Ground(config))
 
 
-def alarms(report: checks.TopicReport) -> str:
-    return " ".join(check.claim for check in report.alarms)
+def alarms(topic: report.TopicReport) -> str:
+    return " ".join(check.claim for check in topic.alarms)
 
 
 def test_a_v_statistic_fails_and_the_command_says_so(monkeypatch, tmp_path: Path) -> None:
-    honest = optimal_alpha.summary_of_arrays
-    monkeypatch.setattr(optimal_alpha, "summary_of_arrays", lambda *a, **k: v_statistics(honest(*a, **k)))
-    monkeypatch.setattr(theorems_run, "TOPICS", (optimal_alpha.theorem2,))
+    honest = alpha.summary_of_arrays
+    monkeypatch.setattr(alpha, "summary_of_arrays", lambda *a, **k: v_statistics(honest(*a, **k)))
+    monkeypatch.setattr(theorems_run, "TOPICS", (alpha.theorem2,))
     result = run("theorems", *OPTIONS, "--output", tmp_path / "o")
     assert result.returncode == 1
     assert "that should hold do not" in result.stdout
-    report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert any("unbiased at N = 20" in claim for claim in report["alarms"])
+    written = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert any("unbiased at N = 20" in claim for claim in written["alarms"])
 
 
 def test_a_wrong_alpha_fails_and_the_command_says_so(monkeypatch, tmp_path: Path) -> None:
-    honest = optimal_alpha.alpha_from_summary
+    honest = alpha.alpha_from_summary
 
     def wrong(summary):
         found = honest(summary)
         return replace(found, unclipped=1 - found.unclipped)  # the weights of g_t and g_e exchanged
 
-    monkeypatch.setattr(optimal_alpha, "alpha_from_summary", wrong)
-    monkeypatch.setattr(theorems_run, "TOPICS", (optimal_alpha.theorem2,))
+    monkeypatch.setattr(alpha, "alpha_from_summary", wrong)
+    monkeypatch.setattr(theorems_run, "TOPICS", (alpha.theorem2,))
     assert run("theorems", *OPTIONS, "--output", tmp_path / "o").returncode == 1
 
 
 def test_theorem_1_notices_traces_that_were_not_drawn_again(monkeypatch, ground) -> None:
-    honest = trace_variance.summary_of_arrays
+    honest = variance.summary_of_arrays
 
     def same_traces(members, trace2=None):
         return honest(members, trace2=None if trace2 is None else 0.9 * trace2 + 0.1 * members["t"])
 
-    monkeypatch.setattr(trace_variance, "summary_of_arrays", same_traces)
-    assert "Averaged over the data" in alarms(trace_variance.theorem1(ground))
+    monkeypatch.setattr(variance, "summary_of_arrays", same_traces)
+    assert "Averaged over the data" in alarms(variance.theorem1(ground))
 
 
 def test_batch_scaling_notices_an_alpha_without_batch_size(monkeypatch, ground) -> None:
     exact = ground.exact
     honest = type(exact).alpha
     monkeypatch.setattr(type(exact), "alpha", lambda self, tau: honest(self, tau**0.5))
-    assert "At batch size B" in alarms(batch_size.batch_scaling(ground))
+    assert "At batch size B" in alarms(alpha.batch_scaling(ground))
 
 
 def test_theorem_3_notices_a_bound_without_its_descent_term(monkeypatch, ground) -> None:
@@ -145,29 +143,29 @@ def test_theorem_4_notices_a_wrong_alpha_j(monkeypatch, ground) -> None:
         return top - self.trace_dot_marginal * (1 / rho - 1), bottom
 
     monkeypatch.setattr(parts, "alpha_j_parts", wrong)
-    assert "alpha_J" in alarms(step_size.theorem4(ground))
+    assert "alpha_J" in alarms(convergence.theorem4(ground))
 
 
 def test_the_reference_point_notices_another_temperature(monkeypatch, ground) -> None:
     honest = ground.build
     warm = Ground(ground.config)
     monkeypatch.setattr(warm, "build", lambda **changes: honest(**changes | {"temperature": 0.95}))
-    assert "E g_t = mu." in alarms(trace_bias.reference_point(warm))
+    assert "E g_t = mu." in alarms(bias.reference_point(warm))
 
 
 def test_the_drift_law_notices_a_missing_term(monkeypatch, ground) -> None:
-    honest = trace_bias.drift_law
+    honest = bias.drift_law
 
     def first_term(oracle, cell, direction, beta):
         return honest(oracle, cell, direction, beta) - honest(oracle, cell, direction, 1e-9) * (beta / 1e-9)
 
-    monkeypatch.setattr(trace_bias, "drift_law", first_term)
-    assert "to first order in delta" in alarms(trace_bias.drift(ground))
+    monkeypatch.setattr(bias, "drift_law", first_term)
+    assert "to first order in delta" in alarms(bias.drift(ground))
 
 
 def test_the_marginal_notices_an_anchor_that_is_none(monkeypatch, ground) -> None:
-    monkeypatch.setattr(trace_weights, "anchored_snis", lambda log_weights, scores: scores.mean(axis=0))
-    assert "Anchored SNIS" in alarms(trace_weights.marginal_gradient(ground))
+    monkeypatch.setattr(bias, "anchored_snis", lambda log_weights, scores: scores.mean(axis=0))
+    assert "Anchored SNIS" in alarms(bias.marginal_gradient(ground))
 
 
 def test_appendix_b_on_the_oracle_notices_a_wrong_divisor(monkeypatch, ground) -> None:
@@ -196,7 +194,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_never_agree() -> None:
-    assert not checks.Numbers("q", float("nan"), 0.0).agree
-    assert not checks.Numbers("q", float("inf"), 0.0, relation=">=").agree
-    assert checks.Numbers("q", 1.0, 2.0, relation="<=").agree
-    assert not checks.Numbers("q", 1.0, 2.0, relation=">=").agree
+    assert not report.Numbers("q", float("nan"), 0.0).agree
+    assert not report.Numbers("q", float("inf"), 0.0, relation=">=").agree
+    assert report.Numbers("q", 1.0, 2.0, relation="<=").agree
+    assert not report.Numbers("q", 1.0, 2.0, relation=">=").agree

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from bvpo_stats.lab.theorems.report import TopicReport
 from bvpo_stats.studies.style import (
     BLUE,
     GREEN,
@@ -29,21 +30,13 @@ _TWO = 1.96
 Data = dict[str, Any]
 
 
-def theorem_figures(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws the figures of a theorems report.
-
-    Args:
-        report: ``report.json`` of ``bvpo-stats theorems``.
-        folder: Where the PNG files go.
-
-    Returns:
-        The files written.
-    """
-    topics = {topic["name"]: topic["data"] for topic in report["topics"]}
+def theorem_figures(topics: Iterable[TopicReport], folder: Path) -> list[Path]:
+    """Draws the figures of the topics as PNG files into a folder and returns their paths."""
+    data = {topic.name: topic.data for topic in topics}
     paths = []
     for file, topic, draw in _FIGURES:
-        if topics.get(topic):
-            draw(topics[topic], folder / file)
+        if data.get(topic):
+            draw(data[topic], folder / file)
             paths.append(folder / file)
     return paths
 

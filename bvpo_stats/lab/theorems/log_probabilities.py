@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bvpo_stats.lab.oracle import Oracle
-from bvpo_stats.lab.theorems.checks import STANDARD_ERRORS, Check, Numbers, TopicReport, Verdict, judge
 from bvpo_stats.lab.theorems.convergence import TIGHT
 from bvpo_stats.lab.theorems.ground import COOL, Ground
+from bvpo_stats.lab.theorems.report import STANDARD_ERRORS, Check, Numbers, TopicReport, Verdict, judge
 from bvpo_stats.records import MODES, Completion, Mode
 from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 

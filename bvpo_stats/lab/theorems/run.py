@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from bvpo_stats.lab.theorems.batch_size import batch_scaling
-from bvpo_stats.lab.theorems.checks import Check, TopicReport
-from bvpo_stats.lab.theorems.convergence import theorem3
+from bvpo_stats.lab.theorems.alpha import batch_scaling, proposition1, theorem2
+from bvpo_stats.lab.theorems.bias import drift, marginal_gradient, reference_point
+from bvpo_stats.lab.theorems.convergence import theorem3, theorem4
 from bvpo_stats.lab.theorems.ground import Ground, TheoremConfig
 from bvpo_stats.lab.theorems.log_probabilities import appendix_b
-from bvpo_stats.lab.theorems.optimal_alpha import proposition1, theorem2
-from bvpo_stats.lab.theorems.output import present
-from bvpo_stats.lab.theorems.step_size import theorem4
-from bvpo_stats.lab.theorems.trace_bias import drift, reference_point
-from bvpo_stats.lab.theorems.trace_variance import theorem1
-from bvpo_stats.lab.theorems.trace_weights import marginal_gradient
+from bvpo_stats.lab.theorems.report import TheoremsReport, TopicReport
+from bvpo_stats.lab.theorems.variance import theorem1
 from bvpo_stats.progress import progress
-from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies.base import software_versions, to_json
 
 TOPICS: tuple[Callable[[Ground], TopicReport], ...] = (
     theorem1,
@@ -38,46 +31,6 @@ TOPICS: tuple[Callable[[Ground], TopicReport], ...] = (
 """In the order of the paper; what the paper leaves out stands after what it bears on."""
 
 
-@dataclass(frozen=True)
-class TheoremsReport:
-    """Every claim with its numbers and verdict.
-
-    Attributes:
-        config: The settings.
-        topics: The checks by theorem or question.
-        versions: Software versions.
-    """
-
-    config: TheoremConfig
-    topics: tuple[TopicReport, ...]
-    versions: dict[str, str]
-
-    @property
-    def alarms(self) -> tuple[Check, ...]:
-        """Claims that should have held and do not."""
-        return tuple(check for topic in self.topics for check in topic.alarms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as it stands in ``report.json``."""
-        return {
-            "study": "theorems",
-            "config": asdict(self.config),
-            "topics": [asdict(topic) for topic in self.topics],
-            "n_checks": sum(len(topic.checks) for topic in self.topics),
-            "alarms": [check.claim for check in self.alarms],
-            "versions": self.versions,
-        }
-
-    def plot(self, folder: Path) -> list[Path]:
-        """Draws the figures into a folder."""
-        from bvpo_stats.lab.theorems.figures import theorem_figures
-
-        return theorem_figures(self.to_dict(), folder)
-
-    def _repr_html_(self) -> str:
-        return present(self.to_dict()).html()
-
-
 def check_theorems(config: TheoremConfig | None = None) -> TheoremsReport:
     """Makes every check, without writing anything.
 
@@ -90,7 +43,7 @@ def check_theorems(config: TheoremConfig | None = None) -> TheoremsReport:
         for topic in TOPICS:
             reports.append(topic(ground))
             advance(1)
-    return TheoremsReport(ground.config, tuple(reports), software_versions())
+    return TheoremsReport(ground.config, tuple(reports))
 
 
 def run_theorems(config: TheoremConfig, output: Path) -> TheoremsReport:
@@ -103,10 +56,7 @@ def run_theorems(config: TheoremConfig, output: Path) -> TheoremsReport:
     Raises:
         UserError: The folder belongs to something else.
     """
-    with open_run(output, "theorems", asdict(config)) as folder:
+    with open_run(output, TheoremsReport.study, asdict(config)) as folder:
         report = check_theorems(config)
-        plain = report.to_dict()
-        write_atomic(folder / "report.json", to_json(plain))
-        figures = report.plot(folder / "figures")
-        write_atomic(folder / "report.md", present(plain).markdown(figures, report.versions))
+        report.write(folder)
     return report

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.lab.oracle import Atoms, CellMoments, cell_moments, population_atoms
-from bvpo_stats.lab.theorems.checks import STANDARD_ERRORS, Check, Numbers, TopicReport, judge
 from bvpo_stats.lab.theorems.ground import Ground, Sample, standard_error
+from bvpo_stats.lab.theorems.report import STANDARD_ERRORS, Check, Numbers, TopicReport, judge
 from bvpo_stats.statistics import summary_of_arrays
 from bvpo_stats.statistics.estimates import Estimates, estimates
 
