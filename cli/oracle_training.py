@@ -44,8 +44,8 @@ def oracle_training(
     Results are kept after each method and step size; the same command goes on where it stopped.
     """
     from bvpo_stats.lab.oracle.build import OracleConfig
-    from bvpo_stats.lab.oracle_training.output import print_report
-    from bvpo_stats.lab.oracle_training.run import OracleTrainingConfig, run_oracle_training
+    from bvpo_stats.lab.oracle_training.config import OracleTrainingConfig
+    from bvpo_stats.lab.oracle_training.run import run_oracle_training
 
     try:
         sizes = tuple(float(word) for word in eta_l.split(","))
@@ -64,4 +64,4 @@ def oracle_training(
         probe_every=probe_every,
         level=level,
     )
-    print_report(run_oracle_training(settings, output), output)
+    run_oracle_training(settings, output).print(output)

@@ -22,7 +22,7 @@ KINDS = {  # in the order of the story that a page tells
     "theorems": "bvpo_stats.lab.theorems.report:TheoremsReport",
     "train": "bvpo_stats.studies.train:train_figures",
     "evaluate": "bvpo_stats.studies.evaluate:evaluation_figures",
-    "oracle-training": "bvpo_stats.lab.oracle_training:oracle_training_figures",
+    "oracle-training": "bvpo_stats.lab.oracle_training.report:OracleTrainingReport",
 }
 """Class of each study's report, by what stands under ``study`` in its ``report.json``."""
 

@@ -9,14 +9,16 @@ from bvpo_stats.cli.main import main
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import OracleConfig, at, build_oracle
 from bvpo_stats.lab.oracle.exact import exact_moments
-from bvpo_stats.lab.oracle_training.loop import ADAPTIVE, FIXED, Method, train
-from bvpo_stats.lab.oracle_training.report import summary
+from bvpo_stats.lab.oracle_training.config import OracleTrainingConfig
+from bvpo_stats.lab.oracle_training.report import OracleTrainingReport, summary
 from bvpo_stats.lab.oracle_training.run import (
+    ADAPTIVE,
+    FIXED,
     RUNS_FILE,
-    OracleTrainingConfig,
-    _setting,
-    _smoothness,
+    Method,
+    Setting,
     run_oracle_training,
+    train,
 )
 
 SMALL = OracleConfig(n_symbols=2, max_trace=1, n_prompts=2, seed=3)
@@ -29,7 +31,7 @@ def config(**changes):
 
 def test_trajectories_are_those_of_plain_sgd():
     """One step by hand: the exact norm of the gradient before and after, from the oracle rebuilt at each theta."""
-    setting = _setting(config(steps=2))
+    setting = Setting.of(config(steps=2))
     row = train(setting, [FIXED[2]], 0.01, [5])[0]
     oracle = build_oracle(SMALL)
     start = exact_moments(oracle, setting.objective)
@@ -42,8 +44,8 @@ def test_trajectories_are_those_of_plain_sgd():
 
 def test_a_wrong_step_size_loses():
     """alpha from exact moments, and the same with eta L taken a hundred times too large: the error must show."""
-    setting = _setting(config(oracle=OracleConfig(n_symbols=2, max_trace=2, n_prompts=2, seed=3), steps=40))
-    eta = 0.2 / _smoothness(setting)
+    setting = Setting.of(config(oracle=OracleConfig(n_symbols=2, max_trace=2, n_prompts=2, seed=3), steps=40))
+    eta = 0.2 / setting.smoothness()
     right = Method("exact", "exact", criterion="error", curvature="norm")
     wrong = Method("wrong", "exact", criterion="error", curvature="norm", eta_l_factor=100.0)
     rows = train(setting, [right, wrong], eta, range(4))
@@ -79,14 +81,16 @@ def test_goals_by_hand():
 def test_a_resumed_study_is_the_uninterrupted_one(tmp_path):
     methods = (FIXED[2], FIXED[4], ADAPTIVE)
     whole = run_oracle_training(config(), tmp_path / "whole", methods)
-    assert set(whole["results"][0]["methods"]) == {"alpha = 0.5", "alpha = 1", "adaptive"}
+    assert set(whole.results[0]["methods"]) == {"alpha = 0.5", "alpha = 1", "adaptive"}
     run_oracle_training(config(), tmp_path / "killed", methods)
     log = tmp_path / "killed" / RUNS_FILE
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:4]))
     (tmp_path / "killed" / "report.json").unlink()
     assert run_oracle_training(config(), tmp_path / "killed", methods) == whole
-    assert json.loads((tmp_path / "killed" / "report.json").read_text())["study"] == "oracle-training"
+    written = (tmp_path / "killed" / "report.json").read_text()
+    assert json.loads(written)["study"] == "oracle-training"
+    assert OracleTrainingReport.from_json(written).to_json() == written
     assert "## " in (tmp_path / "killed" / "report.md").read_text()
     with pytest.raises(UserError, match="different run"):
         run_oracle_training(config(steps=7), tmp_path / "killed", methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,32 @@ from bvpo_stats.studies.style import INK, PALETTE, band, figure, panels
 _ESTIMATED, _EXACT = "adaptive", "exact"
 
 
-def oracle_training_figures(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws the figures of an oracle-training report.
+Results = Sequence[dict[str, Any]]
+"""Of `bvpo_stats.lab.oracle_training.report.summary`, one a step size."""
+
+
+def oracle_training_figures(results: Results, level: float, folder: Path) -> list[Path]:
+    """Draws the figures as PNG files into a folder and returns their paths.
 
     Args:
-        report: ``report.json`` of ``bvpo-stats oracle-training``.
-        folder: Where the PNG files go.
-
-    Returns:
-        The files written.
+        results: By step size.
+        level: Of the intervals.
+        folder: Where the files go.
     """
     paths = []
-    if any("comparisons" in entry for entry in report["results"]):
+    compared = [entry for entry in results if "comparisons" in entry]
+    if compared:
         paths.append(folder / "gradient_over_alpha.png")
-        _against_paper(report, paths[-1])
-    if any(_ESTIMATED in entry["methods"] for entry in report["results"]):
+        _against_paper(compared, level, paths[-1])
+    estimated = [entry for entry in results if _ESTIMATED in entry["methods"]]
+    if estimated:
         paths.append(folder / "alpha_over_steps.png")
-        _alphas(report, paths[-1])
+        _alphas(estimated, paths[-1])
     return paths
 
 
-def _against_paper(report: dict[str, Any], path: Path) -> None:
+def _against_paper(entries: Results, level: float, path: Path) -> None:
     """Mean squared gradient of every method over that of alpha = 0.5."""
-    entries = [entry for entry in report["results"] if "comparisons" in entry]
     names = list(entries[0]["methods"])
     places = np.arange(len(names))
     with figure(path, width=7.2, height=4.2) as (fig, axes):
@@ -50,13 +54,12 @@ def _against_paper(report: dict[str, Any], path: Path) -> None:
         axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if round(x * 10) in (5, 7, 15) else "")
         axes.set_xticks(places, [name.replace(", ", "\n") for name in names], rotation=30, ha="right", fontsize=8)
         axes.set_ylabel("mean norm(∇L_m)², over alpha = 0.5")
-        axes.set_title(f"SGD on the oracle, exact gradient norms ({report['settings']['level']:.0%} over seeds)")
+        axes.set_title(f"SGD on the oracle, exact gradient norms ({level:.0%} over seeds)")
         fig.legend(loc="outside lower center", ncols=len(entries), fontsize=9)
 
 
-def _alphas(report: dict[str, Any], path: Path) -> None:
+def _alphas(entries: Results, path: Path) -> None:
     """Estimated alpha over steps with its range over seeds, beside the exact one's mean; a panel for each step size."""
-    entries = [entry for entry in report["results"] if _ESTIMATED in entry["methods"]]
     with panels(path, len(entries), width=3.0 * len(entries) + 0.6, height=3.2, sharey=True) as (fig, axes):
         for entry, one in zip(entries, axes, strict=True):
             curve = entry["methods"][_ESTIMATED]["curves"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from bvpo_stats.lab.theorems.report import TopicReport
 from bvpo_stats.studies.style import (
     BLUE,
     GREEN,
@@ -30,13 +29,12 @@ _TWO = 1.96
 Data = dict[str, Any]
 
 
-def theorem_figures(topics: Iterable[TopicReport], folder: Path) -> list[Path]:
-    """Draws the figures of the topics as PNG files into a folder and returns their paths."""
-    data = {topic.name: topic.data for topic in topics}
+def theorem_figures(topics: Mapping[str, Data], folder: Path) -> list[Path]:
+    """Draws the figures of topics, data by name, as PNG files into a folder and returns their paths."""
     paths = []
     for file, topic, draw in _FIGURES:
-        if data.get(topic):
-            draw(data[topic], folder / file)
+        if topics.get(topic):
+            draw(topics[topic], folder / file)
             paths.append(folder / file)
     return paths
 

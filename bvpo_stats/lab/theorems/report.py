@@ -159,7 +159,7 @@ class TopicReport:
         """Draws the topic's figures into a folder."""
         from bvpo_stats.lab.theorems.figures import theorem_figures
 
-        return theorem_figures([self], folder)
+        return theorem_figures({self.name: self.data}, folder)
 
     def _repr_html_(self) -> str:
         return self.present().html()
@@ -222,7 +222,7 @@ class TheoremsReport(Report):
         """One a theorem or question."""
         from bvpo_stats.lab.theorems.figures import theorem_figures
 
-        return theorem_figures(self.topics, folder)
+        return theorem_figures({topic.name: topic.data for topic in self.topics}, folder)
 
     def written(self, folder: Path) -> str:
         """What a run leaves in its folder."""
