@@ -58,8 +58,14 @@ add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.
 app.command("alpha-star", cls=Command, epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
 app.command("train", cls=Command, epilog=train.EXAMPLES)(train.train)
 app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command("oracle-training", cls=Command, epilog=oracle_training.EXAMPLES)(oracle_training.oracle_training)
-app.command("theorems", cls=Command, epilog=theorems.EXAMPLES)(theorems.theorems)
+add_command(
+    app,
+    "oracle-training",
+    oracle_training.oracle_training,
+    output="runs/oracle-training",
+    examples=oracle_training.EXAMPLES,
+)
+add_command(app, "theorems", theorems.theorems, output="runs/theorems", examples=theorems.EXAMPLES)
 app.command("figures", cls=Command, epilog=figures.EXAMPLES)(figures.figures)
 app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
 app.add_typer(tiny.app, name="tiny")

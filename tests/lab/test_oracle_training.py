@@ -7,7 +7,7 @@ import pytest
 from bvpo_stats.cli.main import main
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.oracle.build import OracleConfig, at, build_oracle
+from bvpo_stats.lab.oracle.build import at, build_oracle
 from bvpo_stats.lab.oracle.exact import exact_moments
 from bvpo_stats.lab.oracle_training.config import OracleTrainingConfig
 from bvpo_stats.lab.oracle_training.report import OracleTrainingReport, summary
@@ -21,19 +21,17 @@ from bvpo_stats.lab.oracle_training.run import (
     train,
 )
 
-SMALL = OracleConfig(n_symbols=2, max_trace=1, n_prompts=2, seed=3)
-
 
 def config(**changes):
     values = {"eta_l": (0.2,), "seeds": 2, "steps": 6, "probe_prompts": 24, "traces": 2, "probe_every": 3}
-    return OracleTrainingConfig(**{"oracle": SMALL, **values, **changes})
+    return OracleTrainingConfig(**{"max_trace": 1, **values, **changes})
 
 
 def test_trajectories_are_those_of_plain_sgd():
     """One step by hand: the exact norm of the gradient before and after, from the oracle rebuilt at each theta."""
     setting = Setting.of(config(steps=2))
     row = train(setting, [FIXED[2]], 0.01, [5])[0]
-    oracle = build_oracle(SMALL)
+    oracle = build_oracle(config().oracle)
     start = exact_moments(oracle, setting.objective)
     assert row["grad_sq_curve"][0] == pytest.approx(start.mu @ start.mu, rel=1e-9)
     assert row["loss_start"] == pytest.approx(start.loss_m, rel=1e-9)
@@ -44,7 +42,7 @@ def test_trajectories_are_those_of_plain_sgd():
 
 def test_a_wrong_step_size_loses():
     """alpha from exact moments, and the same with eta L taken a hundred times too large: the error must show."""
-    setting = Setting.of(config(oracle=OracleConfig(n_symbols=2, max_trace=2, n_prompts=2, seed=3), steps=40))
+    setting = Setting.of(config(max_trace=2, steps=40))
     eta = 0.2 / setting.smoothness()
     right = Method("exact", "exact", criterion="error", curvature="norm")
     wrong = Method("wrong", "exact", criterion="error", curvature="norm", eta_l_factor=100.0)

@@ -1,11 +1,29 @@
-"""Options of the oracle training study."""
+"""Settings of the oracle training study."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
+from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.oracle.build import OracleConfig
+
+if TYPE_CHECKING:
+    from bvpo_stats.lab.oracle import OracleConfig
+
+_KEPT = ("beta", "eta_l", "seeds", "seed", "steps", "batch_size", "probe_prompts", "traces", "probe_every", "level")
+
+
+def step_sizes(words: str) -> tuple[float, ...]:
+    """Reads numbers separated by commas.
+
+    >>> step_sizes("0.2,1.4")
+    (0.2, 1.4)
+    """
+    try:
+        return tuple(float(word) for word in words.split(","))
+    except ValueError as error:
+        raise UserError(f"`eta_l={words}`: give numbers separated by commas, such as 0.2,0.6,1.4.") from error
 
 
 @dataclass(frozen=True)
@@ -13,37 +31,71 @@ class OracleTrainingConfig:
     """Settings of the study.
 
     Attributes:
-        oracle: The enumerable model.
-        beta: DPO's beta.
         eta_l: Step sizes, as learning rate times the smoothness at theta_ref.
         seeds: Runs of each method at each step size.
-        seed: The first of them.
         steps: SGD steps of a run.
         batch_size: Pairs a step.
+        beta: DPO's beta.
         probe_prompts: Held-out pairs behind the estimated mu.
         traces: K.
         probe_every: Steps between probes.
+        symbols: V, trace symbols of the enumerable model.
+        max_trace: T, its longest trace.
+        oracle_prompts: Its prompts.
+        oracle_seed: Decides its weights and rewards.
         level: Of the intervals over seeds.
+        seed: The first of the seeds.
     """
 
-    oracle: OracleConfig
-    beta: float = 1.0
-    eta_l: tuple[float, ...] = (0.2, 0.6, 1.4)
-    seeds: int = 10
-    seed: int = 0
-    steps: int = 150
-    batch_size: int = 8
-    probe_prompts: int = 256
-    traces: int = 8
-    probe_every: int = 10
-    level: float = 0.95
+    eta_l: Annotated[
+        tuple[float, ...],
+        o.Option(
+            "Step sizes: learning rate times the smoothness at the reference, separated by commas.",
+            read=step_sizes,
+            spelled="0.2,0.6,1.4",
+        ),
+    ] = (0.2, 0.6, 1.4)
+    seeds: Annotated[
+        int,
+        o.Option("Runs of each method at each step size.", low=2, hint="be at least 2: the intervals are over seeds"),
+    ] = 10
+    steps: Annotated[int, o.Option("SGD steps of a run.", low=1)] = 150
+    batch_size: Annotated[
+        int,
+        o.Option("Pairs of D_t and of D_e in a step.", low=2, hint="be at least 2 pairs, for the variance of a step"),
+    ] = 8
+    beta: Annotated[float, o.Option("DPO's inverse temperature.", above=0)] = 1.0
+    probe_prompts: Annotated[int, o.Option("Held-out pairs behind the estimated mu.", low=2)] = 256
+    traces: Annotated[
+        int, o.Option("K, traces an answer for its score, and as many again.", name="traces_per_answer", low=1)
+    ] = 8
+    probe_every: Annotated[int, o.Option("Steps from one probe to the next.", low=1)] = 10
+    symbols: Annotated[int, o.Option("Trace symbols of the model's language.", low=1)] = 2
+    max_trace: Annotated[int, o.Option("Longest trace.", low=0)] = 2
+    oracle_prompts: Annotated[int, o.Option("Prompts of the language.", low=1)] = 2
+    oracle_seed: Annotated[int, o.Option("Decides the model's weights and rewards.", low=0)] = 3
+    level: Annotated[
+        float,
+        o.Option(
+            "Confidence level of the intervals over seeds.", above=0, below=1, hint="lie between 0 and 1, e.g. 0.95"
+        ),
+    ] = 0.95
+    seed: o.Seed = 0
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise UserError(f"`seeds={self.seeds}`: intervals over seeds need at least 2.")
-        if self.batch_size < 2:
-            raise UserError(f"`batch_size={self.batch_size}`: the variance of a step needs at least 2 pairs.")
+        o.check_options(self)
         if not self.eta_l or min(self.eta_l) <= 0:
             raise UserError("`eta_l`: give positive numbers, such as 0.2,0.6,1.4.")
-        if min(self.steps, self.traces, self.probe_every) < 1:
-            raise UserError("`steps`, `traces_per_answer` and `probe_every` must be at least 1.")
+
+    @property
+    def oracle(self) -> OracleConfig:
+        """The enumerable model."""
+        from bvpo_stats.lab.oracle import OracleConfig
+
+        return OracleConfig(
+            n_symbols=self.symbols, max_trace=self.max_trace, n_prompts=self.oracle_prompts, seed=self.oracle_seed
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they stand in ``run.json`` and ``report.json``."""
+        return {"oracle": asdict(self.oracle)} | {name: getattr(self, name) for name in _KEPT}

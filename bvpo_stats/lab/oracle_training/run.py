@@ -336,7 +336,7 @@ def run_oracle_training(
     Raises:
         UserError: Settings out of range, or the folder belongs to another run.
     """
-    identity = {**asdict(config), "methods": [asdict(method) for method in methods]}
+    identity = {**config.to_dict(), "methods": [asdict(method) for method in methods]}
     identity.pop("level")  # changes no trajectory
     with open_run(output, OracleTrainingReport.study, identity) as folder:
         report = _train_all(config, folder, methods)
@@ -360,7 +360,6 @@ def _train_all(config: OracleTrainingConfig, folder: Path, methods: Sequence[Met
 
             rows += log.rows(keys, compute)
             advance(len(keys))
-    settings = asdict(config) | {"smoothness_at_reference": reference, "parameters": len(setting.ensemble.oracle.theta)}
-    return OracleTrainingReport(
-        settings, [asdict(method) for method in methods], summary(rows, config.level, config.steps)
-    )
+    facts = {"smoothness_at_reference": reference, "parameters": len(setting.ensemble.oracle.theta)}
+    results = summary(rows, config.level, config.steps)
+    return OracleTrainingReport(config.to_dict() | facts, [asdict(method) for method in methods], results)

@@ -1,9 +1,11 @@
-"""Options of the theorems study."""
+"""Settings of the theorems study."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
 
 
@@ -18,15 +20,21 @@ class TheoremConfig:
         embedded_prompts: Prompts of the embedded model behind Appendix B's check; 0 leaves the model out.
     """
 
-    beta: float = 0.1
-    draws: int = 16_384
-    seed: int = 0
-    embedded_prompts: int = 40
+    beta: Annotated[float, o.Option("Inverse temperature of the DPO loss.", above=0)] = 0.1
+    draws: Annotated[
+        int,
+        o.Option(
+            "Examples drawn where a claim is measured on samples.",
+            low=2_048,
+            hint="be at least 2048, or sampled checks say nothing at batch size 128",
+        ),
+    ] = 16_384
+    seed: o.Seed = 0
+    embedded_prompts: Annotated[
+        int, o.Option("Questions put to the embedded model for Appendix B; 0 leaves it out.", low=0)
+    ] = 40
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise UserError(f"`beta={self.beta}`: must be positive.")
-        if self.draws < 2_048:
-            raise UserError(f"`draws={self.draws}`: at least 2048, or sampled checks say nothing at batch size 128.")
-        if self.embedded_prompts < 0 or 0 < self.embedded_prompts < 10:
+        o.check_options(self)
+        if 0 < self.embedded_prompts < 10:
             raise UserError(f"`embedded_prompts={self.embedded_prompts}`: 0 for none, else at least 10.")
