@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bvpo_stats.gradients.marginal import anchored_snis, predicted_snis_bias, snis
 from bvpo_stats.lab.oracle import Oracle, at, cell_moments, drift_law, exact_moments, expected_snis, shortened
 from bvpo_stats.lab.oracle.trace_sets import TraceSets
 from bvpo_stats.lab.theorems.ground import COOL, DRIFT, Ground, draw_sample, standard_error
 from bvpo_stats.lab.theorems.report import ROUNDING, STANDARD_ERRORS, Check, Numbers, TopicReport, judge
 from bvpo_stats.statistics import summary_of_arrays
 from bvpo_stats.statistics.estimates import estimates
-from bvpo_stats.gradients.marginal import anchored_snis, predicted_snis_bias, snis
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 STEPS = 2e-3 / 2.0 ** np.arange(5)
