@@ -62,7 +62,7 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     """
     text = next((row[name] for name in _TEXT_FIELDS if row.get(name) is not None), row.get("messages"))
     if isinstance(text, list):
-        text = _single_user_turn(text, where)
+        text = single_user_turn(text, where)
     if not isinstance(text, str):
         raise UserError(f"{where}: no field `prompt` with a text or messages (fields: {', '.join(row) or 'none'}).")
     if not text.strip():
@@ -74,7 +74,12 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     return Prompt(prompt_id=str(identifier), prompt=text, gold=None if gold is None else str(gold))
 
 
-def _single_user_turn(messages: list[Any], where: str) -> str:
+def single_user_turn(messages: list[Any], where: str) -> str:
+    """The text of the one user turn in front of any assistant turn.
+
+    Raises:
+        UserError: There is none, there are several, or another role (a system prompt) is among them.
+    """
     turns: list[str] = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None

@@ -1,0 +1,345 @@
+"""Preference data in TRL's layouts, made into pairs: text, messages, or token ids, with or without a prompt column.
+
+A completion is never put through a chat template: those of reasoning models strip the trace from a finished turn, so
+``<think>R</think>A`` and ``<think></think>A`` would become the same text. Only the prompt is rendered, once per mode,
+and prompt and completion are tokenised together, as TRL does with text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.templates import Template
+from bvpo_stats.records import MODES, Mode, PreferencePair, default_prompt_id, from_dict, missing_fields, record_fields
+from bvpo_stats.sampling.pairs import training_text
+from bvpo_stats.sampling.prompts import single_user_turn
+from bvpo_stats.store.tables import Source, read_rows
+
+_PROBE = "probe\x1f"
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_CARRIED = (
+    *("chosen_reward", "rejected_reward", "chosen_index", "rejected_index"),
+    *("temperature", "top_p", "model", "template"),
+)
+_NEEDED = (
+    "A pair needs `prompt`, `chosen` and `rejected` as text or messages (the prompt may stand inside both), or "
+    "`prompt_ids`, `chosen_ids` and `rejected_ids`."
+)
+
+TemplateSource = Template | Callable[[], Template]
+"""A template, or a function that loads one: called only where a row needs it."""
+
+
+def read_pairs(
+    source: Source, template: TemplateSource, mode: Mode | None = None, *, name: str = "pairs"
+) -> list[PreferencePair]:
+    """The pairs of any source of :func:`~bvpo_stats.store.tables.read_records`, in any layout of :func:`as_pairs`.
+
+    Args:
+        source: Where they are.
+        template: The policy's template.
+        mode: D_t (``thinking``) or D_e: which file of a folder, and what rows without a mode are.
+        name: What errors call the source.
+
+    Raises:
+        UserError: As in ``read_records`` and ``as_pairs``.
+    """
+    return _pairs(read_rows(source, PreferencePair, mode=mode, name=name), template, mode)
+
+
+def as_pairs(
+    rows: Iterable[Any], template: TemplateSource, mode: Mode | None = None, *, name: str = "row"
+) -> list[PreferencePair]:
+    """Pairs from rows in any of these layouts; further columns are ignored.
+
+    - Records (:class:`~bvpo_stats.records.PreferencePair`), or rows with all their fields, keep their own mode.
+    - ``prompt_ids``, ``chosen_ids``, ``rejected_ids``: taken as they are.
+    - ``prompt``, ``chosen``, ``rejected`` as text. A prompt with special tokens in it is a rendered one and tokenised
+      as it is; any other is the user's question and rendered by the template.
+    - The same as messages: one user turn, one assistant turn. ``reasoning_content`` is put in front of the content
+      again, closing tag between them. The prompt may stand inside ``chosen`` and ``rejected``.
+
+    End-of-sequence is put behind a text or message that does not end in it, as TRL does, and never behind ids.
+
+    In ``nothinking`` mode the pair gets its training form (see :class:`~bvpo_stats.records.PreferencePair`): the prompt
+    of D_t, with the tokens that close the empty trace at the head of both completions. Pairs of one question therefore
+    share prompt ids and, where no column ``prompt_id`` gives one, the prompt id: a hash of the question.
+
+    Args:
+        rows: The rows: a list, a ``datasets.Dataset``, anything iterable.
+        template: The policy's template.
+        mode: What rows without a mode are: D_t (``thinking``) or D_e (``nothinking``).
+        name: What errors call the rows.
+
+    Raises:
+        UserError: A row without the needed columns, of the wrong type, or with an ambiguous boundary between prompt,
+            trace and answer: tokens that merge across it, special tokens or a second think tag inside, several turns.
+            The row is named.
+    """
+    rows = rows.with_format(None) if hasattr(rows, "with_format") else rows
+    return _pairs(((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)), template, mode)
+
+
+def _pairs(rows: Iterable[tuple[str, Any]], source: TemplateSource, mode: Mode | None) -> list[PreferencePair]:
+    template = source if isinstance(source, Template) else None
+    found = []
+    for where, row in rows:
+        if isinstance(row, PreferencePair):
+            found.append(row)
+        elif not isinstance(row, Mapping):
+            raise UserError(f"{where}: a {type(row).__name__}, neither a pair nor a row of columns.")
+        elif "mode" in row and not missing_fields(PreferencePair, dict(row)):
+            found.append(from_dict(PreferencePair, dict(row), where))
+        else:
+            if template is None:
+                assert not isinstance(source, Template)
+                template = source()
+            found.append(_foreign_pair(dict(row), template, mode, where))
+    return found
+
+
+def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, where: str) -> PreferencePair:
+    mode = row.get("mode", mode)
+    if mode not in MODES:
+        raise UserError(
+            f"{where}: field `mode` must be `thinking` (D_t) or `nothinking` (D_e), not {mode!r}; give it by `mode`."
+        )
+    given = {name: row[name] for name in _CARRIED if row.get(name) is not None}
+    if all(row.get(name) is not None for name in _IDS):
+        given |= {name: row[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if row.get(name) is not None}
+        prompt_ids, sides = _from_ids(row, template, mode, where)
+        question = _question_of(training_text(prompt_ids, template.tokenizer, is_prompt=False), template)
+    else:
+        question, prompt_ids, sides = _from_texts(row, template, mode, where)
+    if sides[0] == sides[1]:
+        raise UserError(f"{where}: chosen and rejected are the same tokens.")
+    starts = [_answer_start(ids, template, mode) for ids in sides]
+    name = row.get("prompt_id")
+    texts = [training_text(ids, template.tokenizer) for ids in sides]
+    values = {
+        "prompt_id": default_prompt_id(question) if name is None else str(name),
+        "mode": mode,
+        "prompt": training_text(prompt_ids, template.tokenizer, is_prompt=True),
+        "chosen": texts[0],
+        "rejected": texts[1],
+        "prompt_ids": prompt_ids,
+        "chosen_ids": sides[0],
+        "rejected_ids": sides[1],
+        "chosen_answer_start": starts[0],
+        "rejected_answer_start": starts[1],
+        "chosen_answer": None if starts[0] is None else template.answer_text(sides[0][starts[0] :]),
+        "rejected_answer": None if starts[1] is None else template.answer_text(sides[1][starts[1] :]),
+    }
+    return from_dict(PreferencePair, values | given, where)
+
+
+def _answer_start(ids: tuple[int, ...], template: Template, mode: Mode) -> int | None:
+    if mode == "thinking":
+        return template.trace_length(ids)
+    closing = _closing(template)
+    return len(closing) if ids[: len(closing)] == closing else None
+
+
+def _closing(template: Template) -> tuple[int, ...]:
+    """The tokens that close the empty trace; they depend on no question."""
+    return template.empty_trace_ids(_PROBE)[1]
+
+
+def _from_ids(
+    row: dict[str, Any], template: Template, mode: Mode, where: str
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+    fields = record_fields(PreferencePair)
+    prompt, chosen, rejected = (fields[name].read(row[name], where) for name in _IDS)
+    for name, ids in zip(_IDS, (prompt, chosen, rejected), strict=True):
+        if not ids:
+            raise UserError(f"{where}: `{name}` is empty.")
+    closing = _closing(template) if mode == "nothinking" else ()
+    if closing and prompt[-len(closing) :] == closing:  # the D_e prompt: its end opens the completions
+        prompt, chosen, rejected = prompt[: -len(closing)], closing + chosen, closing + rejected
+    return prompt, (chosen, rejected)
+
+
+def _from_texts(
+    row: dict[str, Any], template: Template, mode: Mode, where: str
+) -> tuple[str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(question, prompt ids, completions' ids) of a row of texts or messages."""
+    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    if missing:
+        names = " and ".join(f"`{name}`" for name in missing)
+        raise UserError(f"{where}: no column {names} (columns: {', '.join(row) or 'none'}). {_NEEDED}")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, rejected = _from_messages(prompt, chosen, rejected, template, where)
+    elif not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise UserError(f"{where}: `chosen` and `rejected` must both be text or both messages. {_NEEDED}")
+    elif prompt is None:
+        prompt, chosen, rejected = _shared_text(chosen, rejected, template, where)
+    elif isinstance(prompt, list):
+        prompt = single_user_turn(prompt, where)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: `prompt` must be a text or messages, and not empty.")
+    rendered = _is_rendered(prompt, template)
+    question = _question_of(prompt, template) if rendered else prompt
+    text = _training_prompt(prompt, template, mode) if rendered else template.prompt_text(prompt, "thinking")
+    opening = ""
+    if mode == "nothinking":
+        thinking, empty = template.protocol.thinking_opening, template.protocol.empty_trace
+        if empty.startswith(thinking):
+            opening = empty[len(thinking) :]
+        else:  # D_e's prompt does not go on where D_t's ends
+            text = text.removesuffix(thinking) + empty
+    encode = _encoder(text, template, rendered=rendered)
+    sides = [
+        _completion_ids(encode, text, opening, completion, template, mode, f"{where}: `{name}`")
+        for name, completion in (("chosen", chosen), ("rejected", rejected))
+    ]
+    return question, encode(text), (sides[0], sides[1])
+
+
+def _encoder(prompt: str, template: Template, *, rendered: bool) -> Callable[[str], tuple[int, ...]]:
+    """How texts that begin with a prompt are tokenised.
+
+    The template's prompts bring their own BOS; in front of a prompt that was rendered elsewhere without one, the
+    tokenizer puts it where it does so in front of any text (as TRL tokenises).
+    """
+    bos = template.tokenizer.bos_token
+    special = rendered and not (bos and prompt.startswith(str(bos)))
+    return lambda text: tuple(template.tokenizer.encode(text, add_special_tokens=special))
+
+
+def _completion_ids(
+    encode: Callable[[str], tuple[int, ...]],
+    prompt: str,
+    opening: str,
+    completion: str,
+    template: Template,
+    mode: Mode,
+    where: str,
+) -> tuple[int, ...]:
+    """Ids behind the prompt of ``prompt + opening + completion`` + end-of-sequence, tokenised at once."""
+    eos, close = str(template.tokenizer.eos_token), template.protocol.close_tag
+    body = completion.removesuffix(eos)
+    if not body.strip():
+        raise UserError(f"{where} is empty.")
+    if mode == "nothinking":
+        # the closing of the empty trace, or all of it, may stand there already (Appendix C.3 prepends it)
+        for spelled in (template.protocol.empty_trace, opening, close):
+            if spelled and body.startswith(spelled):
+                body = body[len(spelled) :]
+                break
+        if "<think>" in body or close in body:
+            raise UserError(f"{where} has a think tag in it, but a pair of D_e has an empty trace.")
+    elif (prompt.rstrip().endswith("<think>") and body.lstrip().startswith("<think>")) or (
+        body.count("<think>") > 1 or body.count(close) > 1
+    ):
+        raise UserError(
+            f"{where} has a doubled think tag: the prompt of template {template.name} ends in "
+            f"{template.protocol.thinking_opening!r}, and a response opens and closes its trace once."
+        )
+    inside = next((token for token in _special_tokens(template) if token in body), None)
+    if inside is not None:
+        raise UserError(f"{where} has the special token {inside} inside, so it is unclear where the response ends.")
+    prompt_ids, start, whole = encode(prompt), encode(prompt + opening), encode(prompt + opening + body + eos)
+    if start[: len(prompt_ids)] != prompt_ids or whole[: len(start)] != start:
+        raise UserError(
+            f"{where}: its first token merges with the end of the prompt, so the boundary between them is ambiguous. "
+            "Give `prompt_ids`, `chosen_ids` and `rejected_ids` instead."
+        )
+    return whole[len(prompt_ids) :]
+
+
+def _special_tokens(template: Template) -> list[str]:
+    """Tokens that structure a chat; think tags are not among them, whatever the tokenizer says."""
+    tokens = map(str, template.tokenizer.all_special_tokens)
+    added = (str(t) for t in template.tokenizer.added_tokens_decoder.values() if t.special)
+    return [token for token in dict.fromkeys((*tokens, *added)) if token not in ("<think>", "</think>")]
+
+
+def _is_rendered(prompt: str, template: Template) -> bool:
+    return any(token in prompt for token in _special_tokens(template))
+
+
+def _frame(template: Template) -> tuple[str, str]:
+    """What the template puts around a question in D_t."""
+    before, _, after = template.prompt_text(_PROBE, "thinking").partition(_PROBE)
+    return before, after
+
+
+def _question_of(rendered: str, template: Template) -> str:
+    """The user's question in a rendered prompt of either mode; the whole text where it has another form."""
+    before, after = _frame(template)
+    header = after.removesuffix(template.protocol.thinking_opening)
+    bos = str(template.tokenizer.bos_token or "")
+    for ending in (header + template.protocol.empty_trace, after, header):
+        for start in (before, before.removeprefix(bos)):
+            if rendered.startswith(start) and ending and rendered.endswith(ending):
+                return rendered[len(start) : len(rendered) - len(ending)]
+    return rendered
+
+
+def _training_prompt(rendered: str, template: Template, mode: Mode) -> str:
+    """A rendered prompt in D_t's form."""
+    protocol = template.protocol
+    if mode == "nothinking" and protocol.empty_trace and rendered.endswith(protocol.empty_trace):
+        return rendered.removesuffix(protocol.empty_trace) + protocol.thinking_opening
+    return rendered
+
+
+def _shared_text(chosen: str, rejected: str, template: Template, where: str) -> tuple[str, str, str]:
+    """Prompt and completions where the prompt stands inside both texts: up to the generation prompt they share."""
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    shared = min(len(chosen), len(rejected)) if shared is None else shared
+    _, after = _frame(template)
+    header = after.removesuffix(template.protocol.thinking_opening)
+    for ending in (header + template.protocol.empty_trace, after, header):
+        place = chosen.rfind(ending, 0, shared) if ending.strip() else -1
+        if place >= 0:
+            cut = place + len(ending)
+            return chosen[:cut], chosen[cut:], rejected[cut:]
+    raise UserError(
+        f"{where}: no column `prompt`, and `chosen` and `rejected` do not begin with one rendered prompt of template "
+        f"{template.name}. {_NEEDED}"
+    )
+
+
+def _from_messages(
+    prompt: Any, chosen: list[Any], rejected: list[Any], template: Template, where: str
+) -> tuple[str, str, str]:
+    """Question and completions of message lists, the prompt in front of both or in a column of its own."""
+    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
+        turns: Sequence[Any] = prompt
+    else:
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        shared = min(len(chosen), len(rejected)) if shared is None else shared
+        if shared and _role(chosen[shared - 1]) == "assistant":  # equal answers; refused later
+            shared -= 1
+        turns, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not turns and isinstance(prompt, str):
+            turns = [{"role": "user", "content": prompt}]
+    if any(_role(turn) == "assistant" for turn in turns):
+        raise UserError(f"{where}: several turns before the answer; only single user turns are supported.")
+    question = single_user_turn(list(turns), where)
+    texts = []
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if len(messages) != 1 or _role(messages[0]) != "assistant":
+            raise UserError(f"{where}: `{name}` must end in exactly one assistant message behind the prompt.")
+        texts.append(_assistant_text(messages[0], template, f"{where}: `{name}`"))
+    return question, texts[0], texts[1]
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _assistant_text(message: dict[str, Any], template: Template, where: str) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise UserError(f"{where}: the assistant message has no text as its content.")
+    reasoning = message.get("reasoning_content", message.get("reasoning"))
+    if not reasoning:
+        return content
+    protocol = template.protocol
+    opening = "" if protocol.thinking_opening else "<think>"  # else the prompt brings it
+    return f"{opening}{reasoning}{protocol.close_tag}{content}"
