@@ -107,7 +107,10 @@ def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, wh
             f"{where}: field `mode` must be `thinking` (D_t) or `nothinking` (D_e), not {mode!r}; give it by `mode`."
         )
     given = {name: row[name] for name in _CARRIED if row.get(name) is not None}
-    if all(row.get(name) is not None for name in _IDS):
+    without = [name for name in _IDS if row.get(name) is None]
+    if 0 < len(without) < len(_IDS):
+        raise UserError(f"{where}: no column {' and '.join(f'`{name}`' for name in without)}. {_NEEDED}")
+    if not without:
         given |= {name: row[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if row.get(name) is not None}
         prompt_ids, sides = _from_ids(row, template, mode, where)
         question = _question_of(training_text(prompt_ids, template.tokenizer, is_prompt=False), template)

@@ -9,10 +9,11 @@ from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Joined, join
-from bvpo_stats.model.policy import EMBEDDED, Policy
+from bvpo_stats.model.policy import EMBEDDED, Policy, PolicyOptions, load_template
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
-from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord, from_dict
-from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
+from bvpo_stats.sampling.layouts import read_pairs
+from bvpo_stats.store.tables import fingerprint, read_records, record_paths
 
 
 @dataclass(frozen=True)
@@ -116,31 +117,36 @@ def _chosen(params: Sequence[str]) -> str:
     return f", layers {', '.join(params)}" if params else ""
 
 
-def load_examples(inputs: AlphaInputs) -> Joined:
+def load_examples(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Joined:
     """Pairs and traces of the prompts that have both a D_t and a D_e pair, joined.
+
+    Args:
+        inputs: Where they are.
+        policy: Whose template renders pairs that are no records yet (TRL's layouts); the embedded model's when None.
 
     Raises:
         UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
     """
-    pairs = (pair for mode in MODES for pair in load_set(inputs, mode))
+    pairs = (pair for mode in MODES for pair in load_set(inputs, mode, policy))
     return join(pairs, load_traces(inputs), unmatched="drop", limit=inputs.limit)
 
 
-def load_set(inputs: AlphaInputs, mode: Mode) -> list[PreferencePair]:
-    """All pairs of D_t (``thinking``) or D_e (``nothinking``).
+def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = None) -> list[PreferencePair]:
+    """All pairs of D_t (``thinking``) or D_e (``nothinking``); arguments as in `load_examples`.
 
     Raises:
         UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
     """
     path, option = inputs.set_path(mode), "pairs" if mode == "thinking" else "empty_pairs"
-    pairs = []
-    for where, row in read_rows(path):
-        pair = from_dict(PreferencePair, row, where)
-        if pair.mode != mode:
-            raise UserError(f"`{option}`: {where} is a {pair.mode} pair; {mode} pairs are needed here.")
-        pairs.append(pair)
+    pairs = read_pairs(path, lambda: load_template(policy or PolicyOptions()), mode, name=option)
     if not pairs:
         raise UserError(f"`{option}={str(path)!r}` holds no pairs.")
+    for pair in pairs:
+        if pair.mode != mode:
+            raise UserError(
+                f"`{option}={str(path)!r}`: the pair of prompt {pair.prompt_id} is a {pair.mode} pair; {mode} pairs "
+                "are needed here."
+            )
     return pairs
 
 

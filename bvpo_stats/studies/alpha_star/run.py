@@ -97,7 +97,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
     """
     with joined_world() as world:
         identity = fingerprints(config.inputs)
-        joined = load_examples(config.inputs)
+        joined = load_examples(config.inputs, config.policy)
         check_groups(joined.prompts, config.options.groups)
         policy, subset, words = prepare_subset(
             load_policy(on_own_device(config.policy, world.local_rank, world.size)), config.subset

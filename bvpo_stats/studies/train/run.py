@@ -71,7 +71,7 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
     """
     args = _arguments(config, output)
     world = World(args.process_index, args.world_size, args.local_process_index)
-    pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode))
+    pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, config.policy))
     traces = load_traces(config.inputs) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
     policy = _policy(config, world)
