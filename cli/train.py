@@ -176,7 +176,6 @@ def train(
     from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
     from bvpo_stats.model.subset import LoraOptions
     from bvpo_stats.studies.alpha_star.inputs import AlphaInputs
-    from bvpo_stats.studies.train.output import print_report
     from bvpo_stats.studies.train.run import TrainConfig, run_train
     from bvpo_stats.training.presets import METHODS
     from bvpo_stats.training.presets import preset as find_preset
@@ -238,7 +237,7 @@ def train(
     )
     report = run_train(options, output)
     if report is not None:
-        print_report(report, output)
+        report.print(output)
 
 
 def _chosen(given: Any, default: Any) -> Any:

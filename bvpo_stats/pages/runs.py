@@ -20,7 +20,7 @@ KINDS = {  # in the order of the story that a page tells
     "traces": "bvpo_stats.studies.traces.report:TracesReport",
     "alpha-star": "bvpo_stats.studies.alpha_star.report:AlphaReport",
     "theorems": "bvpo_stats.lab.theorems.report:TheoremsReport",
-    "train": "bvpo_stats.studies.train:train_figures",
+    "train": "bvpo_stats.studies.train.report:TrainReport",
     "evaluate": "bvpo_stats.studies.evaluate:evaluation_figures",
     "oracle-training": "bvpo_stats.lab.oracle_training.report:OracleTrainingReport",
 }

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from html import escape
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -173,6 +174,9 @@ class Report:
     study: ClassVar[str]
     """What stands under ``study`` in ``report.json``."""
 
+    drawn_by: ClassVar[str | None] = None
+    """Module with ``draw(report, folder)``; it is imported, and matplotlib with it, when figures are wanted."""
+
     versions: dict[str, str] = field(default_factory=software_versions, kw_only=True)
 
     def present(self) -> Presentation:
@@ -180,11 +184,11 @@ class Report:
         raise NotImplementedError
 
     def figures(self, folder: Path) -> list[Path]:
-        """Draws the figures as PNG files into a folder and returns their paths; those it has no data for are left out.
-
-        Matplotlib is imported here, not above.
-        """
-        return []
+        """Draws the figures as PNG files into a folder and returns their paths; what it has no data for is left out."""
+        if self.drawn_by is None:
+            return []
+        drawn: list[Path] = import_module(self.drawn_by).draw(self, folder)
+        return drawn
 
     def written(self, folder: Path) -> str:
         """What a run leaves in its folder, in words, for the last line on the terminal."""

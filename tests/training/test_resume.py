@@ -62,7 +62,8 @@ def test_a_finished_run_is_kept(
     before = (straight / "report.json").stat().st_mtime_ns
     monkeypatch.setattr("bvpo_stats.studies.train.run.BVPOTrainer", None)
     report = run_train(run_config(random_model, pairs), straight)
-    assert report["steps"] == 9
+    assert report is not None
+    assert report.steps == 9
     assert (straight / "report.json").stat().st_mtime_ns == before
 
 

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bvpo_stats.studies.style import BLUE, GREEN, INK, OCHRE, RED, band, figure, legend_below, numbers
+from bvpo_stats.studies.train.report import TrainReport
 
 _SERIES = (("", "all pairs, as the loss weighs them", GREEN, "-"), ("trace/", "D_t, with traces", BLUE, "--"),
            ("empty/", "D_e, empty trace", OCHRE, ":"))  # fmt: skip
 
 
-def train_figures(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws the figures of a train report.
-
-    Args:
-        report: ``report.json`` of ``bvpo-stats train``.
-        folder: Where the PNG files go.
-
-    Returns:
-        The files written.
-    """
-    if not report["history"]:
+def draw(report: TrainReport, folder: Path) -> list[Path]:
+    """Draws loss and reward margins, and alpha where it changes."""
+    if not report.history:
         return []
     _metric(report, "loss", "Loss (nats)", folder / "loss.png")
     _metric(report, "rewards/margins", "Reward margin, chosen - rejected", folder / "reward_margins.png")
     paths = [folder / "loss.png", folder / "reward_margins.png"]
-    if report["alpha"]["updates"] or len({point["alpha"] for point in report["alpha"]["trajectory"]}) > 1:
+    if report.alpha["updates"] or len({point["alpha"] for point in report.alpha["trajectory"]}) > 1:
         _alpha(report, folder / "alpha.png")
         paths.append(folder / "alpha.png")
     return paths
 
 
-def _metric(report: dict[str, Any], name: str, label: str, path: Path) -> None:
-    history = report["history"]
+def _metric(report: TrainReport, name: str, label: str, path: Path) -> None:
+    history = report.history
     steps = [entry["step"] for entry in history]
     with figure(path) as (_, axes):
         shown = [entry for entry in _SERIES if any(entry[0] + name in row for row in history)]
@@ -48,8 +40,8 @@ def _metric(report: dict[str, Any], name: str, label: str, path: Path) -> None:
         legend_below(axes)
 
 
-def _alpha(report: dict[str, Any], path: Path) -> None:
-    alpha = report["alpha"]
+def _alpha(report: TrainReport, path: Path) -> None:
+    alpha = report.alpha
     points = alpha["trajectory"]
     steps = [point["step"] for point in points]
     with figure(path, height=4.0) as (_, axes):
@@ -68,10 +60,10 @@ def _alpha(report: dict[str, Any], path: Path) -> None:
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("Optimizer step")
         axes.set_ylabel("alpha (0: D_e, 1: D_t alone)")
-        axes.set_title(f"alpha during training, B = {report['batch_size']}")
+        axes.set_title(f"alpha during training, B = {report.batch_size}")
         legend_below(axes, most=2)
 
 
-def _name(report: dict[str, Any]) -> str:
-    method = {"dpo": "DPO", "simpo": "SimPO"}.get(report["method"])
-    return method or f"BVPO, alpha {report['alpha']['setting']}"
+def _name(report: TrainReport) -> str:
+    method = {"dpo": "DPO", "simpo": "SimPO"}.get(report.method)
+    return method or f"BVPO, alpha {report.alpha['setting']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,16 +17,14 @@ from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_set, load_traces
-from bvpo_stats.studies.train.figures import train_figures
-from bvpo_stats.studies.train.output import markdown
-from bvpo_stats.studies.train.report import train_report
+from bvpo_stats.studies.base import REPORT_FILE, to_json
+from bvpo_stats.studies.train.report import TrainReport
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
 from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy
 
-REPORT = "report.json"
 MODEL = "model"
 """Folder of the trained adapter or model inside a run's folder."""
 
@@ -58,7 +56,7 @@ class TrainConfig:
     must_resume: bool = False
 
 
-def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
+def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     """Trains (or goes on training) in a folder and writes model, report and figures there; a finished run is kept.
 
     Started by ``torchrun`` or ``accelerate launch``, the processes share every batch.
@@ -94,14 +92,17 @@ def run_train(config: TrainConfig, output: Path) -> dict[str, Any] | None:
         if not world.leads:
             return None
         report = train_report(trainer, config.method)
-        _write(report, trainer, folder)
+        seconds, total = trainer.estimator.to_state()["seconds"]
+        timing = {"estimator_seconds": seconds, "seconds": total, "time_share": seconds / max(total, 1e-9)}
+        write_atomic(folder / "timing.json", to_json(timing))
+        report.write(folder)
     return report
 
 
-def _finished_report(folder: Path) -> dict[str, Any] | None:
+def _finished_report(folder: Path) -> TrainReport | None:
     """The report of a run that is finished (it is written last); None of one that is not."""
-    path = folder / REPORT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    path = folder / REPORT_FILE
+    return TrainReport.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
@@ -184,12 +185,88 @@ def _progress_callback(advance: Any) -> Any:
     return Progress()
 
 
-def _write(report: dict[str, Any], trainer: BVPOTrainer, folder: Path) -> None:
-    from bvpo_stats.studies.base import to_json
+_TIMING = ("train_", "total_flos", "alpha/time_share", "alpha/step")
+"""Entries that differ between equal runs, or say nothing."""
 
-    figures = train_figures(report, folder / "figures")
-    seconds = trainer.estimator.to_state()["seconds"]
-    timing = {"estimator_seconds": seconds[0], "seconds": seconds[1], "time_share": seconds[0] / max(seconds[1], 1e-9)}
-    write_atomic(folder / "timing.json", to_json(timing))
-    write_atomic(folder / "report.md", markdown(report, figures))
-    write_atomic(folder / REPORT, to_json(report))  # the last: whoever sees it finds the rest
+
+def train_report(trainer: BVPOTrainer, method: Method) -> TrainReport:
+    """Everything that the tables and figures need, nothing that changes between equal runs.
+
+    Args:
+        trainer: After its training.
+        method: ``dpo``, ``simpo`` or ``bvpo``.
+    """
+    args, estimator, selection = trainer.config, trainer.estimator, trainer.selection
+    history = [entry for entry in map(_stable, trainer.state.log_history) if "loss" in entry]
+    objective = args.objective()
+    constants = {"beta": args.beta} | ({"simpo_gamma": args.simpo_gamma} if objective.name == "simpo" else {})
+    trained = sum(int(w.numel()) for w in trainer.policy.model.parameters() if w.requires_grad)
+    adapter = hasattr(trainer.policy.model, "disable_adapter")
+    return TrainReport(
+        method=method,
+        model=trainer.policy.identity,
+        template=trainer.policy.template.name,
+        loss={"loss_type": args.loss_type, **constants},
+        trained={"what": "LoRA adapter" if adapter else "all weights", "parameters": trained},
+        prompts={
+            "train": len(selection.train),
+            "probe": len(selection.probe),
+            "too_long": selection.too_long,
+            "unmatched": selection.unmatched,
+        },
+        batch_size=args.prompts_per_step,
+        steps=trainer.state.global_step,
+        learning_rate=args.learning_rate,
+        scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        alpha=_alpha(trainer, history),
+        eta_l={"at_peak": estimator.step_size.at(args.learning_rate), "smoothness": estimator.step_size.smoothness},
+        first=_mean(history[: _tenth(history)]),
+        last=_mean(history[-_tenth(history) :]),
+        history=history,
+        settings=trainer.identity,
+        seed=args.seed,
+    )
+
+
+def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any]:
+    estimator, args = trainer.estimator, trainer.config
+    updates = [{key: value for key, value in update.items() if key != "time_share"} for update in estimator.updates]
+    return {
+        "setting": args.alpha,
+        "prior": args.alpha_prior,
+        "level": args.alpha_level,
+        "final": estimator.alpha,
+        "mu": estimator.mu if estimator.controller.wants_data else None,
+        "update_steps": estimator.update_steps if estimator.wants_sums else None,
+        "trajectory": [
+            {
+                "step": entry["step"],
+                "alpha": entry["alpha"],
+                "estimate": entry.get("alpha/estimate"),
+                "low": entry.get("alpha/low"),
+                "high": entry.get("alpha/high"),
+            }
+            for entry in history
+        ],
+        "updates": updates,
+    }
+
+
+def _stable(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without its times, in an order that a checkpoint (which sorts) does not change."""
+    return {key: value for key, value in sorted(entry.items()) if not key.startswith(_TIMING)}
+
+
+def _tenth(history: list[dict[str, Any]]) -> int:
+    return max(1, len(history) // 10)
+
+
+def _mean(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the metrics over some log entries."""
+    names = [name for name in (entries[0] if entries else {}) if name not in ("step", "epoch", "learning_rate")]
+    found = {}
+    for name in names:
+        values = [entry[name] for entry in entries if isinstance(entry.get(name), (int, float))]
+        if values and not name.startswith("alpha"):
+            found[name] = math.fsum(values) / len(values)
+    return found

@@ -29,16 +29,8 @@ NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Th
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
 
 
-def variance_figures(report: VarianceReport, folder: Path) -> list[Path]:
-    """Draws the figures of a variance report.
-
-    Args:
-        report: The report.
-        folder: Where the PNG files go.
-
-    Returns:
-        The files written.
-    """
+def draw(report: VarianceReport, folder: Path) -> list[Path]:
+    """Draws ratios, distributions of length and log-probability, and NLL by position."""
     paths = [folder / name for name in ("ratios.png", "lengths.png", "logps.png", "nll_by_position.png")]
     _ratios(report, paths[0])
     _distribution(report.lengths, "How long are responses?", "Length of a response (tokens)", paths[1])

@@ -372,6 +372,7 @@ class VarianceReport(VarianceTables, Report):
     """
 
     study: ClassVar[str] = "variance"
+    drawn_by: ClassVar[str | None] = "bvpo_stats.studies.variance.figures"
 
     model: str
     seed: int | None
@@ -392,12 +393,6 @@ class VarianceReport(VarianceTables, Report):
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
-
-    def figures(self, folder: Path) -> list[Path]:
-        """Ratios, distributions of length and log-probability, NLL by position."""
-        from bvpo_stats.studies.variance.figures import variance_figures
-
-        return variance_figures(self, folder)
 
     def written(self, folder: Path) -> str:
         """As every run, and the samples."""
