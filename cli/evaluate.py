@@ -120,7 +120,6 @@ def evaluate(
     Run again after an interruption, it goes on where it stopped.
     """
     from bvpo_stats.store.shards import parse_shard
-    from bvpo_stats.studies.evaluate.output import print_report
     from bvpo_stats.studies.evaluate.run import EvaluateConfig
     from bvpo_stats.studies.evaluate.run import evaluate as run
 
@@ -153,7 +152,7 @@ def evaluate(
     if report is None:
         print(f"Shard {shard} is drawn. When all are, the same command without --shard reports.")
     else:
-        print_report(report, output)
+        report.print(output)
 
 
 def _judge(judge: str | None, reward: str | None, baseline: Path | None) -> JudgeOptions | None:

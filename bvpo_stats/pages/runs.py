@@ -11,7 +11,7 @@ from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.store.run_folder import RUN_FILE
-from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report
+from bvpo_stats.studies.base import REPORT_FILE, Report
 
 KINDS = {  # in the order of the story that a page tells
     "variance": "bvpo_stats.studies.variance.report:VarianceReport",
@@ -21,27 +21,10 @@ KINDS = {  # in the order of the story that a page tells
     "alpha-star": "bvpo_stats.studies.alpha_star.report:AlphaReport",
     "theorems": "bvpo_stats.lab.theorems.report:TheoremsReport",
     "train": "bvpo_stats.studies.train.report:TrainReport",
-    "evaluate": "bvpo_stats.studies.evaluate:evaluation_figures",
+    "evaluate": "bvpo_stats.studies.evaluate.report:EvaluationReport",
     "oracle-training": "bvpo_stats.lab.oracle_training.report:OracleTrainingReport",
 }
 """Class of each study's report, by what stands under ``study`` in its ``report.json``."""
-
-
-@dataclass(frozen=True)
-class _Plain(Report):
-    """A report whose study still reads plain dictionaries."""
-
-    content: dict[str, Any]
-    module: str
-    draw: str
-
-    def present(self) -> Presentation:
-        shown: Presentation = import_module(f"{self.module}.output").present(self.content)
-        return shown
-
-    def figures(self, folder: Path) -> list[Path]:
-        drawn: list[Path] = getattr(import_module(f"{self.module}.figures"), self.draw)(self.content, folder)
-        return drawn
 
 
 @dataclass(frozen=True)
@@ -75,8 +58,6 @@ class Run:
         if self.study not in KINDS:
             raise UserError(f"No report of {self.study or 'an unnamed study'} is known here.")
         module, _, name = KINDS[self.study].partition(":")
-        if not name[0].isupper():
-            return _Plain(content=self.report, module=module, draw=name, versions=self.report.get("versions", {}))
         kind: type[Report] = getattr(import_module(module), name)
         return kind.from_dict(self.report)
 

@@ -14,7 +14,6 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, to_dict
 from bvpo_stats.statistics.proportions import difference_interval, length_controlled_rate, proportion_interval
 from bvpo_stats.studies.evaluate.config import JudgeOptions
-from bvpo_stats.studies.evaluate.output import present
 from bvpo_stats.studies.evaluate.report import EvaluationReport
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 from tests.sampling.samples import sample, truncated, unclosed
@@ -91,7 +90,7 @@ def test_answers_stand_alone_and_lost_ones_are_empty(task: str, prompts: str, tm
     assert outputs == ["", "", "", "half an ans", *(f"I am {name}" for name in NAMES[4:])]
     counts = report.counts["base"]["thinking"][task]
     assert (counts.responses, counts.truncated, counts.unclosed, counts.empty) == (8, 2, 2, 1)
-    shown = present(report.to_dict())
+    shown = report.present()
     assert [table.title for table in shown.tables] == ["Responses; mean length in tokens"]  # nothing was judged
     assert any("empty answer" in note for note in shown.notes)
 
@@ -132,7 +131,7 @@ def test_win_rates_by_hand(prompts: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert any("base, thinking: 1 prompts without a reward are left out" in note for note in report.notes)
     assert report.reward is not None
     assert report.reward.startswith("rewards_by_length:length@")
-    tables = present(report.to_dict()).tables
+    tables = report.present().tables
     rows = {row[0]: row[1] for row in tables[0].rows}
     assert rows["R1-Qwen-7B (paper)"] == "15.7"
     assert rows["R1-Qwen-7B BVPO (paper)"] == "26.1"

@@ -15,7 +15,6 @@ from scipy import stats
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, Mode, to_dict
 from bvpo_stats.sampling.rewards import mathematics
-from bvpo_stats.studies.evaluate.output import present
 from bvpo_stats.studies.evaluate.report import EvaluationReport
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 from bvpo_stats.studies.evaluate.verdicts import verdict_rows
@@ -157,7 +156,7 @@ def test_avg_at_k_and_the_paired_difference_by_hand(problems: str, tmp_path: Pat
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
     counts = report.counts["base"]["thinking"]["problems"]
     assert (counts.responses, counts.truncated, counts.empty, counts.solved) == (12, 1, 1, 3)
-    table = present(report.to_dict()).tables[0]
+    table = report.present().tables[0]
     assert [row[0] for row in table.rows] == ["base (embedded)", "tuned", "tuned - base"]
     assert table.rows[2][1].startswith("+25.0 (")
     saved = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -193,14 +192,14 @@ def test_missing_responses_are_reported_and_count_neither_way(problems: str, tmp
     report = run(settings(problems, base), tmp_path / "run")
     assert report.scores["base"]["thinking"]["problems"].value == pytest.approx(0.5)
     assert report.counts["base"]["thinking"]["problems"].missing == 3
-    assert any("3 responses of base, Thinking are missing" in line for line in present(report.to_dict()).lines())
+    assert any("3 responses of base, Thinking are missing" in line for line in report.present().lines())
 
 
 def test_many_cut_responses_are_warned_of(problems: str, tmp_path: Path) -> None:
     base = write_responses(tmp_path / "base.jsonl", {"p0": ["17", None], "p1": [None, None], "p2": ["3", "3"]})
     report = run(settings(problems, base), tmp_path / "run")
     assert report.scores["base"]["thinking"]["problems"].value == pytest.approx(0.5)
-    assert any("50% of the responses" in line and "were cut" in line for line in present(report.to_dict()).lines())
+    assert any("50% of the responses" in line and "were cut" in line for line in report.present().lines())
 
 
 def test_the_papers_rows_stand_beside_its_models(problems: str, tmp_path: Path) -> None:
@@ -209,11 +208,11 @@ def test_the_papers_rows_stand_beside_its_models(problems: str, tmp_path: Path) 
     preset = tmp_path / "math-500.jsonl"
     preset.write_text(Path(problems).read_text())
     report = run(settings(str(preset), base), tmp_path / "run")
-    table = present(report.to_dict()).tables[0]
+    table = report.present().tables[0]
     rows = {row[0]: row[1] for row in table.rows}
     assert rows["R1-Qwen-1.5B (paper)"] == "81.8"
     assert rows["R1-Qwen-1.5B BVPO (paper)"] == "83.0"
-    assert any("does not say in which mode" in line for line in present(report.to_dict()).lines())
+    assert any("does not say in which mode" in line for line in report.present().lines())
 
 
 def test_answers_to_other_problems(problems: str, tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_golds_that_cannot_be_read_are_set_aside_or_refused(tmp_path: Path) -> N
     report = run(settings(str(path), base), tmp_path / "run")
     assert report.benchmarks[0].unreadable_gold == ("p1",)
     assert report.scores["base"]["thinking"]["odd"].value == 1.0  # of the one problem that can be checked
-    assert any("cannot read the gold answer of 1 problems" in line for line in present(report.to_dict()).lines())
+    assert any("cannot read the gold answer of 1 problems" in line for line in report.present().lines())
     path.write_text(empty)
     with pytest.raises(UserError, match="can read none of the gold answers"):
         evaluate(settings(str(path), base), tmp_path / "none")

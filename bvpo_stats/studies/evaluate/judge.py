@@ -20,8 +20,7 @@ from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.studies.evaluate.answer_files import FinalAnswer, read_answer_file
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark
 from bvpo_stats.studies.evaluate.config import EvaluateConfig
-from bvpo_stats.studies.evaluate.report import BASE, Column, Scores
-from bvpo_stats.studies.evaluate.scores import ColumnValues, differences_of, scores_of
+from bvpo_stats.studies.evaluate.report import BASE, Column, ColumnValues, Scores, differences_of, scores_of
 
 Answered = Mapping[str, Mapping[str, Sequence[FinalAnswer]]]
 """Answers by model and mode, in the order of the benchmark."""

@@ -11,9 +11,16 @@ import numpy as np
 from bvpo_stats.errors import UserError
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig
-from bvpo_stats.studies.evaluate.report import BenchmarkFacts, Column, TaskResults
+from bvpo_stats.studies.evaluate.report import (
+    BenchmarkFacts,
+    Column,
+    ColumnValues,
+    TaskResults,
+    add_average,
+    differences_of,
+    scores_of,
+)
 from bvpo_stats.studies.evaluate.sampling import check_all_answered, open_responses
-from bvpo_stats.studies.evaluate.scores import ColumnValues, add_average, differences_of, scores_of
 from bvpo_stats.studies.evaluate.verdicts import Outcomes, judge_responses
 
 

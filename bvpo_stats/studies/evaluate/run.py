@@ -11,16 +11,13 @@ from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import content_identity, model_source
 from bvpo_stats.sampling.engines.base import SamplingOptions
-from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies.base import software_versions, to_json
 from bvpo_stats.studies.evaluate.alignment import alignment_results
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig, contestants
 from bvpo_stats.studies.evaluate.instructions import load_instructions
 from bvpo_stats.studies.evaluate.judge import load_judge
 from bvpo_stats.studies.evaluate.math import math_results
-from bvpo_stats.studies.evaluate.output import markdown
 from bvpo_stats.studies.evaluate.report import BASE, EvaluationReport, TaskResults
 from bvpo_stats.studies.evaluate.sampling import draw_responses
 from bvpo_stats.studies.evaluate.verdicts import unreadable_golds
@@ -54,7 +51,7 @@ def evaluate(config: EvaluateConfig, output: Path) -> EvaluationReport | None:
         if not config.shard.whole:
             return None
         report = _report(config, runs, task.results(folder))
-        _write(report, folder)
+        report.write(folder)
     return report
 
 
@@ -127,15 +124,5 @@ def _report(config: EvaluateConfig, runs: dict[str, SampleReport], results: Task
         sampling=None if config.engine == "file" else _sampling(config),
         level=config.level,
         published={"model": published_name(base.model), "scores": rows} if rows else None,
-        versions=software_versions(),
         **{part.name: getattr(results, part.name) for part in fields(results)},
     )
-
-
-def _write(report: EvaluationReport, folder: Path) -> None:
-    from bvpo_stats.studies.evaluate.figures import evaluation_figures
-
-    plain = report.to_dict()
-    write_atomic(folder / "report.json", to_json(plain))
-    figures = evaluation_figures(plain, folder / "figures")
-    write_atomic(folder / "report.md", markdown(report, figures))
