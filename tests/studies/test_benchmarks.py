@@ -98,7 +98,7 @@ def test_files_that_are_wrong(tmp_path: Path, rows: list[dict[str, Any]], words:
 
 
 def test_unknown_and_repeated_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"aime2024: unknown.*aime24"):
+    with pytest.raises(UserError, match=r"`data='aime2024'`: unknown.*aime24"):
         load_benchmarks(["aime2024"])
     with pytest.raises(UserError, match="does not exist"):
         load_benchmarks([str(tmp_path / "none.jsonl")])

@@ -159,7 +159,7 @@ def test_baselines_and_score_files_that_do_not_fit(
     assert config.judge is not None
     short = tmp_path / "short.json"
     short.write_text(json.dumps(json.loads(config.judge.baseline.read_text())[:5]))
-    with pytest.raises(UserError, match=r"short\.json has no answer to 3 of the 8 prompts, e\.g\. p5"):
+    with pytest.raises(UserError, match=r"short\.json'` has no answer to 3 of the 8 prompts, e\.g\. p5"):
         evaluate(replace(config, judge=replace(config.judge, baseline=short)), tmp_path / "run")
     with pytest.raises(UserError, match="scores of one model"):
         evaluate(replace(config, judge=replace(config.judge, reward="file:scores.jsonl")), tmp_path / "run")
