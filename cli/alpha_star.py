@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from bvpo_stats.cli import options as o
@@ -70,7 +70,9 @@ def alpha_star(
     ] = None,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
     interval: Annotated[str, typer.Option(help="fieller, or hall, cautious under heavy tails.")] = "fieller",
-    groups: Annotated[int, typer.Option(help="Groups of the jackknife.")] = 20,
+    groups: Annotated[
+        str, typer.Option(help="Groups of the jackknife. `auto`: single prompts, beyond 256 of them 20 groups.")
+    ] = "auto",
     seed: o.Seed = 0,
     limit: o.Limit = None,
     max_tokens: Annotated[
@@ -124,7 +126,7 @@ def alpha_star(
                 level=level,
                 method=interval,  # type: ignore[arg-type]
             ),
-            groups=groups,
+            groups=_groups(groups),
             curvature=curvature,
         ),
         optimizer_state=optimizer_state,
@@ -142,6 +144,14 @@ def _curvature(eta_l: str, learning_rate: float | None, seed: int) -> CurvatureO
     if learning_rate is None:
         raise UserError("--eta-l auto measures the curvature L and needs eta: give --learning-rate.")
     return CurvatureOptions(learning_rate, seed=seed)
+
+
+def _groups(groups: str) -> int | Literal["auto"]:
+    if groups == "auto":
+        return "auto"
+    if not groups.isdecimal():
+        raise UserError(f"--groups {groups}: give a whole number, or auto.")
+    return int(groups)
 
 
 def _number(eta_l: str) -> float:

@@ -22,7 +22,8 @@ mean vector of every member and scalars about that mean; adding examples and mer
 operation, the parallel update of Chan, Golub and LeVeque (1983), in float64. Memory is
 ``p G d`` float64 numbers for p members and d parameters (twice that once a prompt with several pairs has been seen).
 
-The group of a prompt is a hash of its id, so it does not depend on order, on batches or on which process saw it.
+The group of a prompt is the prompt itself, or a hash of its id (`jackknife_groups` says which), so it does not depend
+on order, on batches or on which process saw it.
 
 Contract: **all pairs of one prompt come in one** `Moments.update`, **once**. Products inside a prompt are left out of
 the U-statistics, which only the update that sees them together can do; a prompt counted twice puts the diagonal back.
@@ -31,12 +32,13 @@ the U-statistics, which only the update that sees them together can do; a prompt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations_with_replacement, product
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
@@ -45,6 +47,58 @@ from bvpo_stats.statistics.calibration import Array, u_centred
 MEMBERS = ("t", "e", "m")
 WHOLE = "all"
 """Name of the only parameter block where vectors are not cut into blocks."""
+
+
+DEFAULT_GROUPS = 20
+MOST_SINGLE_PROMPTS = 256
+"""Up to so many prompts each is left out alone: small samples need every degree of freedom. Beyond, Student's t is
+normal to a percent, and pairs of groups, of which the interactions are made, cost memory."""
+SINGLE_PROMPT_BYTES = 256 * 2**20
+"""... as long as their sums take no more than this: a sum per prompt must fit beside the model that gives gradients."""
+
+Grouping = int | Literal["auto"] | None
+"""Jackknife groups asked for: a number, None for every prompt alone, or by the rule of `jackknife_groups`."""
+
+
+def jackknife_groups(n_prompts: int, n_parameters: int, n_members: int, asked: Grouping = "auto") -> int | None:
+    """The one rule of what the jackknife leaves out: single prompts (None), or so many groups of prompts.
+
+    All of it is known before a pass, so that arrays, streams, processes and resumed runs agree.
+
+    Args:
+        n_prompts: N.
+        n_parameters: d.
+        n_members: Vectors of each example: t, e and perhaps m.
+        asked: What was asked for, if anything.
+
+    >>> jackknife_groups(256, 1000, 3), jackknife_groups(257, 1000, 3), jackknife_groups(100, 10**7, 3)
+    (None, 20, 20)
+    """
+    if asked != "auto":
+        return asked
+    alone = n_prompts <= MOST_SINGLE_PROMPTS and n_prompts * n_members * n_parameters * 8 <= SINGLE_PROMPT_BYTES
+    return None if alone else DEFAULT_GROUPS
+
+
+def group_of(prompt: Hashable, groups: int = DEFAULT_GROUPS) -> int:
+    """Jackknife group of a prompt id: a hash of its text, the same in every process and in every run.
+
+    >>> [group_of(f"question-{i}") for i in range(5)]
+    [0, 14, 18, 7, 14]
+    """
+    digest = hashlib.blake2b(str(prompt).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % groups
+
+
+def group_labels(prompts: Sequence[Hashable], groups: int | None) -> Int[np.ndarray, " prompts"]:
+    """Group ``0 .. G - 1`` of different prompts, groups without any left out; None: each is its own.
+
+    >>> group_labels(["a", "b", "c", "d"], 2).tolist(), group_labels(["a", "b", "c", "d"], None).tolist()
+    ([0, 1, 1, 0], [0, 1, 2, 3])
+    """
+    if groups is None:
+        return np.arange(len(prompts))
+    return np.unique([group_of(prompt, groups) for prompt in prompts], return_inverse=True)[1].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -309,28 +363,28 @@ def gram(x: Array, y: Array) -> Array:
     return x @ y.T
 
 
-def _recentre(group: GroupMoments, centres: Sequence[Array]) -> tuple[Array, Array, list[Array]]:
-    """``D``, ``W`` (each ``[L, p, p]``) and the displacements ``mean - centre`` about new centres.
+def _about(group: GroupMoments, origin: Sequence[Array]) -> tuple[Array, Array]:
+    """``D`` and ``W`` (each ``[L, p, p]``) about an origin of all members.
 
-    D' = D + n u.u and W' = W + u.R + R.u + q u.u with u = mean - centre.
+    D' = D + n u.u and W' = W + u.R + R.u + q u.u with u = mean - origin.
     """
-    moves = [mean - centre for mean, centre in zip(group.means, centres, strict=True)]
+    moves = [mean - o for mean, o in zip(group.means, origin, strict=True)]
     squares = np.stack([gram(u, u) for u in moves])
     within = group.within + group.squares * squares
     if group.uneven is not None:
         mixed = np.stack([gram(u, r) for u, r in zip(moves, group.uneven, strict=True)])
         within = within + mixed + np.swapaxes(mixed, -1, -2)
-    return group.scatter + group.size * squares, within, moves
+    return group.scatter + group.size * squares, within
 
 
-def merge_groups(first: GroupMoments | None, second: GroupMoments | None) -> GroupMoments | None:
+def merge_groups(first: GroupMoments | None, second: GroupMoments) -> GroupMoments:
     """Moments of the union of two disjoint sets of prompts (Chan, Golub and LeVeque's parallel update).
 
     With delta the difference of the means, the common mean lies ``-f delta`` from the first and ``(1 - f) delta``
     from the second, f the second's share of the examples.
     """
-    if first is None or second is None:
-        return second if first is None else first
+    if first is None:
+        return second
     size = first.size + second.size
     f = second.size / size
     delta = [y - x for x, y in zip(first.means, second.means, strict=True)]
@@ -423,36 +477,7 @@ def add_singles(group: GroupMoments | None, vectors: Sequence[Sequence[NDArray]]
     )
 
 
-def group_scalars(
-    group: GroupMoments, origin: list[Array], centres: list[Array], total: list[Array]
-) -> tuple[Array, ...]:
-    """``S^g.S, S^g.S^g, D, W, o.S^g, o.Q^g`` of one group about the origin; Q^g = sum_c n_c S^c = R + q (mean - o)."""
-    diagonal, within, moves = _recentre(group, centres)
-    sums = [group.size * u for u in moves]
-    weighted = [group.squares * u + r for u, r in zip(moves, _dense(group), strict=True)]
-    return (
-        np.stack([gram(s, whole) for s, whole in zip(sums, total, strict=True)]),
-        np.stack([gram(s, s) for s in sums]),
-        diagonal,
-        within,
-        np.stack([s @ o for s, o in zip(sums, origin, strict=True)]),
-        np.stack([q @ o for q, o in zip(weighted, origin, strict=True)]),
-    )
-
-
-DEFAULT_GROUPS = 20
-
 Vectors = Float[np.ndarray, "examples parameters"] | Mapping[str, Float[np.ndarray, "examples parameters"]]
-
-
-def group_of(prompt: Hashable, groups: int = DEFAULT_GROUPS) -> int:
-    """Jackknife group of a prompt id: a hash of its text, the same in every process and in every run.
-
-    >>> [group_of(f"question-{i}") for i in range(5)]
-    [0, 14, 18, 7, 14]
-    """
-    digest = hashlib.blake2b(str(prompt).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % groups
 
 
 @dataclass(frozen=True)
@@ -463,7 +488,8 @@ class Moments:
         members: Names of the p vectors of each example; leave out ``m`` for the reference-point estimator. Further
             names are welcome (Hessian products, more estimators).
         blocks: Names of the parameter blocks (layers).
-        groups: One entry per jackknife group, None while empty.
+        n_groups: Jackknife groups, G; None where every prompt is its own (see `jackknife_groups`).
+        groups: Moments of the groups that hold prompts: number of the group, or id of the prompt, to its moments.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -478,37 +504,37 @@ class Moments:
 
     members: tuple[str, ...]
     blocks: tuple[str, ...]
-    groups: tuple[GroupMoments | None, ...]
+    n_groups: int | None
+    groups: Mapping[int | str, GroupMoments]
 
     @classmethod
     def init(
-        cls, members: Sequence[str] = MEMBERS, blocks: Sequence[str] = (WHOLE,), groups: int = DEFAULT_GROUPS
+        cls, members: Sequence[str] = MEMBERS, blocks: Sequence[str] = (WHOLE,), groups: int | None = DEFAULT_GROUPS
     ) -> Moments:
-        """An empty accumulator."""
-        if groups < 2:
+        """An empty accumulator with so many jackknife groups; None: every prompt is its own."""
+        if groups is not None and groups < 2:
             raise UserError(f"a delete-a-group jackknife needs at least 2 groups, got {groups}; use 20.")
-        return cls(tuple(members), tuple(blocks), (None,) * groups)
+        return cls(tuple(members), tuple(blocks), groups, {})
 
     @property
     def n_examples(self) -> int:
         """Examples seen."""
-        return round(sum(g.size for g in self.groups if g is not None))
+        return round(sum(g.size for g in self.groups.values()))
 
     @property
     def n_prompts(self) -> int:
         """Prompts seen."""
-        return sum(g.prompts for g in self.groups if g is not None)
+        return sum(g.prompts for g in self.groups.values())
 
     @property
     def n_second_draws(self) -> int:
         """Examples seen with a second trace draw."""
-        return round(sum(g.trace_draws[0] for g in self.groups if g is not None))
+        return round(sum(g.trace_draws[0] for g in self.groups.values()))
 
     @property
     def nbytes(self) -> int:
         """Bytes held by mean vectors (everything that scales with the number of parameters)."""
-        held = [x for g in self.groups if g is not None for x in (*g.means, *(g.uneven or ()))]
-        return sum(x.nbytes for x in held)
+        return sum(x.nbytes for g in self.groups.values() for x in (*g.means, *(g.uneven or ())))
 
     def update(
         self, vectors: Mapping[str, Vectors], prompts: Sequence[Hashable], trace2: Vectors | None = None
@@ -536,27 +562,31 @@ class Moments:
         for row, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(row)
         # Prompts with one pair are added by group, all at once; the others one by one.
-        units: dict[tuple[str, Hashable], tuple[int, list[int]]] = {}
+        units: dict[tuple[str, Hashable], tuple[int | str, list[int]]] = {}
         for prompt, its in rows.items():
-            g = group_of(prompt, len(self.groups))
-            key = ("group", g) if len(its) == 1 else ("prompt", prompt)
-            units.setdefault(key, (g, []))[1].extend(its)
-        groups = list(self.groups)
+            g = str(prompt) if self.n_groups is None else group_of(prompt, self.n_groups)
+            units.setdefault(("group", g) if len(its) == 1 else ("prompt", prompt), (g, []))[1].extend(its)
+        groups = dict(self.groups)
         for (kind, _), (g, its) in units.items():
             chosen = [[parts[name][k][its] for name in self.members] for k in range(len(self.blocks))]
             draws = None if halved is None else halved[its]
+            if self.n_groups is None and g in groups:
+                raise UserError(f"prompt {g!r} was added before; all its pairs must come in one update, once.")
             if kind == "group":
-                groups[g] = add_singles(groups[g], chosen, draws)
+                groups[g] = add_singles(groups.get(g), chosen, draws)
             else:
-                groups[g] = merge_groups(groups[g], prompt_moments(chosen, draws))
-        return replace(self, groups=tuple(groups))
+                groups[g] = merge_groups(groups.get(g), prompt_moments(chosen, draws))
+        return replace(self, groups=groups)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the union; the two must have seen disjoint sets of prompts."""
-        if (self.members, self.blocks, len(self.groups)) != (other.members, other.blocks, len(other.groups)):
+        if (self.members, self.blocks, self.n_groups) != (other.members, other.blocks, other.n_groups):
             raise UserError("only moments with the same members, blocks and number of groups merge; rerun one of them.")
-        pairs = zip(self.groups, other.groups, strict=True)
-        return replace(self, groups=tuple(merge_groups(a, b) for a, b in pairs))
+        twice = set(self.groups) & set(other.groups) if self.n_groups is None else ()
+        if twice:
+            raise UserError(f"prompt {min(twice)!r} is in both moments; merge those of different prompts.")
+        merged = {g: merge_groups(self.groups.get(g), found) for g, found in other.groups.items()}
+        return replace(self, groups={**self.groups, **merged})
 
     def mean(self, member: str) -> dict[str, Array]:
         """Mean vector of a member over all examples, by block.
@@ -564,7 +594,7 @@ class Moments:
         Raises:
             UserError: No examples, or no such member.
         """
-        filled = [g for g in self.groups if g is not None]
+        filled = list(self.groups.values())
         if not filled or member not in self.members:
             raise UserError(f"no examples of {member!r} were added, so it has no mean; check that there are pairs.")
         row, size = self.members.index(member), sum(g.size for g in filled)
@@ -579,36 +609,34 @@ class Moments:
         Raises:
             UserError: Fewer than three prompts, or all of them in one group.
         """
-        filled = [g for g in self.groups if g is not None]
+        filled = [self.groups[g] for g in sorted(self.groups, key=lambda g: (str(type(g)), g))]
         if not filled:
             raise UserError("no examples were added, so there are no moments; check that the pairs are not empty.")
-        sizes = np.array([g.size for g in filled])
-        L, p = len(self.blocks), len(self.members)
+        size = sum(g.size for g in filled)
         # One origin for all members: the grand mean over members and examples.
-        origin = [
-            sum(g.size * g.means[k].mean(axis=0) for g in filled) / sizes.sum() for k in range(L)
-        ]  # fmt: skip
-        total = [sum(g.size * (g.means[k] - origin[k]) for g in filled) for k in range(L)]
-        centres = [np.broadcast_to(o, (p, len(o))) for o in origin]
-        rows = [group_scalars(g, origin, centres, total) for g in filled]
-        cross, own, diagonal, within, dotted, weighted = (np.stack(part) for part in zip(*rows, strict=True))
-        # Per block, about the origin: [members, groups, d].
-        group_means = [np.stack([g.means[k] - origin[k] for g in filled], axis=1) for k in range(L)]
-        interactions = [found for x in group_means if (found := group_interactions(list(x))) is not None]
+        origins = [
+            np.asarray(sum(g.size * g.means[k].mean(axis=0) for g in filled) / size) for k in range(len(self.blocks))
+        ]
+        diagonal, within = (np.stack(part) for part in zip(*(_about(g, origins) for g in filled), strict=True))
+        sizes, squares = (np.array([getattr(g, name) for g in filled]) for name in ("size", "squares"))
+        parts = []
+        for k, origin in enumerate(origins):
+            means = [np.stack([g.means[k][a] - origin for g in filled]) for a in range(len(self.members))]
+            weighted = [squares[:, None] * x for x in means]
+            for i, g in enumerate(filled):
+                if g.uneven is not None:  # Q^g = sum_c n_c S^c = R + q (mean - o)
+                    for a, row in enumerate(g.uneven[k]):
+                        weighted[a][i] += row
+            parts.append(
+                {"diagonal": diagonal[:, k], "within": within[:, k]}
+                | _products([sizes[:, None] * x for x in means], means, weighted, origin)
+            )
         sums = GroupSums(
             sizes=sizes,
-            squares=np.array([g.squares for g in filled]),
-            total=np.stack([gram(s, s) for s in total]),
-            cross=cross,
-            own=own,
-            diagonal=diagonal,
-            within=within,
-            origin_dot_sum=dotted,
-            origin_dot_weighted=weighted,
-            origin_square=np.array([o @ o for o in origin]),
+            squares=squares,
             trace_draws=(np.array([g.trace_draws[0] for g in filled]), np.stack([g.trace_draws[1] for g in filled])),
             repeats=(np.array([g.repeats[0] for g in filled]), np.stack([g.repeats[1] for g in filled])),
-            interactions=np.stack(interactions, axis=1) if interactions else None,
+            **_stack_blocks(parts),
         )
         return summarise(sums, self.members, self.blocks, self.n_prompts)
 
@@ -617,24 +645,28 @@ class Moments:
         arrays: dict[str, NDArray] = {
             "members": np.array(self.members),
             "blocks": np.array(self.blocks),
-            "groups": np.array(len(self.groups)),
+            "n_groups": np.array(self.n_groups or 0),
+            "groups": np.array([str(g) for g in self.groups]),
         }
-        for g, group in enumerate(self.groups):
-            if group is not None:
-                arrays |= {f"group{g}/{name}": value for name, value in group.to_arrays().items()}
+        for k, group in enumerate(self.groups.values()):
+            arrays |= {f"group{k}/{name}": value for name, value in group.to_arrays().items()}
         return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray]) -> Moments:
         """Read what `to_arrays` wrote (an open ``.npz`` file will do)."""
-        members, blocks = (tuple(str(name) for name in arrays[key]) for key in ("members", "blocks"))
-        found: list[dict[str, NDArray]] = [{} for _ in range(int(arrays["groups"]))]
+        members, blocks, names = (tuple(str(x) for x in arrays[key]) for key in ("members", "blocks", "groups"))
+        n_groups = int(arrays["n_groups"]) or None
+        found: list[dict[str, NDArray]] = [{} for _ in names]
         for key in arrays:
             prefix, _, name = key.partition("/")
             if name:
                 found[int(prefix.removeprefix("group"))][name] = np.asarray(arrays[key])
-        groups = tuple(GroupMoments.from_arrays(part, len(blocks)) if part else None for part in found)
-        return cls(members, blocks, groups)
+        groups = {
+            name if n_groups is None else int(name): GroupMoments.from_arrays(part, len(blocks))
+            for name, part in zip(names, found, strict=True)
+        }
+        return cls(members, blocks, n_groups, groups)
 
     def _split(self, name: str, value: Vectors, n: int) -> list[NDArray]:
         """One array ``[n, d]`` per block, checked, in the float type that it came in."""
@@ -672,130 +704,122 @@ def summary_of_arrays(
     clusters: Sequence[Hashable] | None = None,
     blocks: Mapping[str, slice] | None = None,
     trace2: Float[np.ndarray, "*replicates examples parameters"] | None = None,
+    groups: Grouping = "auto",
 ) -> MomentSummary:
-    """Summary of per-example gradients held in memory, every prompt (of up to 256) being its own jackknife group.
+    """Summary of per-example gradients held in memory: what `Moments` gives for the same prompts and groups.
 
     Args:
         vectors: Member name to array ``[..., N, d]`` (``t``, ``e`` and, unless at the reference point, ``m``).
-        clusters: Prompt of each of the N examples; None where each example is its own prompt. With clusters, no
-            leading axes.
+        clusters: Prompt id of each of the N examples; None where each example is its own prompt, named "0", "1", ...
+            With clusters, no leading axes.
         blocks: Name to slice of the d parameters; None for one block.
         trace2: The trace gradient on a second, independent trace draw with the answers held fixed.
-
-    Returns:
-        The summary with ``G`` = number of prompts, up to 256; prompt i of more than that is in group ``i % 256``.
+        groups: Jackknife groups, see `jackknife_groups`. Single prompts stand in the order of their first examples.
 
     Raises:
         UserError: Shapes differ, or fewer than three prompts.
     """
     named = {name: np.asarray(value, dtype=np.float64) for name, value in vectors.items()}
     shapes = {value.shape for value in named.values()} | ({np.shape(trace2)} if trace2 is not None else set())
-    if len(shapes) != 1:
+    if len(shapes) != 1 or len(next(iter(shapes))) < 2:
         raise UserError(f"per-example gradients must have one shape [examples, parameters], got {sorted(shapes)}.")
-    labels, n_prompts = _cluster_labels(clusters, next(iter(shapes)))
+    shape = next(iter(shapes))
+    ids = range(shape[-2]) if clusters is None else clusters
+    if len(ids) != shape[-2] or (clusters is not None and len(shape) != 2):
+        raise UserError(f"clusters must name the prompt of each of the {shape[-2]} examples, got {len(ids)} names.")
+    index: dict[Hashable, int] = {}
+    prompt_of = np.array([index.setdefault(prompt, len(index)) for prompt in ids])
+    counts = np.bincount(prompt_of).astype(np.float64)
+    n_groups = jackknife_groups(len(index), shape[-1], len(named), groups)
+    single = len(index) == shape[-2]
+    prompt_sums = _adder(None if single else prompt_of)
+    group_sums = _adder(None if n_groups is None else group_labels(list(index), n_groups))
+    sizes, p = group_sums(counts, -1), len(named)
+    repeated = counts > 1
+    spread_over = np.maximum(counts - 1, 1)[:, None, None]
     parts = []
     for block in [slice(None)] if blocks is None else blocks.values():
         origin = np.mean([value[..., block].mean(axis=-2) for value in named.values()], axis=0)
         shifted = [value[..., block] - origin[..., None, :] for value in named.values()]
-        second = None if trace2 is None else np.asarray(trace2, dtype=np.float64)[..., block]
-        halved = None if second is None else ((named["t"][..., block] - second) ** 2).sum(-1) / 2
-        parts.append(_block_sums(shifted, origin, labels, halved, n_prompts))
-    names = [WHOLE] if blocks is None else list(blocks)
-    return summarise(_join_blocks(parts), list(named), names, n_prompts)
-
-
-def _cluster_labels(clusters: Sequence[Hashable] | None, shape: tuple[int, ...]) -> tuple[NDArray | None, int]:
-    if clusters is None:
-        return None, shape[-2]
-    if len(clusters) != shape[-2] or len(shape) != 2:
-        raise UserError(
-            f"clusters must name the prompt of each of the {shape[-2]} examples, got {len(clusters)} names."
+        sums = [prompt_sums(x, -2) for x in shifted]
+        own, diagonal = (np.empty((*sums[0].shape[:-1], p, p)) for _ in range(2))
+        for a, b in combinations_with_replacement(range(p), 2):
+            own[..., a, b] = own[..., b, a] = np.einsum("...nd,...nd->...n", sums[a], sums[b])
+            if not single:
+                products = np.einsum("nd,nd->n", shifted[a], shifted[b])
+                diagonal[..., a, b] = diagonal[..., b, a] = np.bincount(prompt_of, products)
+        diagonal = own if single else diagonal
+        totals = [group_sums(x, -2) for x in sums]
+        part = {"diagonal": group_sums(diagonal, -3), "within": group_sums(own, -3)}
+        part |= _products(
+            totals,
+            totals if (sizes == 1).all() else [x / sizes[:, None] for x in totals],
+            totals if single else [group_sums(counts[:, None] * x, -2) for x in sums],
+            origin,
         )
-    index: dict[Hashable, int] = {}
-    labels = np.array([index.setdefault(c, len(index)) for c in clusters])
-    return (None if len(index) == len(labels) else labels), len(index)
-
-
-def _block_sums(
-    shifted: list[Array], origin: Array, labels: NDArray | None, halved: Array | None, n_prompts: int
-) -> GroupSums:
-    """Group scalars of one parameter block; ``shifted`` are the members less the origin."""
-    p, lead = len(shifted), shifted[0].shape[:-1]
-    counts = np.ones(lead) if labels is None else np.bincount(labels).astype(np.float64)
-    sums = shifted if labels is None else [_sum_by_label(x, labels, n_prompts) for x in shifted]
-    totals = [x.sum(axis=-2) for x in sums]
-    cross, own, diagonal = (np.empty((*sums[0].shape[:-1], p, p)) for _ in range(3))
-    total = np.empty((*totals[0].shape[:-1], p, p))
-    for a, b in product(range(p), repeat=2):
-        cross[..., a, b] = np.matmul(sums[a], totals[b][..., None])[..., 0]
-        if b < a:
-            continue
-        total[..., a, b] = total[..., b, a] = (totals[a] * totals[b]).sum(-1)
-        own[..., a, b] = own[..., b, a] = np.einsum("...nd,...nd->...n", sums[a], sums[b])
-        if labels is None:
-            products = own[..., a, b]
-        else:
-            products = np.bincount(labels, np.einsum("nd,nd->n", shifted[a], shifted[b]))
-        diagonal[..., a, b] = diagonal[..., b, a] = products
-    dotted = np.stack([np.matmul(x, origin[..., None])[..., 0] for x in sums], axis=-1)
-    repeated = counts > 1
-    spread = (diagonal - own / counts[..., None, None]) / np.maximum(counts - 1, 1)[..., None, None]
-    if halved is not None and labels is not None:
-        halved = np.bincount(labels, halved).astype(np.float64)
-    whole = _Grouping.of(n_prompts)
-    sizes, means = whole.add(counts, -1), [whole.add(x, -2) for x in sums]
-    grouped_own = own if whole.trivial else _products(means)
-    interactions = group_interactions([x / sizes[..., None] for x in means])
-    return GroupSums(
-        sizes=sizes,
-        squares=whole.add(counts**2, -1),
-        total=total[..., None, :, :],
-        cross=whole.add(cross, -3)[..., None, :, :],
-        own=grouped_own[..., None, :, :],
-        diagonal=whole.add(diagonal, -3)[..., None, :, :],
-        within=whole.add(own, -3)[..., None, :, :],
-        origin_dot_sum=whole.add(dotted, -2)[..., None, :],
-        origin_dot_weighted=whole.add(counts[..., None] * dotted, -2)[..., None, :],
-        origin_square=(origin**2).sum(-1)[..., None],
-        trace_draws=None if halved is None else (sizes, whole.add(halved, -1)[..., None]),
-        repeats=(
-            whole.add(repeated.astype(np.float64), -1),
-            whole.add(spread * repeated[..., None, None], -3)[..., None, :, :],
+        if not single:
+            spread = (diagonal - own / counts[:, None, None]) / spread_over
+            part["repeats"] = group_sums(spread * repeated[:, None, None], -3)
+        if trace2 is not None:
+            second = np.asarray(trace2, dtype=np.float64)[..., block]
+            halved = ((named["t"][..., block] - second) ** 2).sum(-1) / 2
+            part["trace_draws"] = group_sums(prompt_sums(halved, -1), -1)
+        parts.append(part)
+    lead = shape[:-2]
+    sums_of = _stack_blocks(parts)
+    draws, repeats = sums_of.pop("trace_draws", None), sums_of.pop("repeats", None)
+    return summarise(
+        GroupSums(
+            sizes=np.broadcast_to(sizes, (*lead, *sizes.shape)),
+            squares=np.broadcast_to(group_sums(counts**2, -1), (*lead, *sizes.shape)),
+            trace_draws=None if draws is None else (sizes, draws),
+            repeats=None if repeats is None else (group_sums(repeated.astype(np.float64), -1), repeats),
+            **sums_of,
         ),
-        interactions=None if interactions is None else interactions[..., None, :, :],
+        list(named),
+        [WHOLE] if blocks is None else list(blocks),
+        len(index),
     )
 
 
-@dataclass(frozen=True)
-class _Grouping:
-    """Prompts into at most `MAX_GROUPS` jackknife groups.
+def _adder(labels: Int[np.ndarray, " items"] | None) -> Callable[[Array, int], Array]:
+    """Sums along an axis over the items of each label; None: every item is its own."""
+    if labels is None:
+        return lambda x, axis: x
+    indicator = (labels[:, None] == np.arange(labels.max() + 1)).astype(np.float64)
+    return lambda x, axis: np.moveaxis(np.tensordot(x, indicator, axes=(axis, 0)), -1, axis)
 
-    Attributes:
-        indicator: ``[groups, prompts]``; None where every prompt is its own group.
+
+def _products(sums: list[Array], means: list[Array], weighted: list[Array], origin: Array) -> dict[str, Array]:
+    """Inner products of one parameter block that `GroupSums` holds.
+
+    Args:
+        sums: ``S_a^g`` about the origin, for each member ``[..., G, d]``.
+        means: Means of the groups.
+        weighted: ``sum_c n_c S_a^c`` of the groups.
+        origin: ``[..., d]``.
     """
-
-    indicator: Array | None
-
-    @classmethod
-    def of(cls, n_prompts: int) -> _Grouping:
-        if n_prompts <= MAX_GROUPS:
-            return cls(None)
-        return cls((np.arange(n_prompts) % MAX_GROUPS == np.arange(MAX_GROUPS)[:, None]).astype(np.float64))
-
-    @property
-    def trivial(self) -> bool:
-        return self.indicator is None
-
-    def add(self, x: Array, axis: int) -> Array:
-        """Sums over the prompts of each group along an axis."""
-        if self.indicator is None:
-            return x
-        return np.moveaxis(np.tensordot(np.moveaxis(x, axis, -1), self.indicator.T, axes=1), -1, axis)
+    p, totals = len(sums), [x.sum(axis=-2) for x in sums]
+    cross, own = (np.empty((*sums[0].shape[:-1], p, p)) for _ in range(2))
+    total = np.empty((*totals[0].shape[:-1], p, p))
+    for a, b in product(range(p), repeat=2):
+        cross[..., a, b] = np.matmul(sums[a], totals[b][..., None])[..., 0]
+        if a <= b:
+            total[..., a, b] = total[..., b, a] = (totals[a] * totals[b]).sum(-1)
+            own[..., a, b] = own[..., b, a] = np.einsum("...nd,...nd->...n", sums[a], sums[b])
+    dotted, dotted_weighted = (
+        np.stack([np.matmul(x, origin[..., None])[..., 0] for x in vectors], axis=-1) for vectors in (sums, weighted)
+    )
+    found = {"total": total, "cross": cross, "own": own, "origin_dot_sum": dotted}
+    found |= {"origin_dot_weighted": dotted_weighted, "origin_square": (origin**2).sum(-1)}
+    interactions = group_interactions(means)
+    return found if interactions is None else found | {"interactions": interactions}
 
 
-def _products(vectors: list[Array]) -> Array:
-    """``x_a . x_b`` of each row: ``p`` times ``[..., n, d]`` to ``[..., n, p, p]``."""
-    return np.stack([np.stack([(x * y).sum(axis=-1) for y in vectors], axis=-1) for x in vectors], axis=-2)
+def _stack_blocks(parts: list[dict[str, Array]]) -> dict[str, Array]:
+    """One array with a block axis for each name; the axes behind it are those of members."""
+    behind = {"origin_dot_sum": 1, "origin_dot_weighted": 1, "origin_square": 0, "trace_draws": 0}
+    return {name: np.stack([part[name] for part in parts], axis=-1 - behind.get(name, 2)) for name in parts[0]}
 
 
 def group_interactions(means: Sequence[Array]) -> Array | None:
@@ -813,26 +837,3 @@ def group_interactions(means: Sequence[Array]) -> Array | None:
         symmetric = gram if a == b else (gram + np.swapaxes(gram, -1, -2)) / 2
         out[..., a, b, :] = out[..., b, a, :] = u_centred(symmetric)
     return np.moveaxis(out, -1, -3)
-
-
-def _sum_by_label(x: Array, labels: NDArray, n_labels: int) -> Array:
-    sums = np.zeros((n_labels, x.shape[-1]))
-    np.add.at(sums, labels, x)
-    return sums
-
-
-def _join_blocks(parts: list[GroupSums]) -> GroupSums:
-    """Concatenate the block axis of parts that share their counts."""
-    axis = {"total": -3, "cross": -3, "own": -3, "diagonal": -3, "within": -3}
-    axis |= {} if parts[0].interactions is None else {"interactions": -3}
-    axis |= {"origin_dot_sum": -2, "origin_dot_weighted": -2, "origin_square": -1}
-    joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=k) for name, k in axis.items()}
-    draws = [part.trace_draws for part in parts if part.trace_draws is not None]
-    repeats = [part.repeats for part in parts if part.repeats is not None]
-    return GroupSums(
-        sizes=parts[0].sizes,
-        squares=parts[0].squares,
-        trace_draws=(draws[0][0], np.concatenate([d[1] for d in draws], axis=-1)) if draws else None,
-        repeats=(repeats[0][0], np.concatenate([r[1] for r in repeats], axis=-3)) if repeats else None,
-        **joined,
-    )

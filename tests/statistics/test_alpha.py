@@ -28,7 +28,7 @@ from bvpo_stats.statistics.alpha import (
     trace_sampling_share,
 )
 from bvpo_stats.statistics.estimates import estimates
-from bvpo_stats.statistics.moments import Moments, summary_of_arrays
+from bvpo_stats.statistics.moments import SINGLE_PROMPT_BYTES, Moments, jackknife_groups, summary_of_arrays
 
 
 def gradients(n=400, d=8, seed=0, bias=0.6, shared=0.5):
@@ -63,14 +63,53 @@ def test_arrays_and_stream_agree_and_the_fields_are_consistent(vectors):
     one = alpha_from_gradients(**vectors, batch_size=4, eta_l=0.5)
     streamed = Moments.init(groups=20).update(vectors, [str(i) for i in range(400)]).finalize()
     two = alpha_from_summary(streamed, batch_size=4, eta_l=0.5)
-    assert one.unclipped == pytest.approx(two.unclipped, abs=1e-12)
+    assert same_interval(one, two)
     assert one.tau == two.tau == 0.125
-    # Leave-one-out and delete-a-group intervals differ by their degrees of freedom and noise only.
-    assert one.high - one.low == pytest.approx(two.high - two.low, rel=0.6)
     assert 0 < one.low < one.value == one.unclipped < one.high < 1
     assert (one.identified, one.shape, one.needed, one.n_prompts) == (True, "bounded", None, 400)
     assert "batch size 4, eta L = 0.5" in str(one)
     assert one.estimates.bias_empty_sq.shape == ()
+
+
+def same_interval(one, two):
+    numbers = ([x.unclipped, x.unclipped_low, x.unclipped_high, x.low, x.high] for x in (one, two))
+    return np.allclose(*numbers, rtol=1e-9, atol=1e-12) and one.summary.n_groups == two.summary.n_groups
+
+
+@pytest.mark.parametrize("n", [40, 256, 257, 400])
+def test_one_interval_for_arrays_and_stream_however_many_prompts(n):
+    """Single prompts up to 256, then twenty groups; several pairs a prompt, batches and processes do not matter."""
+    vectors, rng = gradients(n + n // 4, seed=n), np.random.default_rng(n)
+    ids = np.array([f"question {i}" for i in range(n)] + [f"question {i}" for i in range(n // 4)])
+    groups = jackknife_groups(n, 8, 3)
+    assert groups == (None if n <= 256 else 20)
+    parts = []
+    for share in np.array_split(rng.permutation(sorted(set(ids))), 3):
+        part = Moments.init(groups=groups)
+        for some in np.array_split(share, 4):
+            rows = np.flatnonzero(np.isin(ids, some))
+            part = part.update({name: x[rows] for name, x in vectors.items()}, list(ids[rows]))
+        parts.append(Moments.from_arrays(part.to_arrays()))
+    streamed = alpha_from_summary(parts[2].merge(parts[0]).merge(parts[1]).finalize(), batch_size=8)
+    assert same_interval(alpha_from_gradients(**vectors, clusters=list(ids), batch_size=8), streamed)
+    assert streamed.summary.n_groups == (n if groups is None else 20)
+    assert streamed.n_prompts == n
+
+
+def test_sums_of_single_prompts_must_fit_beside_the_model():
+    most = SINGLE_PROMPT_BYTES // (100 * 3 * 8)
+    assert jackknife_groups(100, most, 3) is None
+    assert jackknife_groups(100, most + 1, 3) == 20
+    assert jackknife_groups(100, most + 1, 2) is None
+    assert jackknife_groups(100, 10, 3, asked=7) == 7
+
+
+def test_a_prompt_that_comes_twice_is_refused_where_it_shows():
+    vectors, ids = gradients(6), [f"q{i}" for i in range(6)]
+    once = Moments.init(groups=None).update(vectors, ids)
+    for again in (lambda: once.update(vectors, ids), lambda: once.merge(once)):
+        with pytest.raises(UserError, match="q0"):
+            again()
 
 
 def test_curve_is_monotone_and_a_weighted_average_of_its_limits(vectors, population):

@@ -13,7 +13,7 @@ from bvpo_stats.statistics.calibration import (
 )
 from bvpo_stats.statistics.estimates import LinearRatio, estimates
 from bvpo_stats.statistics.intervals import BIAS_TRACE, MARGINAL, jackknife_normal, squared_norm, wilson_ends
-from bvpo_stats.statistics.moments import MAX_GROUPS, Moments, group_of
+from bvpo_stats.statistics.moments import DEFAULT_GROUPS, MOST_SINGLE_PROMPTS, Moments, group_of
 
 
 def test_u_centred_values_have_no_part_of_one_group_alone():
@@ -90,12 +90,12 @@ def test_interactions_follow_linear_statistics():
 
 def test_more_prompts_than_groups_are_left_out_in_groups():
     rng = np.random.default_rng(5)
-    n = MAX_GROUPS + 100
+    n = MOST_SINGLE_PROMPTS + 100
     vectors = {name: rng.normal(size=(n, 3)) + 0.2 for name in ("t", "e", "m")}
     summary = summary_of_arrays(vectors)
-    assert summary.n_groups == MAX_GROUPS
+    assert summary.n_groups == DEFAULT_GROUPS
     assert summary.n_prompts == n
-    kept = np.arange(n) % MAX_GROUPS != 7
+    kept = np.array([group_of(i) != 7 for i in range(n)])
     without = estimates(summary_of_arrays({name: v[kept] for name, v in vectors.items()})).select(0)
     for name, value in vars(estimates(summary).select(8)).items():
         if value is not None:

@@ -12,8 +12,10 @@ from bvpo_stats.gradients.ladder import MarginalChoice
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
+from bvpo_stats.statistics.alpha import alpha_from_gradients
 from bvpo_stats.statistics.estimates import noise_scale
 from bvpo_stats.studies.alpha_star import run as study
+from bvpo_stats.studies.alpha_star.entries import Weight
 from bvpo_stats.studies.alpha_star.output import sections, verdict
 from bvpo_stats.studies.alpha_star.report import AlphaReport
 from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
@@ -212,12 +214,30 @@ def test_damaged_checkpoint_is_named(tmp_path):
         Checkpoint(path)
 
 
+def test_rows_as_arrays_give_the_same_alpha_and_interval(drifted):
+    pairs, traces = records(drifted, 40)
+    subset, stream = lora_subset(drifted.policy.model), StreamOptions(method="posterior")
+    batches = list(study.gradient_batches(drifted.policy, subset, join(pairs, traces).examples, stream))
+    t, e, m = (np.concatenate([np.hstack(list(b.vectors[name].values())) for b in batches]) for name in "tem")
+    ids = [prompt for batch in batches for prompt in batch.prompt_ids]
+    report = estimate_alpha_star(
+        drifted.policy, pairs, traces=traces, options=AlphaOptions(stream, AlphaSettings(batch_size=1))
+    )
+    assert report.n_groups == report.n_prompts == 40
+    assert report.alpha_star.identified
+    for clusters in (ids, None):  # which prompt it is does not matter while each is left out alone
+        found = Weight.of(alpha_from_gradients(t, e, m, batch_size=1, clusters=clusters))
+        for name in ("value", "unclipped", "low", "high", "unclipped_low", "unclipped_high"):
+            assert getattr(found, name) == pytest.approx(getattr(report.alpha_star, name), rel=1e-8), name
+        assert (found.identified, found.shape) == (report.alpha_star.identified, report.alpha_star.shape)
+
+
 def test_state_survives_its_file_and_merges(drifted):
     pairs, traces = records(drifted, 12)
     subset, stream = lora_subset(drifted.policy.model), StreamOptions(method="posterior")
     state = PassState()
     for batch in study.gradient_batches(drifted.policy, subset, join(pairs, traces).examples, stream):
-        state = state.add(batch, 5)
+        state = state.add(batch, 12, 5)
     again = PassState.from_arrays(state.to_arrays())
     assert again.done == state.done
     assert again.diagnostics == state.diagnostics
@@ -246,8 +266,8 @@ def test_pairs_without_partners_and_too_few_prompts(oracle):
     nothinking = [replace(pair, prompt_id=f"x{pair.prompt_id}") for pair in pairs if pair.mode == "nothinking"]
     with pytest.raises(UserError, match="share no prompts"):
         estimate_alpha_star(oracle.policy, [*thinking, *nothinking])
-    with pytest.raises(UserError, match=r"10 prompts .* 20 jackknife groups"):
-        estimate_alpha_star(oracle.policy, [*pairs[:10], *pairs[30:40]])
+    with pytest.raises(UserError, match=r"2 prompts .* three"):
+        estimate_alpha_star(oracle.policy, [*pairs[:2], *pairs[30:32]])
 
 
 def test_unknown_interval_is_refused_before_any_work():

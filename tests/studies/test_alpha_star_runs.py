@@ -233,7 +233,7 @@ def test_swapped_files_too_few_prompts_and_an_empty_folder(files, tmp_path):
     with pytest.raises(UserError, match="thinking pairs are needed"):
         call("--pairs", folder / "nothinking.jsonl", "--empty-pairs", folder / "thinking.jsonl", "--output", tmp_path)
     with pytest.raises(UserError, match="fewer than the 20 jackknife groups"):
-        call("--pairs", folder, "--limit", 12, "--output", tmp_path / "run")
+        call("--pairs", folder, "--limit", 12, "--groups", 20, "--output", tmp_path / "run")
     with pytest.raises(UserError, match="holds no thinking"):
         call("--pairs", tmp_path, "--output", tmp_path / "run")
 

@@ -11,6 +11,7 @@ import numpy as np
 from bvpo_stats.lab.acceptance.checks import Check, acceptance, collect
 from bvpo_stats.lab.oracle.trace_sets import METHODS, TraceMethod, TraceSets
 from bvpo_stats.statistics import MomentSummary, summary_of_arrays
+from bvpo_stats.statistics.moments import Grouping
 
 TAUS = (1.0, 1 / 8, 1 / 128)
 _EXAMPLES_AT_ONCE = 20_000
@@ -27,6 +28,7 @@ class Cell:
         method: Estimator of mu.
         n_prompts: N.
         statistic: ``U``, or ``V`` for the injected error.
+        groups: Jackknife groups; None leaves single prompts out, ``auto`` does what the program does.
     """
 
     temperature: float
@@ -35,6 +37,7 @@ class Cell:
     method: TraceMethod
     n_prompts: int
     statistic: str = "U"
+    groups: Grouping = "auto"
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,8 @@ class CellResult:
 
 def v_statistics(summary: MomentSummary) -> MomentSummary:
     """The same moments with the diagonal put back, S_a . S_b / N^2: what U-statistics are there to avoid."""
-    n = np.full(summary.U.shape[-4], float(summary.n_examples - 1))
-    n[0] += 1
-    n = n[:, None, None, None]
+    without = summary.group_sizes.sum(axis=-1, keepdims=True) - summary.group_sizes
+    n = np.concatenate([without[..., :1] + summary.group_sizes[..., :1], without], axis=-1)[..., None, None, None]
     return replace(summary, U=(summary.U * (n - 1) + summary.M) / n)
 
 
@@ -78,7 +80,7 @@ def summaries(sets: TraceSets, cell: Cell, replicates: int, seed: int) -> Iterat
     chunk = max(1, _EXAMPLES_AT_ONCE // cell.n_prompts)
     for start in range(0, replicates, chunk):
         size = min(chunk, replicates - start)
-        summary = summary_of_arrays(sets.draw((size, cell.n_prompts), cell.method, rng))
+        summary = summary_of_arrays(sets.draw((size, cell.n_prompts), cell.method, rng), groups=cell.groups)
         yield summary if cell.statistic == "U" else v_statistics(summary)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.calibration import u_centred
-from bvpo_stats.statistics.moments import WHOLE, Array, GroupSums, MomentSummary, summarise
+from bvpo_stats.statistics.moments import WHOLE, Array, GroupSums, MomentSummary, group_labels, summarise
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class Population:
             rng: Source of randomness.
             replicates: Number of samples, R.
             size: Examples per sample, N.
-            groups: Jackknife groups of equal size (up to one); None for leave-one-out.
+            groups: Jackknife groups, prompts being named "0", "1", ...; None for leave-one-out.
             chunk: Samples per summary.
         """
-        labels = None if groups is None else np.arange(size) % groups
+        labels = group_labels(range(size), groups)
         for start in range(0, replicates, chunk):
             yield self.summaries(self.draw(rng, min(chunk, replicates - start), size), labels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import alpha_from_summary, alpha_limits, direction_alpha, half_split
@@ -160,14 +160,15 @@ def _warnings(
     return found
 
 
-def check_groups(n_prompts: int, groups: int) -> None:
+def check_groups(n_prompts: int, groups: int | Literal["auto"]) -> None:
     """Refuses a jackknife with more groups than prompts.
 
     Raises:
-        UserError: Fewer prompts than groups.
+        UserError: Fewer prompts than groups, or than three.
     """
-    if n_prompts < groups:
+    if n_prompts < (3 if groups == "auto" else groups):
+        least = "three, the least for an interval" if groups == "auto" else f"the {groups} jackknife groups"
         raise UserError(
-            f"{n_prompts} prompts with both a D_t and a D_e pair are fewer than the {groups} jackknife groups; give "
-            "more pairs (some hundred are usual)."
+            f"{n_prompts} prompts with both a D_t and a D_e pair are fewer than {least}; give more pairs (some hundred "
+            "are usual)."
         )

@@ -139,11 +139,13 @@ def _diagnostics(report: AlphaReport) -> list[_Row]:
 def notes(report: AlphaReport) -> list[str]:
     """What the numbers are."""
     loss = ", ".join(f"{name} {value}" for name, value in report.objective.items())
+    alone = report.n_groups == report.n_prompts
+    jackknife = "leave-one-prompt-out jackknife" if alone else f"delete-a-group jackknife with {report.n_groups} groups"
     lines = [
         f"Model {report.model}, template {report.template}; {loss}; theta: {report.subset}, {report.n_parameters:,} "
         "parameters.",
         f"{report.n_prompts} prompts, {report.n_examples} examples, seed {report.seed}. Intervals: {report.level:.0%}, "
-        f"delete-a-group jackknife with {report.n_groups} groups, Fieller sets for weights.",
+        f"{jackknife}, Fieller sets for weights.",
         "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
         f"mu: {report.marginal.reason}",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -22,7 +22,7 @@ from bvpo_stats.model.subset import Subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.moments import DEFAULT_GROUPS, Moments
+from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.studies.alpha_star.analysis import Measured, analyse, check_groups
@@ -47,7 +47,7 @@ class AlphaOptions:
     Attributes:
         stream: Loss, marginal estimator, budgets.
         settings: Batch size, step size, level.
-        groups: Jackknife groups, G.
+        groups: Jackknife groups; ``auto`` for the rule of `bvpo_stats.statistics.moments.jackknife_groups`.
         curvature: Measure eta L with this; None to take it from ``settings``.
         second_moments: Adam's second moments by parameter name, for alpha in Adam's metric; None for none.
         epsilon: Adam's epsilon.
@@ -55,7 +55,7 @@ class AlphaOptions:
 
     stream: StreamOptions = field(default_factory=StreamOptions)
     settings: AlphaSettings = field(default_factory=AlphaSettings)
-    groups: int = DEFAULT_GROUPS
+    groups: int | Literal["auto"] = "auto"
     curvature: CurvatureOptions | None = None
     second_moments: dict[str, NDArray] | None = None
     epsilon: float = 1e-8
@@ -183,7 +183,7 @@ def _stream(
         with progress("Gradients", len(mine), "prompts", done=len(checkpoint.state.done)) as advance:
             if mine - checkpoint.state.done:
                 for batch in gradient_batches(policy, subset, own, stream, checkpoint.state.done):
-                    checkpoint.update(checkpoint.state.add(batch, options.groups, metric))
+                    checkpoint.update(checkpoint.state.add(batch, len(order), options.groups, metric))
                     advance(len(set(batch.prompt_ids)))
     finally:
         checkpoint.save()

@@ -18,7 +18,7 @@ from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.stream import GradientBatch
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
-from bvpo_stats.statistics.moments import Moments
+from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
 
 MOMENTS_FILE = "moments.npz"
 _SAVE_EVERY_SECONDS = 30.0
@@ -44,21 +44,25 @@ class PassState:
     done: frozenset[str] = frozenset()
     diagnostics: tuple[SideDiagnostics, ...] = ()
 
-    def add(self, batch: GradientBatch, groups: int, metric: dict[str, NDArray] | None = None) -> PassState:
+    def add(
+        self, batch: GradientBatch, n_prompts: int, groups: Grouping, metric: dict[str, NDArray] | None = None
+    ) -> PassState:
         """The state after one more batch.
 
         Args:
             batch: Gradients of prompts that are not in yet.
-            groups: Jackknife groups.
+            n_prompts: Prompts of the whole pass, in all processes.
+            groups: Jackknife groups asked for.
             metric: Block to the diagonal of Adam's metric.
         """
         vectors = batch.vectors
         members, blocks = tuple(name for name in vectors if name not in ("m1", "m2")), tuple(vectors["t"])
-        moments = self.moments or Moments.init(members, blocks, groups)
+        found = jackknife_groups(n_prompts, sum(x.shape[1] for x in vectors["t"].values()), len(members), groups)
+        moments = self.moments or Moments.init(members, blocks, found)
         adam = self.adam
         if metric is not None:
             scaled = {name: _scaled(vectors[name], metric) for name in members}
-            adam = (adam or Moments.init(members, blocks, groups)).update(scaled, batch.prompt_ids)
+            adam = (adam or Moments.init(members, blocks, found)).update(scaled, batch.prompt_ids)
         halves = self.halves
         if "m1" in vectors:
             contrasts = {"h": _difference(vectors["t"], vectors["e"]), "d": _difference(vectors["m1"], vectors["m2"])}

@@ -113,7 +113,7 @@ class ProbeAverage:
         """Add a probe."""
         summary = moments.finalize()
         found = estimates(summary)
-        filled = np.array([g is not None for g in moments.groups])
+        filled = np.array([g in moments.groups for g in range(moments.n_groups or 0)])
         rows = np.repeat(np.stack([getattr(found, name)[:1] for name in PARTS]), 1 + len(filled), axis=1)
         # A group without prompts in this probe: leaving it out changes nothing.
         rows[:, 1:][:, filled] = np.stack([getattr(found, name)[1:] for name in PARTS])
@@ -279,8 +279,7 @@ class AdaptiveController:
             steps = steps.add(observation.sums.covariance(), self.options.step_decay)
         none = "held: no probe yet"
         if probe is not None:
-            groups = sum(group is not None for group in probe.groups)
-            if probe.n_prompts < self.options.min_prompts or groups < _MIN_GROUPS:
+            if probe.n_prompts < self.options.min_prompts or len(probe.groups) < _MIN_GROUPS:
                 none = f"held: a probe of {probe.n_prompts} prompts is too small"
             else:
                 probes = probes.add(probe, self.options.decay)
