@@ -1,0 +1,42 @@
+"""Golden reports: every command in small, its output compared number by number with what is committed in ``reports/``.
+
+They hold still what a rearrangement of the code must not change: numbers, keys, texts, file names, commands, options.
+Only the command line is used, no module behind it. After a change that is meant to change a number, renew them with
+
+    python -m tests.golden.renew [NAME ...]
+
+and look at the difference: a number may change only in a commit that says why.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.golden.cases import COMMANDS, Runs, all_records
+from tests.golden.comparison import differences
+
+REPORTS = Path(__file__).parent / "reports"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    """The runs of this session, one set for all workers of pytest-xdist, whose folders lie side by side."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "golden"
+    folder.mkdir(exist_ok=True)
+    return Runs(folder)
+
+
+@pytest.mark.parametrize("name", ["help", *COMMANDS])
+def test_nothing_has_changed(name: str, runs: Runs) -> None:
+    kept = json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8"))
+    found = json.loads(json.dumps(all_records(runs)[name]()))
+    changes = differences(kept, found, name)
+    assert not changes, "\n".join([f"{len(changes)} differences from reports/{name}.json (kept -> found):", *changes])
+
+
+def test_every_report_has_a_case() -> None:
+    assert {path.stem for path in REPORTS.glob("*.json")} == {"help", *COMMANDS}
