@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from tests.golden.cases import Runs, all_records
-from tests.golden.test_reports import REPORTS
+from tests.golden.comparison import machine
+from tests.golden.test_reports import MADE_ON, REPORTS
 
 
 def renew(names: list[str]) -> None:
@@ -25,10 +26,17 @@ def renew(names: list[str]) -> None:
         unknown = sorted(set(names) - records.keys())
         if unknown:
             sys.exit(f"Unknown: {', '.join(unknown)}. Known: {', '.join(records)}.")
+        made_on = json.loads(MADE_ON.read_text(encoding="utf-8")) if MADE_ON.exists() else {}
         for name in names or records:
-            text = json.dumps(records[name](), indent=1, ensure_ascii=False)
-            (REPORTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-            print(f"{name}: {len(text):,} characters", flush=True)
+            record = records[name]()
+            made_on[name] = machine()
+            _write(REPORTS / f"{name}.json", record)
+            _write(MADE_ON, {known: made_on[known] for known in records if known in made_on})
+            print(name, flush=True)
+
+
+def _write(path: Path, record: object) -> None:
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

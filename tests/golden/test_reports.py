@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.golden.cases import COMMANDS, Runs, all_records
-from tests.golden.comparison import differences
+from tests.golden.comparison import differences, tolerance
 
 REPORTS = Path(__file__).parent / "reports"
+MADE_ON = REPORTS.parent / "made_on.json"
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 def test_nothing_has_changed(name: str, runs: Runs) -> None:
     kept = json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8"))
     found = json.loads(json.dumps(all_records(runs)[name]()))
-    changes = differences(kept, found, name)
+    made_on = json.loads(MADE_ON.read_text(encoding="utf-8"))[name]
+    changes = differences(kept, found, name, tolerance(name, made_on))
     assert not changes, "\n".join([f"{len(changes)} differences from reports/{name}.json (kept -> found):", *changes])
 
 
