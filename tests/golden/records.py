@@ -32,8 +32,14 @@ def run_record(folder: Path) -> dict[str, Any]:
         "identity": _shortened(_read(folder / "run.json")),
         "report": _shortened(_read(folder / "report.json")),
         "records": {name: _digest(folder / name) for name in names if name.endswith(".jsonl")},
-        "summary": summary.read_text(encoding="utf-8").splitlines() if summary.exists() else None,
+        "summary": _words(summary) if summary.exists() else None,
     }
+
+
+def _words(summary: Path) -> list[str]:
+    """The lines of a summary without those on the software and on how fast this call was."""
+    lines = summary.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith(("Versions:", "- This call:"))]
 
 
 def _read(path: Path) -> Any:
