@@ -14,15 +14,15 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt
-from bvpo_stats.studies.evaluate import instructions
-from bvpo_stats.studies.evaluate.answer_files import (
+from bvpo_stats.studies.evaluate import benchmarks
+from bvpo_stats.studies.evaluate.benchmarks import INSTRUCTION_FILES, instruction_from_row, load_instructions
+from bvpo_stats.studies.evaluate.judge import (
     FinalAnswer,
     alpaca_eval_text,
     arena_hard_text,
     markdown_counts,
     read_answer_file,
 )
-from bvpo_stats.studies.evaluate.instructions import INSTRUCTION_FILES, instruction_from_row, load_instructions
 
 PROMPTS = (Prompt("u1", "Write a poem."), Prompt("u2", "1+1?\nExplain."), Prompt("u3", "Sing."))
 ANSWERS = [FinalAnswer(PROMPTS[0], "Roses…", 3), FinalAnswer(PROMPTS[1], "**2**", 4), FinalAnswer(PROMPTS[2], "", 0)]
@@ -117,7 +117,7 @@ def test_prompts_of_both_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         (task,) = (task for task, file in INSTRUCTION_FILES.items() if file == source)
         yield from ((f"{task}[{number}]", row) for number, row in enumerate(layouts[task], start=1))
 
-    monkeypatch.setattr(instructions, "source_rows", rows)
+    monkeypatch.setattr(benchmarks, "source_rows", rows)
     alpaca = load_instructions("alpaca-eval", "alpaca-eval")
     assert [p.prompt for p in alpaca.benchmark.problems] == ["a?"]
     assert alpaca.benchmark.duplicates == 1

@@ -15,9 +15,9 @@ from scipy import stats
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, Mode, to_dict
 from bvpo_stats.sampling.rewards import mathematics
+from bvpo_stats.studies.evaluate.math import verdict_rows
 from bvpo_stats.studies.evaluate.report import EvaluationReport
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
-from bvpo_stats.studies.evaluate.verdicts import verdict_rows
 from tests.sampling.samples import sample, truncated, unclosed
 
 

@@ -1,26 +1,214 @@
-"""Win rates against a baseline, with a reward model for a judge."""
+"""The alignment benchmarks: answer files for AlpacaEval 2 and Arena-Hard, and win rates judged by a reward model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Mode
+from bvpo_stats.records import UNKNOWN, Completion, Mode, Prompt
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
+from bvpo_stats.sampling.sample import SAMPLES_FILE
 from bvpo_stats.statistics.proportions import Interval, length_controlled_difference, length_controlled_rate
+from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, write_atomic
 from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies.evaluate.answer_files import FinalAnswer, read_answer_file
-from bvpo_stats.studies.evaluate.benchmarks import Benchmark
-from bvpo_stats.studies.evaluate.config import EvaluateConfig
-from bvpo_stats.studies.evaluate.report import BASE, Column, ColumnValues, Scores, differences_of, scores_of
+from bvpo_stats.store.shards import run_files
+from bvpo_stats.studies.evaluate.benchmarks import Benchmark, InstructionSet
+from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig
+from bvpo_stats.studies.evaluate.report import (
+    BASE,
+    BenchmarkFacts,
+    Column,
+    ColumnValues,
+    ResponseCounts,
+    Scores,
+    TaskResults,
+    differences_of,
+    scores_of,
+)
+from bvpo_stats.studies.evaluate.sampling import check_all_answered, open_responses, run_of
+
+_CODE = re.compile(r"```.*?```", re.DOTALL)
+_NAMESPACE = uuid.UUID("6c1f2a5e-6d0b-4b57-9a3c-3a1d5f0e7b42")
+
+
+@dataclass(frozen=True)
+class FinalAnswer:
+    """One prompt's final answer, as a judge gets it.
+
+    Attributes:
+        prompt: The prompt.
+        text: The final answer; empty where the response has none. A trace never stands here.
+        tokens: Its tokens.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: int
+
+
+def alpaca_eval_text(answers: Iterable[FinalAnswer], generator: str, datasets: Mapping[str, str]) -> str:
+    """AlpacaEval's file: a JSON list of ``{instruction, output, generator, dataset, datasplit}``.
+
+    Args:
+        answers: In the order of the benchmark.
+        generator: Name of the model on the leaderboard.
+        datasets: By prompt id: where an instruction comes from.
+    """
+    rows = [
+        {
+            "instruction": answer.prompt.prompt,
+            "output": answer.text,
+            "generator": generator,
+            "dataset": datasets[answer.prompt.prompt_id],
+            "datasplit": "eval",
+        }
+        for answer in answers
+    ]
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def arena_hard_text(answers: Iterable[FinalAnswer], model: str, time: float) -> str:
+    """Arena-Hard's file: one line ``{uid, ans_id, model, messages, tstamp, metadata}`` per answer.
+
+    ``metadata`` holds what its style control reads: ``token_len`` (counted by the model's own tokenizer) and the
+    numbers of Markdown headers, list items and bold words outside code blocks.
+
+    Args:
+        answers: In the order of the benchmark.
+        model: Name of the model; the file must be called ``MODEL.jsonl``.
+        time: Time stamp, in seconds; equal runs should give equal ones.
+    """
+    lines = []
+    for answer in answers:
+        prompt = answer.prompt
+        row = {
+            "uid": prompt.prompt_id,
+            "ans_id": uuid.uuid5(_NAMESPACE, f"{model}/{prompt.prompt_id}").hex,
+            "model": model,
+            "messages": [
+                {"role": "user", "content": prompt.prompt},
+                {"role": "assistant", "content": {"answer": answer.text}},
+            ],
+            "tstamp": time,
+            "metadata": {"token_len": answer.tokens, **markdown_counts(answer.text)},
+        }
+        lines.append(encode_row(row) + "\n")
+    return "".join(lines)
+
+
+def markdown_counts(text: str) -> dict[str, dict[str, int]]:
+    r"""Headers, list items and bold spans of a Markdown text outside its code blocks, under Arena-Hard's names.
+
+    >>> markdown_counts("# A\n- **b**\n1. c")["list_count"]
+    {'ordered': 1, 'unordered': 1}
+    """
+    plain = _CODE.sub("", text)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, plain, re.MULTILINE))
+
+    return {
+        "header_count": {f"h{level}": count(rf"^#{{{level}}}\s") for level in range(1, 7)},
+        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
+        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")},
+    }
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Answers to beat.
+
+    Attributes:
+        name: The model's name in the file, else the file's.
+        answers: Answer text by ``uid`` and by prompt text.
+    """
+
+    name: str
+    answers: Mapping[str, str]
+
+    def answers_to(self, prompts: Iterable[Prompt], path: Path) -> list[str]:
+        """The answers to these prompts, in their order; found by id, else by text.
+
+        Raises:
+            UserError: Some are missing.
+        """
+        found = [self.answers.get(p.prompt_id, self.answers.get(p.prompt)) for p in prompts]
+        missing = [p for p, answer in zip(prompts, found, strict=True) if answer is None]
+        if missing:
+            raise UserError(
+                f"`baseline={str(path)!r}` has no answer to {len(missing)} of the {len(found)} prompts, e.g. "
+                f"{missing[0].prompt_id} ({missing[0].prompt[:60]!r}). Give the baseline's answers to all of them."
+            )
+        return [answer for answer in found if answer is not None]
+
+
+def read_answer_file(path: Path) -> AnswerFile:
+    """Reads AlpacaEval's format (``instruction`` and ``output``) or Arena-Hard's, JSON list or JSONL alike.
+
+    Raises:
+        UserError: A row without prompt or answer, or a second answer to one prompt; the row is named.
+    """
+    answers: dict[str, str] = {}
+    names: set[str] = set()
+    for where, row in _rows(path):
+        keys, answer = _read_row(row, where)
+        for key in keys:
+            if answers.setdefault(key, answer) is not answer:
+                raise UserError(f"{where}: a second answer to {key[:60]!r}. Remove one.")
+        name = row.get("generator") or row.get("model") or row.get("model_id")
+        names |= {str(name)} if name else set()
+    if not answers:
+        raise UserError(f"`baseline={str(path)!r}` holds no answers.")
+    return AnswerFile(names.pop() if len(names) == 1 else path.stem, answers)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(
+            f"`baseline={str(path)!r}`: no such file. Give the answers to beat, in AlpacaEval's or Arena-Hard's form."
+        )
+    if path.suffix == ".json":
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(read_json_list(path), start=1))
+    else:
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+
+
+def _read_row(row: dict[str, Any], where: str) -> tuple[list[str], str]:
+    """The names under which a row's prompt may be asked for, and the answer."""
+    keys = [str(row[name]) for name in ("uid", "question_id", "prompt_id", "instruction", "prompt") if row.get(name)]
+    messages = row.get("messages")
+    answer = row.get("output", row.get("answer"))
+    if isinstance(messages, list) and messages:
+        content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
+        answer = content.get("answer") if isinstance(content, dict) else content
+    elif isinstance(row.get("choices"), list):  # Arena-Hard's first format
+        answer = _first_turn(row["choices"])
+    if not keys or not isinstance(answer, str):
+        raise UserError(
+            f'{where}: not an answer; it needs "instruction" and "output" (AlpacaEval), or "uid" and "messages" '
+            f"(Arena-Hard). Fields: {', '.join(row) or 'none'}."
+        )
+    return list(dict.fromkeys(keys)), answer
+
+
+def _first_turn(choices: list[Any]) -> Any:
+    try:
+        return choices[0]["turns"][0]["content"]
+    except (IndexError, KeyError, TypeError):
+        return None
+
 
 Answered = Mapping[str, Mapping[str, Sequence[FinalAnswer]]]
 """Answers by model and mode, in the order of the benchmark."""
@@ -197,3 +385,131 @@ def _notes(wins: Mapping[str, Mapping[str, Values]], judge: Judge, level: float)
             if unscored:
                 notes.append(f"{label}, {mode}: {unscored} prompts without a reward are left out.")
     return notes
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """One model's responses in one mode, in the order of the benchmark; None where one is missing."""
+
+    model: str
+    completions: tuple[Completion | None, ...]
+
+    def answers(self, benchmark: Benchmark) -> list[FinalAnswer]:
+        """What a judge may see: the text after the trace, and nothing where a trace never closed.
+
+        The prompt stays in the file with an empty answer, so that a judge counts it as lost. Left out, it would leave
+        the average of a tool that judges what it finds, and runaway traces would raise the win rate.
+        """
+        return [
+            FinalAnswer(prompt, (c and c.answer) or "", 0 if c is None else _answer_tokens(c))
+            for prompt, c in zip(benchmark.problems, self.completions, strict=True)
+        ]
+
+    def counts(self) -> ResponseCounts:
+        found = [c for c in self.completions if c is not None]
+        closed = [c for c in found if c.answer_start is not None]
+        return ResponseCounts(
+            responses=len(found),
+            truncated=sum(c.finish_reason == "length" for c in found),
+            unclosed=len(found) - len(closed),
+            empty=sum(not c.answer for c in closed),
+            timeouts=0,
+            missing=len(self.completions) - len(found),
+            solved=None,
+            mean_tokens=sum(len(c.completion_ids) for c in found) / len(found) if found else None,
+            mean_answer_characters=sum(len(c.answer or "") for c in found) / len(found) if found else None,
+        )
+
+
+def _answer_tokens(completion: Completion) -> int:
+    if completion.answer_start is None:
+        return 0
+    return len(completion.completion_ids) - completion.answer_start - (completion.finish_reason == "stop")
+
+
+def alignment_results(
+    config: EvaluateConfig, entrants: Sequence[Contestant], asked: InstructionSet, judge: Judge | None, folder: Path
+) -> TaskResults:
+    """Writes the answer files, and judges where asked to.
+
+    Args:
+        config: Settings.
+        entrants: The models.
+        asked: The prompts.
+        judge: Reward model and baseline, None to leave judging to the benchmarks' own tools.
+        folder: Folder of the evaluation, with the responses in it.
+
+    Raises:
+        UserError: Responses to other prompts than the benchmark's.
+    """
+    benchmark = asked.benchmark
+    responses = {e.label: _read(config, e, benchmark, folder) for e in entrants}
+    answers: Answered = {
+        label: {mode: held.answers(benchmark) for mode, held in modes.items()} for label, modes in responses.items()
+    }
+    names = _generator_names(responses)
+    files: dict[str, dict[str, str]] = {
+        e.label: {
+            mode: _write(asked, names[e.label][mode], held, run_of(folder, e, benchmark), folder)
+            for mode, held in answers[e.label].items()
+        }
+        for e in entrants
+    }
+    decided_by = judge.reward.identity if judge else "the benchmark's own tools"
+    facts = BenchmarkFacts(
+        benchmark.name, benchmark.source, len(benchmark.problems), 1, decided_by, benchmark.duplicates
+    )
+    judged = judge_answers(answers, judge, config.level, folder) if judge else Judgement((), {}, {}, ())
+    return TaskResults(
+        benchmarks=(facts,),
+        columns=judged.columns,
+        scores=judged.scores,
+        differences=judged.differences,
+        counts={
+            label: {mode: {benchmark.name: held.counts()} for mode, held in modes.items()}
+            for label, modes in responses.items()
+        },
+        answer_files=files,
+        reward=judge.reward.identity if judge else None,
+        notes=(*_NOTES, *judged.notes),
+    )
+
+
+_NOTES = (
+    "Answer files hold the final answer alone. A response without one (its trace never closed, or nothing followed it) "
+    "stands there with an empty answer, so that it is judged as lost and not left out; an answer that was cut is "
+    "passed on as it is.",
+)
+
+
+def _read(config: EvaluateConfig, entrant: Contestant, benchmark: Benchmark, folder: Path) -> dict[str, _Responses]:
+    with open_responses(config, folder, entrant, benchmark) as index:
+        check_all_answered(index, benchmark, entrant)
+        by_prompt = [
+            {c.mode: c for c in reversed(index.completions(problem.prompt_id))} for problem in benchmark.problems
+        ]
+        model = index.source.model or UNKNOWN
+    return {mode: _Responses(model, tuple(found.get(mode) for found in by_prompt)) for mode in config.modes}
+
+
+def _generator_names(responses: Mapping[str, Mapping[str, _Responses]]) -> dict[str, dict[str, str]]:
+    """Names for leaderboards: the base model's, the adapter's label, the mode."""
+    names: dict[str, dict[str, str]] = {}
+    for label, modes in responses.items():
+        for mode in modes:
+            base = responses[BASE][mode].model.partition("@")[0].replace("/", "_")
+            names.setdefault(label, {})[mode] = f"{base}-{mode}" if label == BASE else f"{base}+{label}-{mode}"
+    return names
+
+
+def _write(asked: InstructionSet, name: str, answers: Sequence[FinalAnswer], drawn: Path, folder: Path) -> str:
+    """Writes one answer file; returns its path within the folder."""
+    (folder / "answers").mkdir(exist_ok=True)
+    if asked.benchmark.name == "alpaca-eval":
+        path = folder / "answers" / f"{name}.json"
+        write_atomic(path, alpaca_eval_text(answers, name, asked.datasets))
+    else:
+        path = folder / "answers" / f"{name}.jsonl"
+        time = max(file.stat().st_mtime for file in run_files(drawn, SAMPLES_FILE))
+        write_atomic(path, arena_hard_text(answers, name, time))
+    return path.relative_to(folder).as_posix()

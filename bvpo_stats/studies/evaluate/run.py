@@ -12,15 +12,12 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import content_identity, model_source
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.studies.evaluate.alignment import alignment_results
-from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks
+from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks, load_instructions
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig, contestants
-from bvpo_stats.studies.evaluate.instructions import load_instructions
-from bvpo_stats.studies.evaluate.judge import load_judge
-from bvpo_stats.studies.evaluate.math import math_results
+from bvpo_stats.studies.evaluate.judge import alignment_results, load_judge
+from bvpo_stats.studies.evaluate.math import math_results, unreadable_golds
 from bvpo_stats.studies.evaluate.report import BASE, EvaluationReport, TaskResults
 from bvpo_stats.studies.evaluate.sampling import draw_responses
-from bvpo_stats.studies.evaluate.verdicts import unreadable_golds
 from bvpo_stats.studies.published import published_name, published_scores
 from bvpo_stats.studies.sample.run import SampleReport
 
