@@ -109,6 +109,8 @@ def _check(name: str, value: Any, kind: Any, option: Option) -> None:
     if choices and value not in choices:
         raise UserError(f"`{name}={value!r}`: unknown. Choose one of {', '.join(map(str, choices))}.")
     plain = [each for each in kinds if each in _WORDS]
+    if isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds):
+        return
     if plain and not choices and not any(_is(value, each) for each in plain):
         raise UserError(f"`{name}={value!r}`: must be {' or '.join(_WORDS[each] for each in plain)}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -188,6 +190,7 @@ BatchSize = Annotated[
     ),
 ]
 Modes = Annotated[tuple[Mode, ...], Option("thinking, nothinking or both.", name="mode", read=modes, spelled="both")]
+MaxTokens = Annotated[int, Option("Padded tokens per forward: what bounds memory. Does not change the results.", low=1)]
 Prompts = Annotated[str, Option("JSONL file with a field `prompt`, a dataset's folder or hub id, or `embedded`.")]
 PromptSplit = Annotated[str, Option("Split of a dataset given as `prompts`.")]
 

@@ -65,7 +65,7 @@ class _Parameter:
             self.flag,
             help=in_options(option.help, names),
             metavar=option.metavar,
-            show_default=True if option.shown is None else option.shown,
+            show_default=True if option.shown is None else option.shown or False,
         )
         default = inspect.Parameter.empty if default is MISSING else default
         return inspect.Parameter(

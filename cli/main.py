@@ -56,7 +56,7 @@ add_command(app, "sample", sample.sample, output="runs/samples", examples=sample
 add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMPLES)
 add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES)
 app.command("alpha-star", cls=Command, epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
-app.command("train", cls=Command, epilog=train.EXAMPLES)(train.train)
+add_command(app, "train", train.train, output="runs/train", examples=train.EXAMPLES)
 app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 add_command(
     app,

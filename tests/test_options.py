@@ -25,6 +25,7 @@ class Settings:
     file: Annotated[Path | None, Option("")] = None
     choice: Annotated[Literal["a", "b"], Option("")] = "a"
     flag: Annotated[bool, Option("")] = False
+    many: Annotated[str | tuple[str, ...], Option("")] = "all"
     free: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class Settings:
         ("file", 3, "a path"),
         ("choice", "c", "`choice='c'`: unknown. Choose one of a, b."),
         ("flag", "yes", "True or False"),
+        ("many", 3, "a text"),
     ],
 )
 def test_what_a_field_cannot_be(field: str, value: Any, words: str) -> None:
@@ -77,6 +79,8 @@ def test_what_a_field_cannot_be(field: str, value: Any, words: str) -> None:
         ("file", Path("somewhere")),
         ("choice", "b"),
         ("flag", True),
+        ("many", "one"),
+        ("many", ("one", "two")),
         ("free", "no option, no check"),
     ],
 )

@@ -105,23 +105,18 @@ def _alpha_star(folder: Path, seed: int, sizes: Sizes) -> None:
 
 
 def _train(folder: Path, seed: int, sizes: Sizes) -> None:
-    from bvpo_stats.model.subset import LoraOptions
-    from bvpo_stats.studies.train.run import TrainConfig, run_train
-    from bvpo_stats.training.presets import preset
+    from bvpo_stats.studies.train.config import TrainConfig
+    from bvpo_stats.studies.train.run import run_train
 
-    named = preset("embedded", "bvpo")
-    settings = named.settings(
+    config = TrainConfig(
         alpha="adaptive",
         learning_rate=_LEARNING_RATE,
         max_steps=sizes.steps,
         alpha_update_steps=sizes.steps // sizes.looks,
-        unmatched_prompts="drop",
         save_steps=sizes.steps // sizes.looks,
-        logging_steps=1,
         seed=seed,
     )
-    lora = LoraOptions(r=named.lora_r, seed=seed)
-    run_train(TrainConfig(batch_size=named.batch_size, lora=lora, settings=settings), folder)
+    run_train(config, folder)
 
 
 def _evaluate(folder: Path, seed: int, sizes: Sizes) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import EMBEDDED
 
 Method = Literal["dpo", "simpo", "bvpo"]
 METHODS: tuple[Method, ...] = get_args(Method)

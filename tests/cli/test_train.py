@@ -66,7 +66,7 @@ def test_baselines_train_on_traces_alone(
         (["--alpha", "1.5"], "alpha 1.5"),
         (["--alpha", "best"], "give a number"),
         (["--alpha", "0.5", "--method", "dpo"], "--method dpo trains on D_t alone"),
-        (["--method", "ppo"], "choose dpo, simpo, bvpo"),
+        (["--method", "ppo"], "Choose one of dpo, simpo, bvpo"),
         (["--preset", "gpt"], "r1-qwen-7b"),
         (["--loss", "hinge"], "sigmoid, simpo, ipo"),
         (["--eta-l", "fast"], "--eta-l fast"),

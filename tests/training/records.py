@@ -16,7 +16,7 @@ from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
-from bvpo_stats.studies.train.run import TrainConfig
+from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
 from tests.studies.alpha_inputs import write_rows
 from tests.studies.test_alpha_star_runs import make_pair
@@ -128,6 +128,8 @@ def run_config(model: Path, pairs: Path, **changes: Any) -> TrainConfig:
         policy=PolicyOptions(model=str(model), device="cpu"),
         inputs=AlphaInputs(pairs=str(pairs), traces=str(pairs)),
         batch_size=8,
-        lora=LORA,
-        settings=common | changes,
+        lora_r=LORA.r,
+        lora_alpha=LORA.alpha,
+        target_modules=LORA.targets,
+        **(common | changes),
     )

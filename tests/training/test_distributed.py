@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from bvpo_stats.errors import UserError
@@ -80,5 +81,6 @@ def test_processes_that_transformers_does_not_join_are_refused(
     """Each would train a model of its own on a part of every batch, and say nothing."""
     pairs = write_run(random_model, tmp_path / "pairs", 20)
     monkeypatch.setenv("WORLD_SIZE", "2")  # without a rank nobody joins
+    monkeypatch.setattr("bvpo_stats.studies.train.run.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(UserError, match="2 processes were started"):
-        run_train(run_config(random_model, pairs, use_cpu=False), tmp_path / "run")
+        run_train(run_config(random_model, pairs), tmp_path / "run")

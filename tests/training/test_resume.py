@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_another_configuration_is_refused(random_model: Path, pairs: Path, strai
 
 def test_resume_insists_on_a_checkpoint(random_model: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"`resume=True`: .* has no checkpoint"):
-        run_train(replace(run_config(random_model, pairs), must_resume=True), tmp_path / "run")
+        run_train(run_config(random_model, pairs, resume=True), tmp_path / "run")
 
 
 def test_nan_keeps_the_last_good_checkpoint(

@@ -4,63 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Joined, join
-from bvpo_stats.model.policy import EMBEDDED, Policy, PolicyOptions, load_template
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_template
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
-from bvpo_stats.store.tables import fingerprint, read_records, record_paths
-
-
-@dataclass(frozen=True)
-class AlphaInputs:
-    """Where the records of a run are.
-
-    Attributes:
-        pairs: D_t: ``embedded``, a file, or the folder of a pairs run.
-        empty_pairs: D_e, likewise; None for what lies beside D_t.
-        traces: Trace bank: a file or the folder of a traces run; None for none (or the embedded one).
-        limit: Use only the first so many prompts.
-    """
-
-    pairs: str = EMBEDDED
-    empty_pairs: str | None = None
-    traces: str | None = None
-    limit: int | None = None
-
-    def paths(self) -> tuple[Path, Path, Path | None]:
-        """Files of D_t, D_e and the traces.
-
-        Raises:
-            UserError: One of them is not there.
-        """
-        return self.set_path("thinking"), self.set_path("nothinking"), self.traces_path()
-
-    def set_path(self, mode: Mode) -> Path:
-        """File of D_t (``thinking``) or D_e (``nothinking``).
-
-        Raises:
-            UserError: It is not there.
-        """
-        if mode == "thinking":
-            (path,) = record_paths(self.pairs, PreferencePair, mode=mode, name="pairs")
-        else:
-            source = self.pairs if self.empty_pairs is None else self.empty_pairs
-            (path,) = record_paths(source, PreferencePair, mode=mode, name="empty_pairs")
-        return path
-
-    def traces_path(self) -> Path | None:
-        """File of the trace bank; None where there is none.
-
-        Raises:
-            UserError: It is not there.
-        """
-        traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
-        return None if traces is None else record_paths(traces, TraceRecord, name="traces")[0]
+from bvpo_stats.store.tables import fingerprint, read_records
+from bvpo_stats.studies.alpha_star.config import AlphaInputs
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.distributed import World
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device, pick_device, with_lora
-from bvpo_stats.model.subset import LoraOptions
+from bvpo_stats.model.policy import Policy, load_policy, on_own_device, pick_device, with_lora
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, load_set, load_traces
+from bvpo_stats.studies.alpha_star.inputs import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
+from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.studies.train.report import TrainReport
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import join_for
@@ -29,31 +31,6 @@ MODEL = "model"
 """Folder of the trained adapter or model inside a run's folder."""
 
 _CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run.
-
-    Attributes:
-        method: ``dpo``, ``simpo`` or ``bvpo``: what the report calls it; the loss and alpha stand in ``settings``.
-        policy: Which model.
-        inputs: Where pairs and traces are.
-        batch_size: Prompts per optimizer step, over all processes.
-        lora: The new adapter; None trains all weights (or a loaded adapter's).
-        settings: Fields of `bvpo_stats.training.config.BVPOConfig`.
-        checkpointing: Compute activations again in backward.
-        must_resume: Refuse to start anew.
-    """
-
-    method: Method = "bvpo"
-    policy: PolicyOptions = field(default_factory=PolicyOptions)
-    inputs: AlphaInputs = field(default_factory=AlphaInputs)
-    batch_size: int = 32
-    lora: LoraOptions | None = field(default_factory=LoraOptions)
-    settings: dict[str, Any] = field(default_factory=dict)
-    checkpointing: bool = False
-    must_resume: bool = False
 
 
 def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
@@ -81,7 +58,7 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         if finished is not None:
             return finished if world.leads else None
         checkpoint = last_checkpoint(folder / _CHECKPOINTS)
-        if config.must_resume and checkpoint is None:
+        if config.resume and checkpoint is None:
             raise UserError(f"`resume=True`: {output} has no checkpoint to go on from. Leave `resume` out to start.")
         trainer = BVPOTrainer(policy, args, joined)
         _quieten(trainer)
@@ -107,25 +84,28 @@ def _finished_report(folder: Path) -> TrainReport | None:
 
 def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size < 1 or config.batch_size % processes:
+    batch_size = config.named.batch_size if config.batch_size is None else config.batch_size
+    if batch_size % processes:
         raise UserError(
-            f"`batch_size={config.batch_size}`: prompts per step over all processes, a multiple of their number "
-            f"({processes})."
+            f"`batch_size={batch_size}`: prompts per step over all processes, a multiple of their number ({processes})."
         )
-    settings: dict[str, Any] = {
+    _check_trackers(config.report_to)
+    known = {entry.name for entry in fields(BVPOConfig)}
+    own = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in known}
+    settings = config.named.settings(**own) | {
+        "report_to": list(config.report_to),
+        "save_total_limit": 2,
         "use_cpu": pick_device(config.policy.device).type == "cpu",  # transformers joins processes only if it knows
         "disable_tqdm": True,
-        "report_to": "none",
-    } | config.settings
-    _check_trackers(settings["report_to"])
-    if config.checkpointing:
-        known = {entry.name for entry in fields(BVPOConfig)}  # transformers 5.21 gave the setting another name
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        settings[name] = True
+    }
+    settings.setdefault("unmatched_prompts", "drop" if config.inputs.pairs == EMBEDDED else "error")
+    checkpointing = settings.pop("gradient_checkpointing", False)
+    if checkpointing:  # transformers 5.21 gave the setting another name
+        settings["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     try:
         args = BVPOConfig(
             output_dir=str(output / _CHECKPOINTS),
-            per_device_train_batch_size=config.batch_size // processes,
+            per_device_train_batch_size=batch_size // processes,
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:  # transformers' own complaints about a setting
@@ -138,11 +118,11 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
     return args
 
 
-def _check_trackers(report_to: str | list[str]) -> None:
+def _check_trackers(report_to: Sequence[str]) -> None:
     from transformers.integrations import get_available_reporting_integrations
 
     installed = get_available_reporting_integrations()
-    for name in [report_to] if isinstance(report_to, str) else report_to:
+    for name in report_to:
         if name not in ("none", "all", *installed):
             there = ", ".join(installed) or "none"
             raise UserError(f"`report_to={name!r}`: no such tracker is installed (there: {there}).")

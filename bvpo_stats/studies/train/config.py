@@ -1,0 +1,182 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from bvpo_stats import options as o
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.options import EMBEDDED, PolicyOptions
+from bvpo_stats.studies.alpha_star.config import AlphaInputs
+
+if TYPE_CHECKING:
+    from bvpo_stats.model.subset import LoraOptions
+    from bvpo_stats.training.presets import Preset
+
+
+def _trackers(words: str) -> tuple[str, ...]:
+    return tuple(words.replace(" ", "").split(","))
+
+
+_POLICY = o.Group({"model": o.Option("Model folder or hub id. [default: the preset's, or embedded]", shown="")})
+_INPUTS = o.Group({"traces": o.Option("Trace bank for `alpha='adaptive'`: file or folder of a traces run.")})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    A field that is None stands for the preset's value (``alpha`` to ``max_length``) or for the trainer's own. Fields
+    with the name of one of `bvpo_stats.training.config.BVPOConfig` mean the same there, where they are explained.
+
+    Attributes:
+        policy: Which model.
+        inputs: Where pairs and traces are.
+        method: ``bvpo`` trains on both sets, ``dpo`` and ``simpo`` on D_t alone.
+        preset: Name of a preset (`bvpo_stats.training.presets`); None for ``embedded`` with the embedded model, else
+            ``lora``.
+        batch_size: Prompts per optimizer step, over all processes.
+        lora_r: Rank of the new adapter; 0 trains all weights (or a loaded adapter's).
+        lora_alpha: Numerator of the adapter's scaling; None for twice the rank.
+        target_modules: Layers of the new adapter.
+        gradient_checkpointing: Compute activations again in backward.
+        report_to: Trackers of transformers.
+        resume: Refuse to start anew.
+    """
+
+    policy: Annotated[PolicyOptions, _POLICY] = field(default_factory=PolicyOptions)
+    inputs: Annotated[AlphaInputs, _INPUTS] = field(default_factory=AlphaInputs)
+    method: Annotated[Literal["dpo", "simpo", "bvpo"], o.Option("bvpo (both sets), dpo or simpo (D_t alone).")] = "bvpo"
+    preset: Annotated[
+        str | None,
+        o.Option(
+            "Settings by name: the paper's for r1-qwen-7b, r1-qwen-1.5b, r1-0528-qwen3-8b; lora; embedded. "
+            "Options given beside it win. [default: embedded for the embedded model, else lora]"
+        ),
+    ] = None
+    alpha: Annotated[
+        float | str | None,
+        o.Option(
+            "Weight of the trace loss: a number, `adaptive`, or a schedule such as 0:0.2,100:0.8. [default: 0.5]",
+            read=str,
+        ),
+    ] = None
+    loss_type: Annotated[
+        Literal["sigmoid", "simpo", "ipo"] | None,
+        o.Option("sigmoid (DPO), simpo or ipo. [default: the method's]", name="loss"),
+    ] = None
+    beta: Annotated[float | None, o.Option("Inverse temperature of the loss. [default: the preset's]", above=0)] = None
+    simpo_gamma: Annotated[
+        float | None, o.Option("Target margin, simpo only. [default: the preset's]", name="gamma")
+    ] = None
+    learning_rate: Annotated[float | None, o.Option("Peak learning rate. [default: the preset's]", above=0)] = None
+    batch_size: Annotated[
+        int | None, o.Option("Prompts per step, over all processes. [default: the preset's]", low=1)
+    ] = None
+    num_train_epochs: Annotated[
+        float | None, o.Option("Passes over the prompts. [default: the preset's, 1]", name="epochs", above=0)
+    ] = None
+    max_steps: Annotated[
+        int | None, o.Option("Stop after this many optimizer steps; replaces `num_train_epochs`.", low=1)
+    ] = None
+    lr_scheduler_type: Annotated[
+        str | None, o.Option("cosine, linear, constant, ... [default: the preset's]", name="scheduler")
+    ] = None
+    warmup_steps: Annotated[
+        float | None,
+        o.Option("Share of the steps with a rising learning rate. [default: the preset's, 0.1]", name="warmup", low=0),
+    ] = None
+    max_length: Annotated[
+        int | None,
+        o.Option("Longest sequence; prompts with longer ones are set aside. [default: the preset's]", low=1),
+    ] = None
+    lora_r: Annotated[
+        int | None, o.Option("Rank of a new adapter; 0 trains all weights. [default: the preset's]", low=0)
+    ] = None
+    lora_alpha: Annotated[int | None, o.Option("Numerator of LoRA's scaling. [default: twice the rank]", low=1)] = None
+    target_modules: Annotated[
+        str | tuple[str, ...],
+        o.Option(
+            "Layers of the new adapter: comma-separated names, or all-linear.",
+            read=o.names_or_all,
+            spelled="all-linear",
+        ),
+    ] = "all-linear"
+    precompute_ref_log_probs: Annotated[
+        bool,
+        o.Option(
+            "Take the reference's log-probabilities once, before the first step (stored ones are used).",
+            name="precompute-ref-logps",
+        ),
+    ] = False
+    alpha_prior: Annotated[float, o.Option("adaptive: alpha until its interval excludes it.", low=0, high=1)] = 0.5
+    alpha_update_steps: Annotated[
+        int | None,
+        o.Option("adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", low=1),
+    ] = None
+    alpha_sums_steps: Annotated[
+        int,
+        o.Option("adaptive: one step in so many forms its gradients prompt by prompt, for the variances.", low=1),
+    ] = 4
+    alpha_ema: Annotated[
+        float | None,
+        o.Option("adaptive: what averages keep from look to look. [default: 0.8]", low=0, below=1),
+    ] = None
+    alpha_probe_prompts: Annotated[int, o.Option("adaptive: prompts held out to estimate mu.", low=0)] = 32
+    alpha_traces_per_answer: Annotated[int, o.Option("adaptive: traces behind each probe answer.", low=1)] = 4
+    eta_l: Annotated[
+        float | str,
+        o.Option(
+            "adaptive: eta L at the peak learning rate, or `auto`: L is the curvature along the noise.",
+            read=str,
+            spelled="1",
+        ),
+    ] = 1.0
+    unmatched_prompts: Annotated[
+        Literal["error", "drop"] | None,
+        o.Option("Prompts in one set only: error or drop. [default: error; embedded pairs: drop]", name="unmatched"),
+    ] = None
+    max_tokens: o.MaxTokens = 16_384
+    gradient_checkpointing: Annotated[bool, o.Option("Recompute activations: less memory, more time.")] = False
+    save_steps: Annotated[int, o.Option("Steps between checkpoints; the newest two are kept.", low=1)] = 50
+    logging_steps: Annotated[int, o.Option("Steps between log entries.", low=1)] = 1
+    report_to: Annotated[
+        tuple[str, ...],
+        o.Option(
+            "Trackers of transformers, comma-separated: tensorboard, wandb, ...; none.",
+            read=_trackers,
+            spelled="none",
+        ),
+    ] = ("none",)
+    seed: o.Seed = 0
+    allow_mismatch: Annotated[bool, o.Option("Take probe pairs and traces of another model or template.")] = False
+    resume: Annotated[bool, o.Option("Refuse to start anew (a run in its folder goes on anyway).")] = False
+
+    def __post_init__(self) -> None:
+        o.check_options(self)
+        if self.alpha is not None and self.method != "bvpo":
+            raise UserError(
+                f"`alpha={self.alpha!r}`: `method={self.method!r}` trains on D_t alone; give `alpha` to "
+                "`method='bvpo'`."
+            )
+        _ = self.named  # refuses an unknown preset
+
+    @property
+    def named(self) -> Preset:
+        """The preset."""
+        from bvpo_stats.training.presets import preset
+
+        return preset(self.preset or (EMBEDDED if self.policy.model == EMBEDDED else "lora"), self.method)
+
+    def with_preset_model(self) -> TrainConfig:
+        """The same with the preset's model, where it has one."""
+        return replace(self, policy=replace(self.policy, model=self.named.model or EMBEDDED))
+
+    @property
+    def lora(self) -> LoraOptions | None:
+        """The new adapter; None trains all weights."""
+        from bvpo_stats.model.subset import LoraOptions
+
+        rank = self.named.lora_r if self.lora_r is None else self.lora_r
+        return LoraOptions(r=rank, alpha=self.lora_alpha, targets=self.target_modules, seed=self.seed) if rank else None
