@@ -16,15 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from bvpo_stats.distributed import World
+from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy, PolicyOptions, gradient_checkpointing, load_policy
+from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy
 from bvpo_stats.model.scores import log_probabilities
 from bvpo_stats.model.subset import sharing_copy
 from bvpo_stats.model.templates import find_template
-from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
-from bvpo_stats.store.tables import Source, read_records
+from bvpo_stats.records import MODES, PreferencePair, TraceRecord
+from bvpo_stats.sampling.layouts import read_pairs
+from bvpo_stats.store.tables import Source, is_saved_dataset
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
@@ -280,10 +282,13 @@ class BVPOTrainer(Trainer):
 
     def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
         """The pairs of D_t and D_e; a folder that is given for D_t alone may hold both."""
-        mode: Mode | None = None if empty is None else "thinking"
-        pairs = [] if trace is None else list(read_records(trace, PreferencePair, mode=mode, name=names[0]))
+        if empty is None and "nothinking" in self.config.needed_sets and _holds_both_sets(trace):
+            empty = trace
+        template, pairs = self.policy.template, []
+        if trace is not None:
+            pairs += read_pairs(trace, template, "thinking", name=names[0])
         if empty is not None:
-            pairs += read_records(empty, PreferencePair, mode="nothinking", name=names[1])
+            pairs += read_pairs(empty, template, "nothinking", name=names[1])
         return pairs
 
     def _rows_of(self, dataset: Source | Mapping[str, Any]) -> PromptRows | dict[str, PromptRows]:
@@ -313,7 +318,7 @@ class BVPOTrainer(Trainer):
         try:
             rows = self._rows_of(dataset)
             if isinstance(pair_model.reference, StoredReference):
-                if self.state.global_step and not hasattr(self.policy.model, "disable_adapter"):
+                if self.state.global_step and not self.policy.has_adapter:
                     raise UserError(
                         "All weights were trained, so the reference is gone; give `eval_dataset` to the trainer, which "
                         "takes its log-probabilities before the first step."
@@ -336,7 +341,7 @@ class BVPOTrainer(Trainer):
     def _reference(self, examples: Sequence[Example]) -> Reference | None:
         if not self.config.objective().needs_reference:
             return None
-        adapted = hasattr(self.policy.model, "disable_adapter")
+        adapted = self.policy.has_adapter
         if adapted and not self.config.precompute_ref_log_probs:
             return DisabledAdapter(self.policy)
         pairs = [pair for example in examples for pair in example.pairs]
@@ -397,6 +402,14 @@ def _evaluate(pair_model: PairModel, examples: Sequence[Example]) -> dict[str, T
     return found
 
 
+def _holds_both_sets(source: Any) -> bool:
+    """Whether a dataset is the folder of a pairs run, or the pairs that ship with the package."""
+    if not isinstance(source, (str, Path)):
+        return False
+    folder = Path(source).expanduser()
+    return str(source) == EMBEDDED or (folder.is_dir() and not is_saved_dataset(folder))
+
+
 def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dataset: Any) -> None:
     if not isinstance(args, BVPOConfig):
         raise UserError(f"`args` must be a BVPOConfig, not a {type(args).__name__}: alpha and beta stand in it.")
@@ -416,7 +429,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
         return load_policy(cast(PreTrainedModel, model), tokenizer)
     if not isinstance(model, (str, Path)):
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
-    policy = load_policy(PolicyOptions(model=str(model), device=str(args.device)))
+    policy = load_policy(str(model), device=str(args.device))
     return policy if tokenizer is None else replace(policy, tokenizer=tokenizer, template=find_template(tokenizer))
 
 
@@ -435,15 +448,16 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
 
     model: Any = policy.model
     if peft_config is not None:
-        if hasattr(model, "disable_adapter"):
+        if policy.has_adapter:
             raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             adapted: Any = sharing_copy(model)  # what the caller holds goes on without the adapter
             model = get_peft_model(adapted, peft_config)
-    if not hasattr(model, "disable_adapter"):
+    policy = replace(policy, model=model.eval())
+    if not policy.has_adapter:
         model.requires_grad_(True)
     elif not any(weight.requires_grad for weight in model.parameters()):  # loaded for inference
         for name, weight in model.named_parameters():
             weight.requires_grad_("lora_" in name)
-    return replace(policy, model=model.eval())
+    return policy

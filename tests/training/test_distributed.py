@@ -31,6 +31,20 @@ config = replace(config, policy=replace(config.policy, device="auto"))  # as use
 report = run_train(config, Path(output))
 print("led" if report is not None else "followed")
 """
+EVALUATION = """
+import json, sys
+from pathlib import Path
+from bvpo_stats.training import BVPOTrainer
+from tests.training.records import adapted, both_sets, settings
+
+model, output = map(Path, sys.argv[1:])
+policy = adapted(model, "float64")
+pairs = both_sets(policy, 11)  # which neither batches nor processes divide
+args = settings(output, per_device_train_batch_size=1, per_device_eval_batch_size=2, precompute_ref_log_probs=True)
+trainer = BVPOTrainer(policy, args, pairs, eval_dataset=pairs[4:11])
+found = trainer.evaluate() | {"predictions": trainer.predict(pairs).predictions["empty/loss"].tolist()}
+(output / f"{args.world_size}-{args.process_index}.json").write_text(json.dumps(found))
+"""
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run"],
     # On a machine without GPUs only --multi_gpu makes accelerate start more than one process.
@@ -73,6 +87,29 @@ def test_two_processes_give_the_trajectory_of_one(
     adapters = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("double", "single")]
     for name, values in adapters[1].items():
         np.testing.assert_allclose(adapters[0][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(EVALUATION)
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]):
+        done = subprocess.run(
+            [sys.executable, *launcher, script, random_model, tmp_path],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    expected, *found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert len(expected["predictions"]) == 11
+    assert len({round(value, 9) for value in expected["predictions"]}) == 11  # no two alike, or an order says nothing
+    for numbers in found:
+        for name, value in expected.items():
+            if "per_second" not in name and "time" not in name:
+                np.testing.assert_allclose(numbers[name], value, rtol=1e-9, err_msg=name)
 
 
 def test_processes_that_transformers_does_not_join_are_refused(

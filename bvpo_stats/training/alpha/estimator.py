@@ -202,7 +202,7 @@ def make_estimator(
         )
         _say(estimator.mu)
         return estimator, None
-    if not hasattr(policy.model, "disable_adapter"):
+    if not policy.has_adapter:
         raise UserError(
             "alpha = adaptive needs every prompt's own gradient, which is formed for LoRA adapters only; train one "
             "(`peft_config`; on the command line LoRA with `r` of at least 1), or give alpha as a number."
