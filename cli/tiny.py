@@ -41,7 +41,7 @@ def train(
     """
     from dataclasses import replace
 
-    from bvpo_stats.lab.recipe.options import Recipe
+    from bvpo_stats.lab.recipe.train import Recipe
     from bvpo_stats.lab.recipe.train import train as run_recipe
 
     recipe = replace(Recipe(), seed=seed)
@@ -62,10 +62,11 @@ def evaluate(
 ) -> None:
     """Measure accuracies, trace lengths and distinct answers on held-out prompts."""
     import json
+    from dataclasses import asdict
 
     from bvpo_stats.embedded.assets import embedded_model_path
     from bvpo_stats.errors import UserError
-    from bvpo_stats.lab.recipe.measure import as_dict, evaluate_folder, render
+    from bvpo_stats.lab.recipe.measure import evaluate_folder, render
 
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists; name a new file, nothing was overwritten.")
@@ -74,4 +75,4 @@ def evaluate(
     )
     typer.echo(render(measures))
     if output is not None:
-        output.write_text(json.dumps(as_dict(measures), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(asdict(measures), indent=2) + "\n", encoding="utf-8")

@@ -101,6 +101,11 @@ class Spectrum:
     residual: float
     steps: int
 
+    @property
+    def smoothness(self) -> float:
+        """L of an L-smooth function with this Hessian: the larger end in magnitude."""
+        return max(abs(self.largest), abs(self.smallest))
+
 
 def lanczos(
     product: Callable[[Vector], Vector], dimension: int, *, steps: int = 30, tolerance: float = 1e-3, seed: int = 0

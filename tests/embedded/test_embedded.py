@@ -12,8 +12,7 @@ from bvpo_stats.embedded.assets import embedded_model_path, embedded_prompts
 from bvpo_stats.embedded.task import split_of
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.recipe.measure import Draw, draw_responses, evaluate_folder, render, summarise
-from bvpo_stats.lab.recipe.options import Recipe
-from bvpo_stats.lab.recipe.train import RECORD
+from bvpo_stats.lab.recipe.train import RECORD, Recipe
 from bvpo_stats.records import Prompt
 
 # Four standard errors: a bound the model meets exactly fails by chance once in 30,000 runs.

@@ -11,9 +11,20 @@ from bvpo_stats.embedded.task import Example
 from bvpo_stats.embedded.tokenizer import ASSISTANT, BOS, EOS, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.recipe import train as recipe_module
-from bvpo_stats.lab.recipe.batches import IGNORED, collate, draw_bucket, encode_example
-from bvpo_stats.lab.recipe.options import Recipe, Shape, difficulty_at, learning_rate_at
-from bvpo_stats.lab.recipe.train import CHECKPOINT, build_model, completion_loss, train
+from bvpo_stats.lab.recipe.train import (
+    CHECKPOINT,
+    IGNORED,
+    Recipe,
+    Shape,
+    build_model,
+    collate,
+    completion_loss,
+    difficulty_at,
+    draw_bucket,
+    encode_example,
+    learning_rate_at,
+    train,
+)
 
 SMALL = Recipe(steps=6, batch_size=8, bucket=2, warmup=2, checkpoint_every=2, shape=Shape(32, 2, 2, 1, 48))
 

@@ -19,7 +19,7 @@ from bvpo_stats.lab.oracle.exact import (
     exact_moments,
     population_atoms,
 )
-from bvpo_stats.lab.oracle.marginal_loss import HessianEnds, MarginalLoss
+from bvpo_stats.lab.oracle.marginal_loss import MarginalLoss
 from bvpo_stats.lab.oracle.trace_sets import expected_snis
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "CellMoments",
     "Draws",
     "ExactMoments",
-    "HessianEnds",
     "MarginalLoss",
     "ModelShape",
     "Oracle",

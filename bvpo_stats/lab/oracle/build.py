@@ -183,11 +183,11 @@ def _scored(
     """Log-probabilities at temperature 1 and scores, in one pass."""
     subset, found = lora_subset(model), _Table(grammar)
     scores = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers, subset.size))
-    for part in _parts(grammar):
+    for rows, length, batch in _batches(grammar):
         kept = Keep()
-        tokens = score_pass(model, subset, part.batch, [kept])
-        found.fill(part, tokens[:, PROMPT_LENGTH - 1 :])
-        scores[part.rows] = kept.flat(subset, len(part.batch)).numpy().reshape(len(part.rows), -1, subset.size)
+        tokens = score_pass(model, subset, batch, [kept])
+        found.fill(rows, length, tokens[:, PROMPT_LENGTH - 1 :])
+        scores[rows] = kept.flat(subset, len(batch)).numpy().reshape(len(rows), -1, subset.size)
     return found.log_probs, scores.reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
 
 
@@ -195,41 +195,28 @@ def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> 
     plain = output_head(model)
     head = Head(plain.weight / temperature, None)  # scaled weights are scaled logits
     found = _Table(grammar)
-    for part in _parts(grammar):
-        hidden = last_hidden_states(model, part.batch)[:, PROMPT_LENGTH - 1 :]
-        targets = part.batch.input_ids[:, PROMPT_LENGTH:]
-        found.fill(part, head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape))
+    for rows, length, batch in _batches(grammar):
+        hidden = last_hidden_states(model, batch)[:, PROMPT_LENGTH - 1 :]
+        targets = batch.input_ids[:, PROMPT_LENGTH:]
+        found.fill(rows, length, head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape))
     return found.log_probs
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Sequences of one trace length, so that there is no padding; all answers of a (prompt, trace) are together.
-
-    Attributes:
-        length: Symbols of the traces.
-        rows: ``prompt * n_traces + trace`` of each group of answers.
-        batch: The sequences.
-    """
-
-    length: int
-    rows: Int[np.ndarray, " groups"]
-    batch: Batch
-
-
 class _Table:
-    """Log-probabilities in table order, filled part by part."""
+    """Log-probabilities in table order, filled batch by batch."""
 
     def __init__(self, grammar: Grammar):
         self._shape = (grammar.n_prompts, grammar.n_traces, grammar.n_answers)
         self._trace = np.empty(grammar.n_prompts * grammar.n_traces)
         self._answer = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers))
 
-    def fill(self, part: _Part, tokens: Float[torch.Tensor, "sequences completion"]) -> None:
-        """Takes the log-probabilities of the completions' tokens."""
+    def fill(
+        self, rows: Int[np.ndarray, " groups"], length: int, tokens: Float[Tensor, "sequences completion"]
+    ) -> None:
+        """Takes the log-probabilities of the completions' tokens, with traces of ``length`` symbols."""
         n_answers = self._shape[-1]
-        self._trace[part.rows] = tokens[::n_answers, : part.length + 1].sum(-1).numpy()
-        self._answer[part.rows] = tokens[:, part.length + 1 :].sum(-1).numpy().reshape(-1, n_answers)
+        self._trace[rows] = tokens[::n_answers, : length + 1].sum(-1).numpy()
+        self._answer[rows] = tokens[:, length + 1 :].sum(-1).numpy().reshape(-1, n_answers)
 
     @property
     def log_probs(self) -> LogProbs:
@@ -237,8 +224,12 @@ class _Table:
         return LogProbs(self._trace.reshape(self._shape[:2]), self._answer.reshape(self._shape))
 
 
-def _parts(grammar: Grammar) -> Iterator[_Part]:
-    """All sequences of all prompts."""
+def _batches(grammar: Grammar) -> Iterator[tuple[Int[np.ndarray, " groups"], int, Batch]]:
+    """All sequences of all prompts, those of one trace length together, so that there is no padding.
+
+    Yields:
+        ``prompt * n_traces + trace`` of each group of answers, symbols of the traces, and all answers of the groups.
+    """
     groups_at_once = max(1, _CHUNK // grammar.n_answers)
     for length, numbered in groupby(enumerate(grammar.traces()), key=lambda entry: len(entry[1])):
         traces = list(numbered)
@@ -251,7 +242,7 @@ def _parts(grammar: Grammar) -> Iterator[_Part]:
                 for answer in range(grammar.n_answers)
             ]
             rows = np.array([prompt * grammar.n_traces + number for prompt, number, _ in some])
-            yield _Part(length, rows, collate(sequences, pad_id=grammar.pad_id))
+            yield rows, length, collate(sequences, pad_id=grammar.pad_id)
 
 
 @dataclass(frozen=True)

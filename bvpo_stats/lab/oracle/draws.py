@@ -95,7 +95,7 @@ def _responses(
     outcome = np.zeros((len(prompt), oracle.config.n_samples), dtype=np.int64)
     todo = np.arange(len(prompt))
     while len(todo):
-        outcome[todo] = _categorical(law, prompt[todo], oracle.config.n_samples, rng)
+        outcome[todo] = categorical(law, prompt[todo], oracle.config.n_samples, rng)
         answer = outcome[todo] % oracle.grammar.n_answers
         todo = todo[(answer == answer[:, :1]).all(axis=1)]
     trace, answer = np.divmod(outcome, oracle.grammar.n_answers)
@@ -103,7 +103,7 @@ def _responses(
     return Responses(trace, answer, reward.argmax(axis=1), reward.argmin(axis=1))
 
 
-def _categorical(
+def categorical(
     law: Float[np.ndarray, "rows outcomes"], rows: Int[np.ndarray, " draws"], n: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "draws n"]:
     """Draws n outcomes for each entry of ``rows``, by inversion of that row's cumulative law."""
@@ -134,7 +134,7 @@ def draw_posterior_traces(
     """
     posterior = np.moveaxis(oracle.table.sampling.posterior, 1, 2)
     n_answers = oracle.grammar.n_answers
-    return _categorical(posterior.reshape(-1, posterior.shape[-1]), prompt * n_answers + answer, n_traces, rng)
+    return categorical(posterior.reshape(-1, posterior.shape[-1]), prompt * n_answers + answer, n_traces, rng)
 
 
 def draw_prior_traces(
@@ -148,7 +148,7 @@ def draw_prior_traces(
         n_traces: Draws per row.
         rng: Decides everything.
     """
-    return _categorical(np.exp(oracle.table.sampling.trace), prompt, n_traces, rng)
+    return categorical(np.exp(oracle.table.sampling.trace), prompt, n_traces, rng)
 
 
 def example_gradients(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.marginal import snis
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import Oracle
 from bvpo_stats.lab.oracle.draws import Draws, draw_examples, draw_posterior_traces
@@ -393,7 +394,7 @@ def _marginal_sides(oracle: Oracle, copies: Copies, probe: Probe, traces: tuple[
         there = (x[..., None], r, answer[..., None])
         log_w = copies.joint[(rows, *there)] - table.reference.joint[there]
         total = logsumexp(log_w, axis=-1)
-        scores = np.einsum("nik,nikd->nid", np.exp(log_w - total[..., None]), copies.scores[(rows, *there)])
+        scores = snis(log_w, copies.scores[(rows, *there)])
         log_ref = table.reference.marginal[x, answer]
         tokens = np.full(log_ref.shape, float(ANSWER_TOKENS))
         sides.append(Scored(log_ref + total - np.log(r.shape[-1]), log_ref, tokens, scores))

@@ -158,8 +158,9 @@ def cell_moments(oracle: Oracle, objective: Objective = DPO) -> CellMoments:
     posterior = oracle.table.sampling.posterior
     for cell in np.argwhere(oracle.pair_law > 0):
         x, a, b = cell.tolist()
-        plus, minus = (TraceSide(posterior[x, :, y], responses[x, :, y]) for y in (a, b))
-        mean_t[x, a, b], square_t[x, a, b], loss_t[x, a, b] = trace_pair_moments(plus, minus, objective)
+        laws = posterior[x, :, a], posterior[x, :, b]
+        moments = trace_pair_moments(laws, responses[x, :, a], responses[x, :, b], objective)
+        mean_t[x, a, b], square_t[x, a, b], loss_t[x, a, b] = moments
     x, a, b = where = np.nonzero(oracle.pair_law > 0)
     marginal[where], loss_m[where] = pair_gradients(objective, marginals[x, a], marginals[x, b])
     x, a, b = where = np.nonzero(oracle.empty_pair_law > 0)
@@ -177,21 +178,11 @@ def cell_moments(oracle: Oracle, objective: Objective = DPO) -> CellMoments:
     )
 
 
-@dataclass(frozen=True)
-class TraceSide:
-    """One side (x, y) of a pair, over its traces.
-
-    Attributes:
-        law: q(r | x, y), the law of the trace in the data.
-        responses: (r, y) for every trace r.
-    """
-
-    law: Float[np.ndarray, " traces"]
-    responses: Scored
-
-
 def trace_pair_moments(
-    chosen: TraceSide, rejected: TraceSide, objective: Objective
+    laws: tuple[Float[np.ndarray, " traces"], Float[np.ndarray, " traces"]],
+    chosen: Scored,
+    rejected: Scored,
+    objective: Objective,
 ) -> tuple[Float[np.ndarray, " parameters"], float, float]:
     r"""E g_t, E norm(g_t)^2 and E l_t over independent traces r+ and r-.
 
@@ -202,13 +193,14 @@ def trace_pair_moments(
                         + 2 sum_ij p_ij u_ij v_ij s_i . s_j.
 
     Args:
-        chosen: The side of y+.
-        rejected: The side of y-.
+        laws: q(r | x, y+) and q(r | x, y-), the laws of the traces in the data.
+        chosen: (r, y+) for every trace r.
+        rejected: (r, y-) for every trace r.
         objective: The preference loss.
     """
-    p, q = chosen.law, rejected.law
-    plus, minus = chosen.responses.scores, rejected.responses.scores
-    weights = pair_weights(objective, chosen.responses[:, None], rejected.responses[None, :])
+    p, q = laws
+    plus, minus = chosen.scores, rejected.scores
+    weights = pair_weights(objective, chosen[:, None], rejected[None, :])
     u, v = weights.chosen, weights.rejected
     mean = (p * (u @ q)) @ plus + (q * (p @ v)) @ minus
     squares = (p * (u**2 @ q)) @ np.sum(plus**2, axis=1) + (q * (p @ v**2)) @ np.sum(minus**2, axis=1)

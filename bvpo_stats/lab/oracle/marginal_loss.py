@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
 
-from bvpo_stats.gradients.curvature import lanczos
+from bvpo_stats.gradients.curvature import Spectrum, lanczos
 from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.lab.oracle.build import Oracle
 from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, DPO
@@ -20,24 +19,6 @@ from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
 
 Vector = Float[np.ndarray, " parameters"]
-
-
-@dataclass(frozen=True)
-class HessianEnds:
-    """Both ends of the Hessian's spectrum at one theta.
-
-    Attributes:
-        largest: Largest eigenvalue.
-        smallest: Smallest eigenvalue; negative where L_m is not convex.
-    """
-
-    largest: float
-    smallest: float
-
-    @property
-    def smoothness(self) -> float:
-        """The local L: the larger of the two in magnitude."""
-        return max(abs(self.largest), abs(self.smallest))
 
 
 class MarginalLoss:
@@ -87,8 +68,8 @@ class MarginalLoss:
         parts = [torch.zeros_like(w) if h is None else h for h, w in zip(second, weights, strict=True)]
         return torch.cat([part.reshape(-1) for part in parts]).numpy()
 
-    def hessian_ends(self, theta: Vector, *, steps: int = 20, tolerance: float = 1e-3, seed: int = 0) -> HessianEnds:
-        """Extreme eigenvalues of the Hessian at theta, by Lanczos.
+    def hessian_ends(self, theta: Vector, *, steps: int = 20, tolerance: float = 1e-3, seed: int = 0) -> Spectrum:
+        """Both ends of the Hessian's spectrum at theta, by Lanczos; its ``smoothness`` is the local L.
 
         Args:
             theta: Where.
@@ -96,8 +77,7 @@ class MarginalLoss:
             tolerance: Relative residual at which to stop.
             seed: Decides the first vector.
         """
-        found = lanczos(lambda v: self.product(theta, v), len(theta), steps=steps, tolerance=tolerance, seed=seed)
-        return HessianEnds(found.largest, found.smallest)
+        return lanczos(lambda v: self.product(theta, v), len(theta), steps=steps, tolerance=tolerance, seed=seed)
 
     def _named(self, flat: Vector) -> dict[str, Tensor]:
         pieces = np.split(np.asarray(flat), np.cumsum([weight.numel() for weight in self._weights.values()])[:-1])

@@ -17,12 +17,13 @@ from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.special import expit, gammaln, logsumexp
 
 from bvpo_stats.gradients.marginal import level_probabilities
 from bvpo_stats.lab.oracle.build import Oracle, shortened
+from bvpo_stats.lab.oracle.draws import categorical, draw_posterior_traces, draw_prior_traces
 from bvpo_stats.lab.oracle.exact import ExactMoments, Objective, Scored, exact_moments, pair_weights, trace_responses
 from bvpo_stats.statistics.estimates import Estimates
 
@@ -127,9 +128,9 @@ class TraceSets:
         oracle, n = self.oracle, math.prod(shape)
         table, answers = oracle.table, oracle.grammar.n_answers
         x = rng.integers(oracle.grammar.n_prompts, size=n)
-        a, b = np.divmod(_pick(oracle.pair_law.reshape(len(oracle.pair_law), -1)[x], rng), answers)
-        c, d = np.divmod(_pick(oracle.empty_pair_law.reshape(len(oracle.pair_law), -1)[x], rng), answers)
-        own = [_pick(table.sampling.posterior[x, :, y], rng) for y in (a, b)]
+        laws = (law.reshape(len(law), -1) for law in (oracle.pair_law, oracle.empty_pair_law))
+        (a, b), (c, d) = (np.divmod(categorical(law, x, 1, rng)[:, 0], answers) for law in laws)
+        own = [draw_posterior_traces(oracle, x, y, 1, rng)[:, 0] for y in (a, b)]
         responses, objective = trace_responses(table), Objective(beta=self.beta)
         zero = np.zeros_like(x)
         pairs = [((own[0], a), (own[1], b)), ((zero, c), (zero, d))]
@@ -194,9 +195,9 @@ class TraceSets:
         return table.policy.joint[rows] - proposal, table.reference.joint[rows] - proposal
 
     def _draws(self, method: str, x: Array, y: Array, own: Array | None, rng: np.random.Generator) -> Array:
-        sampling = self.oracle.table.sampling
-        law = sampling.posterior[x, :, y] if method == "posterior" else np.exp(sampling.trace[x])
-        traces = _pick_many(law, self.traces, rng)
+        if method == "posterior":
+            return draw_posterior_traces(self.oracle, x, y, self.traces, rng)
+        traces = draw_prior_traces(self.oracle, x, self.traces, rng)
         if method == "anchored" and own is not None:
             traces[:, 0] = own
         return traces
@@ -239,8 +240,7 @@ class TraceSets:
         for depth in np.unique(level):
             rows, size = np.flatnonzero(level == depth), 2**depth
             here, sides = x[rows], (answers[0][rows], answers[1][rows])
-            law = np.exp(self.oracle.table.sampling.trace[here])
-            traces = [_pick_many(law, size, rng) for _ in sides]
+            traces = [draw_prior_traces(self.oracle, here, size, rng) for _ in sides]
             ground = self._single_traces(here, sides, traces)
             parts = [(slice(0, size), 1.0), (slice(0, size // 2), -0.5), (slice(size // 2, size), -0.5)]
             for k, total in enumerate((plus, minus)):
@@ -293,19 +293,3 @@ def _spread(traces: Array, values: Array, n_traces: int) -> Array:
     """Sums values by trace: ``[n, K], [n, K] -> [n, traces]``."""
     flat = (traces + n_traces * np.arange(len(traces))[:, None]).ravel()
     return np.bincount(flat, values.ravel(), minlength=n_traces * len(traces)).reshape(len(traces), n_traces)
-
-
-def _pick(law: Float[np.ndarray, "rows outcomes"], rng: np.random.Generator) -> Int[np.ndarray, " rows"]:
-    return _pick_many(law, 1, rng)[:, 0]
-
-
-def _pick_many(
-    law: Float[np.ndarray, "rows outcomes"], size: int, rng: np.random.Generator
-) -> Int[np.ndarray, "rows size"]:
-    """Independent outcomes of each row's law, by inversion."""
-    cumulative = np.cumsum(law, axis=1)
-    uniform = rng.random((len(law), size)) * cumulative[:, -1:]
-    drawn = np.zeros(uniform.shape, dtype=np.int64)
-    for edge in range(law.shape[1] - 1):
-        drawn += uniform >= cumulative[:, edge, None]
-    return drawn

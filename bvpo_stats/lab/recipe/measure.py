@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,11 +66,6 @@ class Measures:
     unfinished_share: float
     n_prompts: int
     n_samples: int
-
-
-def as_dict(measures: Measures) -> dict[str, Any]:
-    """The measures, ready for JSON."""
-    return asdict(measures)
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ checkpoint with the very batches it would have seen.
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,119 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from bvpo_stats.embedded.tokenizer import build_tokenizer
+from bvpo_stats.embedded.task import Difficulty, Example, draw_example
+from bvpo_stats.embedded.tokenizer import EOS, THINK_CLOSE, build_tokenizer, prompt_text
 from bvpo_stats.errors import UserError
-from bvpo_stats.lab.recipe.batches import IGNORED, Encoded, collate, draw_bucket
-from bvpo_stats.lab.recipe.options import Recipe, Shape, learning_rate_at
 
 CHECKPOINT = "checkpoint.pt"
 RECORD = "recipe.json"
 MAX_NEW_TOKENS = 192
+IGNORED = -100
+Encoded = tuple[list[int], list[int]]
+"""Token ids of a generation prompt and of its completion."""
+TRAINING_MIX = Difficulty(operand_weights=((2, 0.15), (3, 0.35), (4, 0.35), (5, 0.15)))
+"""What the model is trained on: 2 to 5 operands like the default prompts, with more short questions."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model: about 0.73 M parameters, 2.9 MB as float32."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    feed_forward: int = 320
+    initial_std: float = 0.08
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of a training run; with the number of threads they decide every weight.
+
+    Attributes:
+        seed: Seed of the initial weights and of the examples.
+        steps: Optimizer steps.
+        batch_size: Sequences per step.
+        bucket: Steps whose examples are drawn together, sorted by length and cut into batches.
+        learning_rate: Peak of AdamW's learning rate.
+        warmup: Steps of linear warm-up, followed by a cosine down to a tenth of the peak.
+        weight_decay: Decoupled decay of the matrices.
+        empty_share: Share of examples with the empty trace.
+        curriculum: Share of the steps over which the greatest number of operands grows from the least to the full mix.
+        checkpoint_every: Steps between checkpoints.
+        difficulty: Mix of questions.
+        shape: Size of the model.
+    """
+
+    seed: int = 0
+    steps: int = 7000
+    batch_size: int = 32
+    bucket: int = 16
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    empty_share: float = 0.35
+    curriculum: float = 0.15
+    checkpoint_every: int = 500
+    difficulty: Difficulty = TRAINING_MIX
+    shape: Shape = field(default_factory=Shape)
+
+
+def difficulty_at(step: int, recipe: Recipe) -> Difficulty:
+    """The mix of questions at a step: short ones first, which teaches the single steps before their order."""
+    weights = recipe.difficulty.operand_weights
+    share = step / (recipe.curriculum * recipe.steps) if recipe.curriculum else 1.0
+    kept = min(len(weights), 1 + int(share * len(weights)))
+    return replace(recipe.difficulty, operand_weights=weights[:kept])
+
+
+def learning_rate_at(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine from the peak down to a tenth of it at the last step."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def encode_example(example: Example, tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    """Token ids of the generation prompt and of the completion, end-of-sequence included."""
+    empty = example.trace is None
+    completion = (example.answer if empty else f"{example.trace}{THINK_CLOSE}{example.answer}") + EOS
+    prompt_ids = tokenizer(prompt_text(example.question, empty_trace=empty), add_special_tokens=False)["input_ids"]
+    return prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"]
+
+
+def draw_bucket(recipe: Recipe, index: int, tokenizer: PreTrainedTokenizerFast) -> list[list[Encoded]]:
+    """The batches of steps ``index * bucket`` onwards, each of sequences of similar length, in drawn order."""
+    rng = random.Random(f"examples/{recipe.seed}/{index}")
+    size = recipe.batch_size
+    difficulty = difficulty_at(index * recipe.bucket, recipe)
+    examples = [
+        encode_example(draw_example(rng, difficulty, recipe.empty_share), tokenizer)
+        for _ in range(recipe.bucket * size)
+    ]
+    examples.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def collate(
+    batch: list[Encoded], pad_id: int
+) -> tuple[Int[Tensor, "sequences tokens"], Int[Tensor, "sequences tokens"]]:
+    """Input ids and next-token labels, padded on the right; prompt and padding positions carry ``IGNORED``.
+
+    No attention mask is needed: with causal attention no real token sees padding on its right.
+    """
+    length = max(len(prompt) + len(completion) for prompt, completion in batch) - 1
+    inputs = torch.full((len(batch), length), pad_id)
+    labels = torch.full((len(batch), length), IGNORED)
+    for row, (prompt, completion) in enumerate(batch):
+        ids = prompt + completion
+        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        labels[row, len(prompt) - 1 : len(ids) - 1] = torch.tensor(completion)
+    return inputs, labels
 
 
 def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
