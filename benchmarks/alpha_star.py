@@ -114,7 +114,8 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star import run as study
-    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, load_examples, prepare_subset
+    from bvpo_stats.studies.alpha_star.config import AlphaInputs
+    from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, load_examples, prepare_subset
     from bvpo_stats.studies.alpha_star.state import PassState
 
     torch.set_num_threads(1)

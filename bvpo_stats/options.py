@@ -106,13 +106,13 @@ def _check(name: str, value: Any, kind: Any, option: Option) -> None:
     if value is None and NoneType in kinds:
         return
     choices = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
-    if choices and value not in choices:
-        raise UserError(f"`{name}={value!r}`: unknown. Choose one of {', '.join(map(str, choices))}.")
     plain = [each for each in kinds if each in _WORDS]
-    if isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds):
+    if value in choices or (isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds)):
         return
-    if plain and not choices and not any(_is(value, each) for each in plain):
-        raise UserError(f"`{name}={value!r}`: must be {' or '.join(_WORDS[each] for each in plain)}.")
+    if plain and not any(_is(value, each) for each in plain):
+        raise UserError(f"`{name}={value!r}`: must be {' or '.join([*(_WORDS[each] for each in plain), *choices])}.")
+    if choices and not plain:
+        raise UserError(f"`{name}={value!r}`: unknown. Choose one of {', '.join(map(str, choices))}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
         problem = _out_of_bounds(value, option)
         if problem:
@@ -151,6 +151,22 @@ def number_or_auto(words: str) -> int | None:
     if not words.isdigit() or int(words) < 1:
         raise UserError(f"`batch_size={words!r}`: give a whole number of at least 1, or auto.")
     return int(words)
+
+
+def number_or_word(words: str) -> float | str:
+    """Reads a number; what is none stays a word, for the field to judge."""
+    try:
+        return float(words)
+    except ValueError:
+        return words
+
+
+def whole_or_word(words: str) -> int | str:
+    """Reads a whole number; what is none stays a word, for the field to judge."""
+    try:
+        return int(words)
+    except ValueError:
+        return words
 
 
 def names_or_all(words: str) -> str | tuple[str, ...]:

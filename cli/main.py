@@ -55,7 +55,7 @@ add_command(app, "variance", variance.variance, output="runs/variance", examples
 add_command(app, "sample", sample.sample, output="runs/samples", examples=sample.EXAMPLES)
 add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMPLES)
 add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES)
-app.command("alpha-star", cls=Command, epilog=alpha_star.EXAMPLES)(alpha_star.alpha_star)
+add_command(app, "alpha-star", alpha_star.alpha_star, output="runs/alpha-star", examples=alpha_star.EXAMPLES)
 add_command(app, "train", train.train, output="runs/train", examples=train.EXAMPLES)
 app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 add_command(

@@ -26,6 +26,7 @@ class Settings:
     choice: Annotated[Literal["a", "b"], Option("")] = "a"
     flag: Annotated[bool, Option("")] = False
     many: Annotated[str | tuple[str, ...], Option("")] = "all"
+    eta: Annotated[float | Literal["auto"], Option("", above=0)] = 1.0
     free: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class Settings:
         ("choice", "c", "`choice='c'`: unknown. Choose one of a, b."),
         ("flag", "yes", "True or False"),
         ("many", 3, "a text"),
+        ("eta", 0.0, "`eta=0.0`: must be positive"),
+        ("eta", "fast", "`eta='fast'`: must be a number or auto"),
     ],
 )
 def test_what_a_field_cannot_be(field: str, value: Any, words: str) -> None:
@@ -80,6 +83,7 @@ def test_what_a_field_cannot_be(field: str, value: Any, words: str) -> None:
         ("choice", "b"),
         ("flag", True),
         ("many", "one"),
+        ("eta", "auto"),
         ("many", ("one", "two")),
         ("free", "no option, no check"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bvpo_stats.pages.page import write_page
@@ -96,12 +96,10 @@ def _variance(folder: Path, seed: int, sizes: Sizes) -> None:
 
 
 def _alpha_star(folder: Path, seed: int, sizes: Sizes) -> None:
-    from bvpo_stats.studies.alpha_star.inputs import AlphaInputs
-    from bvpo_stats.studies.alpha_star.run import AlphaConfig, run_alpha_star
+    from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
+    from bvpo_stats.studies.alpha_star.run import run_alpha_star
 
-    config = AlphaConfig(inputs=AlphaInputs(limit=sizes.prompts))
-    stream = replace(config.options.stream, seed=seed)
-    run_alpha_star(replace(config, options=replace(config.options, stream=stream)), folder)
+    run_alpha_star(AlphaConfig(inputs=AlphaInputs(limit=sizes.prompts), seed=seed), folder)
 
 
 def _train(folder: Path, seed: int, sizes: Sizes) -> None:

@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "AlphaConfig": "alpha_star.run",
-    "AlphaInputs": "alpha_star.inputs",
+    "AlphaConfig": "alpha_star.config",
+    "AlphaInputs": "alpha_star.config",
     "AlphaOptions": "alpha_star.run",
     "AlphaReport": "alpha_star.report",
     "Definitions": "variance.report",

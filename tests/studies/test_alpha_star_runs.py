@@ -5,23 +5,20 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
-from bvpo_stats.cli.alpha_star import alpha_star
+from bvpo_stats.cli.main import app
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions, read_second_moments
 from bvpo_stats.records import PreferencePair
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
-from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
-from bvpo_stats.studies.alpha_star.settings import AlphaSettings
+from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
+from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star.run import run_alpha_star
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24
@@ -78,8 +75,11 @@ def config(files, **settings) -> AlphaConfig:
     return AlphaConfig(
         policy=PolicyOptions(model=str(files["model"]), dtype="float64"),
         inputs=AlphaInputs(pairs=str(files["pairs"])),
-        subset=SubsetOptions(lora=LORA),
-        options=AlphaOptions(stream=StreamOptions(max_tokens=600), settings=AlphaSettings(**settings), groups=10),
+        lora_r=LORA.r,
+        target_modules=LORA.targets,
+        max_tokens=600,
+        groups=10,
+        **settings,
     )
 
 
@@ -92,19 +92,19 @@ def single(files, tmp_path_factory):
 WORKER = """
 import sys
 from pathlib import Path
-from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.model.policy import PolicyOptions
-from bvpo_stats.model.subset import LoraOptions
-from bvpo_stats.studies.alpha_star.run import AlphaConfig, AlphaOptions, run_alpha_star
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions
+from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
+from bvpo_stats.studies.alpha_star.run import run_alpha_star
 
 model, pairs, output = sys.argv[1:]
 report = run_alpha_star(
     AlphaConfig(
         policy=PolicyOptions(model=model, dtype="float64"),
         inputs=AlphaInputs(pairs=pairs),
-        subset=SubsetOptions(lora=LoraOptions(r=2, targets=("q_proj", "v_proj"))),
-        options=AlphaOptions(stream=StreamOptions(max_tokens=600), groups=10),
+        lora_r=2,
+        target_modules=("q_proj", "v_proj"),
+        max_tokens=600,
+        groups=10,
     ),
     Path(output),
 )
@@ -170,18 +170,13 @@ def test_the_same_folder_answers_for_another_batch_size_without_the_model(files,
 
 
 def test_another_loss_is_another_run(files, single):
-    other = config(files)
-    simpo = replace(other.options.stream.objective, name="simpo")
-    options = replace(other.options, stream=replace(other.options.stream, objective=simpo))
     with pytest.raises(UserError, match="different run"):
-        run_alpha_star(replace(other, options=options), single[1])
+        run_alpha_star(config(files, loss_type="simpo"), single[1])
 
 
 def call(*arguments: object) -> None:
     """The command as typer calls it."""
-    app = typer.Typer()
-    app.command()(alpha_star)
-    app([str(a) for a in arguments], standalone_mode=False)
+    app(["alpha-star", *map(str, arguments)], standalone_mode=False)
 
 
 def test_command_line(files, tmp_path, capsys):
@@ -205,11 +200,11 @@ def test_command_line(files, tmp_path, capsys):
         (["--eta-l", "auto"], "--learning-rate"),
         (["--eta-l", "fast"], "--eta-l fast"),
         (["--eta-l", "0"], "must be positive"),
-        (["--batch-size", "0"], "batch size must be positive"),
-        (["--level", "1.5"], "confidence level"),
+        (["--batch-size", "0"], "--batch-size 0.0: must be positive"),
+        (["--level", "1.5"], "--level 1.5: must lie between 0 and 1"),
         (["--interval", "bootstrap"], "fieller"),
         (["--marginal", "magic"], "--marginal magic"),
-        (["--beta", "0"], "beta must be positive"),
+        (["--beta", "0"], "--beta 0.0: must be positive"),
         (["--pairs", "nowhere"], "no such file"),
     ],
 )

@@ -15,7 +15,8 @@ from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.studies.alpha_star.inputs import AlphaInputs, SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star.config import AlphaInputs
+from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, prepare_subset
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
 from tests.studies.alpha_inputs import write_rows

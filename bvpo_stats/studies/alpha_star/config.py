@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from bvpo_stats import options as o
-from bvpo_stats.model.options import EMBEDDED
+from bvpo_stats.errors import UserError
+from bvpo_stats.model.options import EMBEDDED, PolicyOptions
 from bvpo_stats.records import Mode, PreferencePair, TraceRecord
 from bvpo_stats.store.tables import record_paths
 
@@ -64,3 +65,97 @@ class AlphaInputs:
         """
         traces = EMBEDDED if self.traces is None and self.pairs == EMBEDDED else self.traces
         return None if traces is None else record_paths(traces, TraceRecord, name="traces")[0]
+
+
+@dataclass(frozen=True)
+class AlphaConfig:
+    """Settings of an alpha-star run.
+
+    Attributes:
+        policy: Which model.
+        inputs: Where pairs and traces are.
+        loss_type: ``sigmoid`` (DPO), ``simpo`` or ``ipo``.
+        beta: Inverse temperature of the loss.
+        simpo_gamma: Target margin of SimPO.
+        lora_r: Rank of a fresh adapter, where the policy has none and no patterns are given.
+        target_modules: Its layers: names as PEFT takes them, or ``all-linear``.
+        params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
+            has one, else of the Linear weights of the model itself.
+        batch_size: Examples per optimizer step, B.
+        eta_l: Learning rate times smoothness; ``auto`` measures it.
+        learning_rate: eta, for ``eta_l="auto"``.
+        traces_per_answer: K, most traces of the bank behind each answer.
+        method: Estimator of the marginal gradient.
+        optimizer_state: File of Adam's state.
+        level: Confidence level.
+        interval: How intervals of weights are made.
+        groups: Jackknife groups; ``auto`` for the rule of `bvpo_stats.statistics.moments.jackknife_groups`.
+        seed: Decides the fresh adapter and every draw.
+        max_tokens: Budget of padded tokens per forward.
+        allow_mismatch: Take pairs and traces of another model or template.
+    """
+
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    inputs: AlphaInputs = field(default_factory=AlphaInputs)
+    loss_type: Annotated[Literal["sigmoid", "simpo", "ipo"], o.Option("sigmoid (DPO), simpo or ipo.", name="loss")] = (
+        "sigmoid"
+    )
+    beta: Annotated[float, o.Option("Inverse temperature of the loss.", above=0)] = 0.1
+    simpo_gamma: Annotated[float, o.Option("Target margin, simpo only.", name="gamma")] = 0.0
+    lora_r: Annotated[int, o.Option("Rank of a fresh LoRA adapter, where no `adapter` is given.", low=1)] = 16
+    target_modules: Annotated[
+        str | tuple[str, ...],
+        o.Option(
+            "Layers of the fresh adapter: comma-separated names, or all-linear.",
+            read=o.names_or_all,
+            spelled="all-linear",
+        ),
+    ] = "all-linear"
+    params: Annotated[
+        tuple[str, ...],
+        o.Option("Only layers that match this pattern; without `adapter`, weights of the model itself."),
+    ] = ()
+    batch_size: Annotated[float, o.Option("Examples per optimizer step: alpha* belongs to one.", above=0)] = 128
+    eta_l: Annotated[
+        float | Literal["auto"],
+        o.Option(
+            "Learning rate times smoothness, or `auto` to measure it (needs `learning_rate`).",
+            above=0,
+            read=o.number_or_word,
+            spelled="1",
+        ),
+    ] = 1.0
+    learning_rate: Annotated[float | None, o.Option("For `eta_l='auto'`.", above=0)] = None
+    traces_per_answer: Annotated[int, o.Option("K, most traces of the bank behind each answer.", low=1)] = 8
+    method: Annotated[
+        Literal["auto", "reference-point", "anchored", "posterior", "prior", "multilevel", "jackknife"],
+        o.Option(
+            "Estimator of the marginal gradient: auto, reference-point, anchored, posterior, prior, multilevel, "
+            "jackknife.",
+            name="marginal",
+        ),
+    ] = "auto"
+    optimizer_state: Annotated[
+        Path | None,
+        o.Option("Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric."),
+    ] = None
+    level: o.Level = 0.95
+    interval: Annotated[Literal["fieller", "hall"], o.Option("fieller, or hall, cautious under heavy tails.")] = (
+        "fieller"
+    )
+    groups: Annotated[
+        int | Literal["auto"],
+        o.Option(
+            "Groups of the jackknife. `auto`: single prompts, beyond 256 of them 20 groups.",
+            read=o.whole_or_word,
+            spelled="auto",
+        ),
+    ] = "auto"
+    seed: o.Seed = 0
+    max_tokens: o.MaxTokens = 16_384
+    allow_mismatch: Annotated[bool, o.Option("Take pairs and traces of another model or template.")] = False
+
+    def __post_init__(self) -> None:
+        o.check_options(self)
+        if self.eta_l == "auto" and self.learning_rate is None:
+            raise UserError("`eta_l='auto'` measures the curvature L and needs eta: give `learning_rate`.")

@@ -17,8 +17,8 @@ from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.stream import gradient_batches, project_sides
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, on_own_device
-from bvpo_stats.model.subset import Subset, lora_subset, read_second_moments
+from bvpo_stats.model.policy import Policy, load_policy, on_own_device
+from bvpo_stats.model.subset import LoraOptions, Subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
@@ -26,8 +26,8 @@ from bvpo_stats.statistics.moments import Moments
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
 from bvpo_stats.studies.alpha_star.analysis import Measured, analyse, check_groups
+from bvpo_stats.studies.alpha_star.config import AlphaConfig
 from bvpo_stats.studies.alpha_star.inputs import (
-    AlphaInputs,
     SubsetOptions,
     fingerprints,
     load_examples,
@@ -61,25 +61,6 @@ class AlphaOptions:
     epsilon: float = 1e-8
 
 
-@dataclass(frozen=True)
-class AlphaConfig:
-    """Settings of an alpha-star run.
-
-    Attributes:
-        policy: Which model.
-        inputs: Where pairs and traces are.
-        subset: Which parameters.
-        options: How.
-        optimizer_state: File of Adam's state.
-    """
-
-    policy: PolicyOptions = field(default_factory=PolicyOptions)
-    inputs: AlphaInputs = field(default_factory=AlphaInputs)
-    subset: SubsetOptions = field(default_factory=SubsetOptions)
-    options: AlphaOptions = field(default_factory=AlphaOptions)
-    optimizer_state: Path | None = None
-
-
 def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
     """Runs (or resumes) an alpha-star study in a folder and writes its report and figures.
 
@@ -98,11 +79,11 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
     with joined_world() as world:
         identity = fingerprints(config.inputs)
         joined = load_examples(config.inputs, config.policy)
-        check_groups(joined.prompts, config.options.groups)
+        check_groups(joined.prompts, config.groups)
         policy, subset, words = prepare_subset(
-            load_policy(on_own_device(config.policy, world.local_rank, world.size)), config.subset
+            load_policy(on_own_device(config.policy, world.local_rank, world.size)), _subset_options(config)
         )
-        options = config.options
+        options = _options(config)
         if config.optimizer_state is not None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
         identity |= _identity(config, policy, words)
@@ -111,6 +92,37 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
             if world.leads:
                 report.write(folder)
         return report if world.leads else None
+
+
+def _subset_options(config: AlphaConfig) -> SubsetOptions:
+    lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
+    return SubsetOptions(params=config.params, lora=lora)
+
+
+def _options(config: AlphaConfig) -> AlphaOptions:
+    curvature = None
+    if config.eta_l == "auto":
+        assert config.learning_rate is not None  # or the configuration would not have been made
+        curvature = CurvatureOptions(config.learning_rate, seed=config.seed)
+    return AlphaOptions(
+        stream=StreamOptions(
+            objective=Objective(LOSSES[config.loss_type], config.beta, config.simpo_gamma),
+            method=config.method,
+            traces_per_answer=config.traces_per_answer,
+            half_splits=True,
+            allow_mismatch=config.allow_mismatch,
+            seed=config.seed,
+            max_tokens=config.max_tokens,
+        ),
+        settings=AlphaSettings(
+            batch_size=config.batch_size,
+            eta_l=1.0 if config.eta_l == "auto" else config.eta_l,
+            level=config.level,
+            method=config.interval,
+        ),
+        groups=config.groups,
+        curvature=curvature,
+    )
 
 
 def estimate_alpha_star(
@@ -247,20 +259,20 @@ def objective_words(objective: Objective) -> dict[str, Any]:
 
 def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]:
     """What decides the moments; batch size, step size and level do not."""
-    stream, state = config.options.stream, config.optimizer_state
+    stream, state = _options(config).stream, config.optimizer_state
     return {
         "model": policy.identity,
         "template": policy.template.name,
         "dtype": str(policy.model.dtype),
         "theta": words,
-        "params": list(config.subset.params),
-        "lora": None if config.policy.adapter else asdict(config.subset.lora),
+        "params": list(config.params),
+        "lora": None if config.policy.adapter else asdict(_subset_options(config).lora),
         "objective": asdict(stream.objective),
         "marginal": stream.method,
         "traces_per_answer": stream.traces_per_answer,
         "half_splits": stream.half_splits,
         "reference": stream.reference,
-        "groups": config.options.groups,
+        "groups": config.groups,
         "limit": config.inputs.limit,
         "seed": stream.seed,
         "optimizer_state": None if state is None else str(state),

@@ -126,10 +126,11 @@ class TrainConfig:
     alpha_probe_prompts: Annotated[int, o.Option("adaptive: prompts held out to estimate mu.", low=0)] = 32
     alpha_traces_per_answer: Annotated[int, o.Option("adaptive: traces behind each probe answer.", low=1)] = 4
     eta_l: Annotated[
-        float | str,
+        float | Literal["auto"],
         o.Option(
             "adaptive: eta L at the peak learning rate, or `auto`: L is the curvature along the noise.",
-            read=str,
+            above=0,
+            read=o.number_or_word,
             spelled="1",
         ),
     ] = 1.0
