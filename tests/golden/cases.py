@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "alpha-star-off-reference": "alpha-star --adapter {train}/model --pairs {pairs} --traces {traces}",
     "evaluate": "evaluate --adapter trained={train}/model --limit 8 --samples 2",
-    "oracle-training": "oracle-training --eta-l 0.6 --seeds 2 --steps 10 --probe-prompts 32 --probe-every 5",
+    "oracle-training": "oracle-training --eta-l 0.6 --seeds 2 --steps 6 --probe-prompts 32 --probe-every 3",
 }
 """Name of a case -> its command line without ``--output``."""
 

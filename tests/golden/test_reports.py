@@ -37,7 +37,9 @@ def test_nothing_has_changed(name: str, runs: Runs) -> None:
     found = json.loads(json.dumps(all_records(runs)[name]()))
     made_on = json.loads(MADE_ON.read_text(encoding="utf-8"))[name]
     changes = differences(kept, found, name, tolerance(name, made_on))
-    assert not changes, "\n".join([f"{len(changes)} differences from reports/{name}.json (kept -> found):", *changes])
+    if changes:
+        heading = f"{len(changes)} differences from tests/golden/reports/{name}.json, kept -> found:"
+        pytest.fail("\n".join([heading, *changes]), pytrace=False)
 
 
 def test_every_report_has_a_case() -> None:
