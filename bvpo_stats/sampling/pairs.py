@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Completion, PreferencePair
+from bvpo_stats.records import MODES, Completion, Mode, PreferencePair
+from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
+from bvpo_stats.sampling.sample import check_one_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from bvpo_stats.model.policy import Policy
     from bvpo_stats.model.templates import Template
 
 SetAside = Literal["too few", "identical", "tie"]
+
+
+def make_pairs(
+    samples: Sequence[Completion],
+    reward: Callable[..., Any] | str | Reward,
+    *,
+    policy: Policy | Template | None = None,
+    ref_logps: bool = False,
+) -> list[PreferencePair]:
+    """Preference pairs, in memory: what ``bvpo-stats pairs`` makes of the same responses and rewards.
+
+    Of each prompt and mode, the best and the worst complete response by the reward of the final answer. Prompts with
+    fewer than two answers, the same answers, or a tie give no pair.
+
+    Args:
+        samples: What `sample` returned, or completions from elsewhere.
+        reward: A function ``(question, answer) -> number`` (None leaves a response out), one in the convention of TRL's
+            reward functions, or a name as `load_reward` knows it, e.g. ``embedded`` or ``model:PATH``. It sees the
+            final answer alone, never the trace.
+        policy: The sampling model or its template; not needed for what `sample` returned.
+        ref_logps: Store the reference log-probabilities of both sides; needs the policy itself.
+
+    Returns:
+        Pairs in training form, by prompt in the order of the samples, D_t (``thinking``) before D_e.
+
+    Raises:
+        UserError: A wrong number of rewards, one that is NaN or infinite, no pairs at all (with the counts of why),
+            samples of several models or of another template, or no template to render the prompts with.
+    """
+    from bvpo_stats.model.policy import Policy
+    from bvpo_stats.model.templates import Template
+    from bvpo_stats.sampling.rewards import as_reward
+
+    known = policy.template if isinstance(policy, Policy) else policy or getattr(samples, "template", None)
+    if not isinstance(known, Template):
+        raise UserError("These samples do not bring their template; give the sampling model: `policy`.")
+    if ref_logps and not isinstance(policy, Policy):
+        raise UserError("`ref_logps=True` needs the sampling model itself: `policy`.")
+    if not samples:
+        raise UserError("There are no samples to make pairs from.")
+    check_one_source(samples)
+    by_prompt: dict[str, list[Completion]] = {}
+    for completion in samples:
+        by_prompt.setdefault(completion.prompt_id, []).append(completion)
+    answers = [answer for responses in by_prompt.values() for answer in final_answers(responses)]
+    scores = iter(score_answers(as_reward(reward), answers))
+    pairs: list[PreferencePair] = []
+    set_aside: dict[str, int] = {}
+    for responses in by_prompt.values():
+        scored = [ScoredCompletion(c, next(scores) if c.complete else None) for c in responses]
+        for _, _, choice, pair in prompt_pairs(scored, MODES, known):
+            if pair is not None:
+                pairs.append(pair)
+            elif not isinstance(choice, Choice):
+                set_aside[choice] = set_aside.get(choice, 0) + 1
+    if not pairs:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(set_aside.items()))
+        raise UserError(f"No prompt gives a pair ({reasons}). Draw more responses, or use a finer reward.")
+    if ref_logps and isinstance(policy, Policy):
+        values = reference_logps(policy, pairs)
+        pairs = [replace(pair, **row) for pair, row in zip(pairs, values, strict=True)]  # type: ignore[arg-type]
+    return pairs
+
+
+def final_answers(responses: Iterable[Completion]) -> list[Answer]:
+    """What a reward is asked to score: the final answers of those responses that have one."""
+    return [
+        Answer(c.prompt_id, c.mode, c.sample_index, c.prompt, c.answer or "", c.gold) for c in responses if c.complete
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,6 +143,58 @@ def choose(responses: Sequence[ScoredCompletion]) -> Choice | SetAside:
 def _reward(response: ScoredCompletion) -> float:
     assert response.reward is not None
     return response.reward
+
+
+def prompt_pairs(
+    responses: Sequence[ScoredCompletion], modes: Sequence[Mode], template: Template
+) -> Iterator[tuple[Mode, list[ScoredCompletion], Choice | SetAside, PreferencePair | None]]:
+    """Chooses and builds the pairs of one prompt.
+
+    Args:
+        responses: All its responses.
+        modes: Which sets to make.
+        template: The sampling model's template.
+
+    Yields:
+        Mode, the responses in that mode, what was chosen or why nothing was, and the pair. Modes without responses are
+        left out.
+
+    Raises:
+        UserError: The prompt id stands for several questions; or see :func:`build_pair`.
+    """
+    questions = {r.completion.prompt for r in responses}
+    if len(questions) > 1:
+        raise UserError(
+            f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
+            "samples. Make ids unique and sample again."
+        )
+    for mode in modes:
+        mine = [r for r in responses if r.completion.mode == mode]
+        if mine:
+            choice = choose(mine)
+            yield mode, mine, choice, build_pair(choice, template) if isinstance(choice, Choice) else None
+
+
+def reference_logps(policy: Policy, pairs: Sequence[PreferencePair]) -> list[dict[str, float]]:
+    """Log pi_ref(completion | prompt) of both sides of each pair, summed over tokens in float64, by field name."""
+    from bvpo_stats.model.batching import TokenSequence
+    from bvpo_stats.model.scores import completion_logprobs
+
+    sides = [
+        (pair, ids, side)
+        for pair in pairs
+        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids))
+    ]
+    logps = completion_logprobs(
+        policy,
+        [TokenSequence(pair.prompt_ids, ids) for pair, ids, _ in sides],
+        [f"pair {pair.prompt_id}/{pair.mode} ({side})" for pair, _, side in sides],
+    )
+    sums = [float(values.sum()) for values in logps]
+    return [
+        {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)
+    ]
 
 
 def build_pair(choice: Choice, template: Template) -> PreferencePair:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import heapq
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt, default_prompt_id
-from bvpo_stats.store.tables import source_rows
+from bvpo_stats.store.tables import Source, source_rows
 
 _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
 _GOLD_FIELDS = ("gold", "answer", "solution")
+_LONGEST = 8  # prompts that a survey remembers
 
 
-def load_prompts(source: str, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
+def load_prompts(source: Source, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
     """Streams prompts from a source.
 
     Args:
-        source: ``embedded``, a ``.jsonl`` file, or whatever ``datasets.load_dataset`` accepts.
+        source: ``embedded``, a file, whatever ``datasets.load_dataset`` accepts; or an iterable of questions as text,
+            of :class:`~bvpo_stats.records.Prompt`, or of rows (see :func:`prompt_from_row`), e.g. a loaded dataset.
         limit: Stop after this many.
         split: Split of a dataset.
 
@@ -38,15 +43,26 @@ def load_prompts(source: str, *, limit: int | None = None, split: str = "train")
         found = True
         yield prompt
     if not found:
-        raise UserError(f"{source} holds no prompts. Give a JSONL file with one object a line and a field `prompt`.")
+        name = source if isinstance(source, (str, os.PathLike)) else "`prompts`"
+        raise UserError(f"{name} holds no prompts. Give a JSONL file with one object a line and a field `prompt`.")
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Prompt]]:
+def _rows(source: Source, split: str) -> Iterator[tuple[str, Prompt]]:
+    if not isinstance(source, (str, os.PathLike)):
+        for number, row in enumerate(source, start=1):
+            where = f"`prompts`, row {number}"
+            if isinstance(row, Prompt):
+                yield where, row
+            elif isinstance(row, (str, Mapping)):
+                yield where, prompt_from_row({"prompt": row} if isinstance(row, str) else dict(row), where)
+            else:
+                raise UserError(f"{where}: a {type(row).__name__}, neither a text, a Prompt nor a row of columns.")
+        return
     if source == EMBEDDED:
         for number, prompt in enumerate(embedded_prompts(), start=1):
             yield f"embedded:{number}", prompt
         return
-    for where, row in source_rows(source, split):
+    for where, row in source_rows(str(source), split):
         yield where, prompt_from_row(row, where)
 
 
@@ -105,3 +121,39 @@ def _unique(rows: Iterable[tuple[str, Prompt]]) -> Iterator[Prompt]:
             )
         seen[key] = where
         yield prompt
+
+
+@dataclass(frozen=True)
+class PromptSurvey:
+    """What a run has to know about its prompts before it starts, in constant memory.
+
+    Attributes:
+        count: Number of prompts.
+        fingerprint: The count and a short hash of ids and texts, in order.
+        longest: The few prompts with the most characters, longest first.
+    """
+
+    count: int
+    fingerprint: str
+    longest: tuple[str, ...]
+
+
+def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
+    """Goes through the prompts once.
+
+    Args:
+        prompts: The prompts; streamed.
+    """
+    digest = hashlib.sha256()
+    longest: list[tuple[int, int, str]] = []
+    count = 0
+    for prompt in prompts:
+        digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}\x1e".encode())
+        entry = (len(prompt.prompt), -count, prompt.prompt)
+        count += 1
+        if len(longest) < _LONGEST:
+            heapq.heappush(longest, entry)
+        elif entry > longest[0]:
+            heapq.heapreplace(longest, entry)
+    texts = tuple(text for _, _, text in sorted(longest, reverse=True))
+    return PromptSurvey(count, f"{count}:{digest.hexdigest()[:16]}", texts)

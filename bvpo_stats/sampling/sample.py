@@ -3,23 +3,108 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from bvpo_stats import options
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Completion, Mode, Prompt, to_dict
-from bvpo_stats.sampling.engines.base import Draw, Engine, Request, SamplingOptions, SetAside
+from bvpo_stats.records import MODES, Completion, Mode, Prompt, to_dict
+from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
+from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
 from bvpo_stats.store.key_set import KeySet
 from bvpo_stats.store.shards import WHOLE, Shard, run_files
+from bvpo_stats.store.tables import Source
+
+if TYPE_CHECKING:
+    from bvpo_stats.model.policy import Policy
 
 SAMPLES_FILE = "samples.jsonl"
 SET_ASIDE_FILE = "set_aside.jsonl"
 _WINDOW_ROWS = 160  # responses planned at a time: bounds memory, and lets prompts of like length share a batch
+
+
+class Samples(list[Completion]):
+    """What `sample` returns: a list of completions that knows the template it was drawn with.
+
+    Attributes:
+        template: Protocol and tokenizer.
+    """
+
+    def __init__(self, completions: Iterable[Completion], template: Template) -> None:
+        super().__init__(completions)
+        self.template = template
+
+
+def sample(
+    policy: Policy | str,
+    prompts: Source,
+    n: int = 5,
+    *,
+    temperature: float = 1.0,
+    modes: Sequence[Mode] = MODES,
+    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    batch_size: int | Literal["auto"] = "auto",
+) -> Samples:
+    """Draws responses with a policy, in memory: what ``bvpo-stats sample`` puts on record, response by response.
+
+    At the defaults, temperature 1 without a nucleus, pairs made of them have b_t = 0 at the reference point.
+
+    Args:
+        policy: The policy; a name or folder is loaded by `load_policy`.
+        prompts: Questions as text, `Prompt` records, rows or a dataset; or a source as `load_prompts` takes it, e.g.
+            ``embedded`` or a file.
+        n: Responses per prompt and mode.
+        temperature: Softmax temperature.
+        modes: Which of ``thinking`` (D_t) and ``nothinking`` (D_e).
+        top_p: Nucleus mass; 1 for the whole distribution.
+        max_new_tokens: Cut-off; None for 256 with the embedded model, else 4096.
+        seed: Decides every draw, together with prompt, mode and number.
+        batch_size: Most responses drawn at once.
+
+    Returns:
+        Completions by prompt (in the order given), mode and number.
+
+    Raises:
+        UserError: A setting out of its range, no prompts, a prompt that is too long, or NaN logits.
+    """
+    from bvpo_stats.model.policy import load_policy
+    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
+
+    policy = load_policy(policy) if isinstance(policy, str) else policy
+    check_modes(modes)
+    questions = list(load_prompts(prompts))
+    longest = max(len(policy.template.prompt_ids(prompt.prompt, mode)) for prompt in questions for mode in modes)
+    max_new_tokens = options.max_new_tokens(max_new_tokens, policy.identity.partition("@")[0])
+    drawing = SamplingOptions(n, temperature, top_p, max_new_tokens, seed)
+    rows = automatic_batch_size(
+        None if batch_size == "auto" else batch_size, longest + max_new_tokens, policy.device.type != "cpu"
+    )
+    run = SamplingRun(TransformersEngine(policy), policy.template, drawing, policy.identity, rows, tuple(modes))
+    nothing = KeySet(())
+    found: list[Completion] = []
+    with progress("Sampling", len(questions) * len(modes) * n, "responses") as advance:
+        for group in run.engine.draw(plan_batches(questions, run), drawing):
+            drawn, _ = _records(group, run, nothing)
+            found += drawn
+            advance(len(drawn))
+    order = {prompt.prompt_id: place for place, prompt in enumerate(questions)}
+    found.sort(key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index))
+    return Samples(found, policy.template)
+
+
+def check_modes(modes: Sequence[Mode]) -> None:
+    """Raises UserError where modes are none, unknown, or named twice."""
+    if isinstance(modes, str) or not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
+        raise UserError(f"`modes={modes!r}`: give one or both of {', '.join(MODES)}, each once.")
 
 
 @dataclass(frozen=True)
@@ -88,16 +173,23 @@ def sample_into(
     started = time.monotonic()
     with progress("Sampling", total, "responses", done=len(own)) as advance:
         for group in run.engine.draw(_unfinished(prompts, run, finished, shard), run.options):
-            missing = [(request, outcome) for request, outcome in group if request.key not in finished]
-            drawn = [(request, outcome) for request, outcome in missing if isinstance(outcome, Draw)]
-            append_jsonl(samples, (to_dict(completion_record(request, draw, run)) for request, draw in drawn))
-            lost = [(request, outcome) for request, outcome in missing if isinstance(outcome, SetAside)]
+            drawn, lost = _records(group, run, finished)
+            append_jsonl(samples, map(to_dict, drawn))
             append_jsonl(aside, (_identify(request) | asdict(outcome) for request, outcome in lost))
             responses += len(drawn)
-            tokens += sum(len(draw.completion_ids) for _, draw in drawn)
+            tokens += sum(len(completion.completion_ids) for completion in drawn)
             put_aside += len(lost)
-            advance(len(missing))
+            advance(len(drawn) + len(lost))
     return SamplingTally(responses, tokens, put_aside, time.monotonic() - started)
+
+
+def _records(
+    group: Iterable[tuple[Request, Outcome]], run: SamplingRun, finished: KeySet
+) -> tuple[list[Completion], list[tuple[Request, SetAside]]]:
+    """What an engine has just finished: records of the draws that were missing, and what was set aside."""
+    missing = [(request, outcome) for request, outcome in group if request.key not in finished]
+    drawn = [completion_record(request, outcome, run) for request, outcome in missing if isinstance(outcome, Draw)]
+    return drawn, [(request, outcome) for request, outcome in missing if isinstance(outcome, SetAside)]
 
 
 def _identify(request: Request) -> dict[str, str | int]:
@@ -194,6 +286,8 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
 def automatic_batch_size(requested: int | None, longest: int, on_accelerator: bool) -> int:
     """Responses per batch: what was asked for, else 1 to 256 for about 64k tokens (accelerator) or 16k (CPU)."""
     if requested is not None:
+        if requested < 1:
+            raise UserError(f"`batch_size={requested}`: at least 1.")
         return requested
     budget = 65_536 if on_accelerator else 16_384
     return max(1, min(256, budget // max(1, longest)))
@@ -205,3 +299,70 @@ def check_one_source(completions: Sequence[Completion]) -> None:
         names = sorted({getattr(completion, field) for completion in completions})
         if len(names) > 1:
             raise UserError(f"Samples of several {field}s are mixed: {', '.join(names)}. Analyse them one at a time.")
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """Completions of one mode.
+
+    Attributes:
+        responses: How many.
+        tokens: Their tokens in all.
+        truncated: Cut at the length limit.
+        unclosed: Traces that never close, truncated or not: responses without an answer.
+        empty_answers: Finished responses whose answer is empty.
+        mean_tokens: Mean length, end-of-sequence included, of all of them.
+        mean_trace_tokens: Mean number of trace tokens among those that have an answer, None in NoThinking mode.
+        mean_answer_tokens: Mean number of answer tokens among those that have an answer.
+    """
+
+    responses: int
+    tokens: int
+    truncated: int
+    unclosed: int
+    empty_answers: int
+    mean_tokens: float | None
+    mean_trace_tokens: float | None
+    mean_answer_tokens: float | None
+
+
+def summarise(completions: Iterable[Completion]) -> dict[Mode, ModeSummary]:
+    """Summaries by mode, for the modes that occur.
+
+    Args:
+        completions: Streamed.
+    """
+    counts: dict[Mode, Counter[str]] = {}
+    for completion in completions:
+        count = counts.setdefault(completion.mode, Counter())
+        length, start = len(completion.completion_ids), completion.answer_start
+        count["responses"] += 1
+        count["tokens"] += length
+        count["truncated"] += completion.finish_reason == "length"
+        if start is None:
+            count["unclosed"] += 1
+        else:
+            count["answers"] += 1
+            count["trace"] += start
+            count["answer"] += length - start
+            count["empty"] += completion.finish_reason == "stop" and not completion.answer
+    return {mode: _finish(mode, counts[mode]) for mode in sorted(counts, reverse=True)}
+
+
+def _finish(mode: Mode, count: Counter[str]) -> ModeSummary:
+    answers = count["answers"]
+    return ModeSummary(
+        responses=count["responses"],
+        tokens=count["tokens"],
+        truncated=count["truncated"],
+        unclosed=count["unclosed"],
+        empty_answers=count["empty"],
+        mean_tokens=count["tokens"] / count["responses"],
+        mean_trace_tokens=count["trace"] / answers if answers and mode == "thinking" else None,
+        mean_answer_tokens=count["answer"] / answers if answers else None,
+    )
+
+
+def count_set_aside(paths: Iterable[Path]) -> dict[str, int]:
+    """How many requests were set aside, by reason."""
+    return dict(Counter(str(row["reason"]) for path in paths for _, row in read_jsonl(path, growing=True)))

@@ -60,11 +60,25 @@ class SampleSource:
         Raises:
             UserError: It is another model.
         """
-        if self.engine == "transformers" and identity != self.model:
-            raise UserError(
-                f"The samples were drawn by {self.model}, but `model` is {identity}. Reference log-probabilities and "
-                "traces need the sampling model: give the same `model` and `adapter` as in sampling."
-            )
+        check_sampling_model(self.engine, self.model, identity)
+
+
+def check_sampling_model(engine: str | None, model: str | None, identity: str) -> None:
+    """Refuses a policy that did not draw some samples; a server's name for its model cannot be checked.
+
+    Args:
+        engine: Who drew them.
+        model: The model they name.
+        identity: Identity of the policy (:attr:`bvpo_stats.model.policy.Policy.identity`).
+
+    Raises:
+        UserError: It is another model.
+    """
+    if engine == "transformers" and identity != model:
+        raise UserError(
+            f"The samples were drawn by {model}, but `model` is {identity}. Reference log-probabilities and "
+            "traces need the sampling model: give the same `model` and `adapter` as in sampling."
+        )
 
 
 class SampleIndex:

@@ -10,8 +10,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Prompt
-from bvpo_stats.sampling.prompts import load_prompts, prompt_from_row
-from bvpo_stats.sampling.survey import survey_prompts
+from bvpo_stats.sampling.prompts import load_prompts, prompt_from_row, survey_prompts
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -12,14 +12,16 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Prompt
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.sample import (
+    ModeSummary,
     SamplingRun,
     automatic_batch_size,
     check_one_source,
+    count_set_aside,
     plan_batches,
     sample_into,
+    summarise,
     window_size,
 )
-from bvpo_stats.sampling.sample_summary import ModeSummary, count_set_aside, summarise
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
 from bvpo_stats.store.key_set import KeySet
 from bvpo_stats.store.shards import WHOLE, Shard

@@ -11,9 +11,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle.build import ModelShape, Oracle, OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.draws import completion_records, draw_examples, pair_records
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.sampling.trace_chain import TraceDrawer
-from bvpo_stats.sampling.trace_sides import PairSide, pair_sides
-from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
+from bvpo_stats.sampling.traces import BankOptions, BankTally, PairSide, TraceDrawer, pair_sides, trace_bank
 from tests.sampling.laws import p_value
 
 TEMPERATURE = 0.8

@@ -10,8 +10,7 @@ import pytest
 from bvpo_stats.lab.oracle.build import ModelShape, Oracle, OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.draws import draw_posterior_traces
 from bvpo_stats.sampling import trace_chain
-from bvpo_stats.sampling.trace_chain import ScoredTrace, TraceDrawer, log_acceptance, metropolis_moves
-from bvpo_stats.sampling.trace_sides import PairSide, Trace
+from bvpo_stats.sampling.traces import PairSide, ScoredTrace, Trace, TraceDrawer, log_acceptance, metropolis_moves
 from tests.sampling.laws import p_value
 
 CHAINS = 1200

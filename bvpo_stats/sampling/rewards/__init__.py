@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
@@ -13,7 +15,7 @@ from bvpo_stats.sampling.rewards.mathematics import MathVerifyReward
 from bvpo_stats.sampling.rewards.score_file import FileReward
 from bvpo_stats.sampling.rewards.sequence_classifier import ModelReward, RewardModelOptions
 
-__all__ = ["Answer", "Reward", "load_reward", "score_answers"]
+__all__ = ["Answer", "Reward", "as_reward", "load_reward", "score_answers"]
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -45,3 +47,18 @@ def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_r
     raise UserError(
         f"`reward={spec!r}`: unknown. Choose embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."
     )
+
+
+def as_reward(reward: Callable[..., Any] | str | Reward) -> Reward:
+    """A reward from a reward, its name (:func:`load_reward`), or a Python function.
+
+    Raises:
+        UserError: It is none of these, or its name is unknown.
+    """
+    if isinstance(reward, str):
+        return load_reward(reward)
+    if hasattr(reward, "score") and hasattr(reward, "identity"):
+        return cast("Reward", reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise UserError(f"`reward`: a {type(reward).__name__}. Give a function (question, answer) -> number, or a name.")

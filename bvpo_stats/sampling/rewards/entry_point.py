@@ -15,12 +15,15 @@ from bvpo_stats.sampling.rewards.base import Answer
 
 
 class FunctionReward:
-    """Calls ``function(prompts=[...], completions=[...], gold=[...]) -> [score or None, ...]``.
+    """A Python function: ``function(question, answer) -> score``, or one in the convention of TRL's reward functions.
 
-    ``completions`` are final answers, traces left out. Scores must depend on these three alone.
+    The latter is known by its parameters and called once for many, as
+    ``function(prompts=[...], completions=[...], gold=[...]) -> [score, ...]``. Answers are final answers, traces left
+    out; a score of None leaves a response out. Scores must depend on nothing else.
 
     Args:
-        spec: ``module:function``; the module is looked for in the working folder too.
+        function: The function, or ``module:function``, always in TRL's convention; the module is looked for in the
+            working folder too.
 
     Raises:
         UserError: The module cannot be imported, or has no such function.
@@ -28,10 +31,13 @@ class FunctionReward:
 
     text_only = True
 
-    def __init__(self, spec: str) -> None:
-        self._spec = spec
-        self._function = _import(spec)
-        self.identity = f"{spec}@{_fingerprint(self._function)}"
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        if isinstance(function, str):
+            self._name, self._function, self._batched = function, _import(function), True
+        else:
+            self._name = getattr(function, "__qualname__", type(function).__name__)
+            self._function, self._batched = function, _takes_lists(function)
+        self.identity = f"{self._name}@{_fingerprint(self._function)}"
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         """One score per answer.
@@ -40,17 +46,32 @@ class FunctionReward:
             UserError: The function fails, or returns something other than numbers.
         """
         try:
-            scores = self._function(
-                prompts=[answer.prompt for answer in answers],
-                completions=[answer.text for answer in answers],
-                gold=[answer.gold for answer in answers],
-            )
+            if self._batched:
+                scores = self._function(
+                    prompts=[answer.prompt for answer in answers],
+                    completions=[answer.text for answer in answers],
+                    gold=[answer.gold for answer in answers],
+                )
+            else:
+                scores = [self._function(answer.prompt, answer.text) for answer in answers]
             return [None if score is None else float(score) for score in scores]
         except Exception as error:  # the function is the user's program; whatever it raises is about that program
+            call = (
+                "function(prompts=[...], completions=[...], gold=[...]) and must return a list of numbers or None"
+                if self._batched
+                else "function(question, answer) and must return a number or None"
+            )
+            reason = next(iter(str(error).splitlines()), "")
             raise UserError(
-                f"`reward={self._spec!r}` fails with {type(error).__name__}: {error}. It is called as function("
-                "prompts=[...], completions=[...], gold=[...]) and must return a list of numbers or None."
+                f"`reward={self._name!r}` fails with {type(error).__name__}: {reason}. It is called as {call}."
             ) from error
+
+
+def _takes_lists(function: Callable[..., Any]) -> bool:
+    try:
+        return "completions" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in
+        return False
 
 
 def _import(spec: str) -> Callable[..., Any]:

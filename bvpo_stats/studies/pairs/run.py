@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.progress import progress
 from bvpo_stats.records import UNKNOWN, Completion, Mode, PreferencePair, to_dict
-from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, build_pair, choose, reads_back
-from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
-from bvpo_stats.sampling.sample import SET_ASIDE_FILE
-from bvpo_stats.sampling.sample_summary import count_set_aside
+from bvpo_stats.sampling.pairs import ScoredCompletion, final_answers, prompt_pairs, reads_back, reference_logps
+from bvpo_stats.sampling.rewards import Reward, load_reward, score_answers
+from bvpo_stats.sampling.sample import SET_ASIDE_FILE, count_set_aside
 from bvpo_stats.store.jsonl import append_jsonl
 from bvpo_stats.store.row_log import RowLog
 from bvpo_stats.store.run_folder import open_run
@@ -118,12 +116,7 @@ def _write_pairs(run: _Run, modes: Sequence[Mode], folder: Path) -> tuple[dict[M
 
 def _scored(run: _Run, window: list[list[Completion]]) -> Iterator[list[ScoredCompletion]]:
     """The window's responses with the rewards of those that have a final answer."""
-    answers = [
-        Answer(c.prompt_id, c.mode, c.sample_index, c.prompt, c.answer or "", c.gold)
-        for responses in window
-        for c in responses
-        if c.complete
-    ]
+    answers = final_answers(c for responses in window for c in responses)
     keys = [{"prompt_id": a.prompt_id, "mode": a.mode, "sample_index": a.sample_index} for a in answers]
     rows = iter(run.scores.rows(keys, lambda: [{"reward": score} for score in score_answers(run.reward, answers)]))
     for responses in window:
@@ -133,50 +126,17 @@ def _scored(run: _Run, window: list[list[Completion]]) -> Iterator[list[ScoredCo
 def _pairs(
     run: _Run, responses: list[ScoredCompletion], modes: Sequence[Mode], tallies: dict[Mode, ModeTally]
 ) -> Iterator[PreferencePair]:
-    questions = {r.completion.prompt for r in responses}
-    if len(questions) > 1:
-        raise UserError(
-            f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
-            "samples. Make ids unique and sample again."
-        )
-    for mode in modes:
-        mine = [r for r in responses if r.completion.mode == mode]
-        if not mine:
-            continue
-        choice = choose(mine)
+    for mode, mine, choice, pair in prompt_pairs(responses, modes, run.template):
         tallies[mode].count(mine, choice)
-        if isinstance(choice, Choice):
-            pair = build_pair(choice, run.template)
+        if pair is not None:
             tallies[mode].count_pair(pair, exact_text=reads_back(pair, run.template.tokenizer))
             yield pair
 
 
 def _with_ref_logps(run: _Run, policy: Policy, pairs: list[PreferencePair]) -> list[PreferencePair]:
     keys = [{"prompt_id": pair.prompt_id, "mode": pair.mode} for pair in pairs]
-    rows = run.ref_logps.rows(keys, lambda: _reference_logps(policy, pairs))
+    rows = run.ref_logps.rows(keys, lambda: reference_logps(policy, pairs))
     return [
         replace(pair, ref_chosen_logps=row["ref_chosen_logps"], ref_rejected_logps=row["ref_rejected_logps"])
         for pair, row in zip(pairs, rows, strict=True)
-    ]
-
-
-def _reference_logps(policy: Policy, pairs: list[PreferencePair]) -> list[dict[str, float]]:
-    """Log pi_ref(completion | prompt) of both sides, summed over tokens in float64."""
-    from bvpo_stats.model.batching import TokenSequence
-    from bvpo_stats.model.scores import completion_logprobs
-
-    sides = [
-        (pair, ids, side)
-        for pair in pairs
-        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids))
-    ]
-    logps = completion_logprobs(
-        policy,
-        [TokenSequence(pair.prompt_ids, ids) for pair, ids, _ in sides],
-        [f"pair {pair.prompt_id}/{pair.mode} ({side})" for pair, _, side in sides],
-    )
-    sums = [float(values.sum()) for values in logps]
-    return [
-        {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)
     ]

@@ -11,17 +11,17 @@ from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_po
 from bvpo_stats.model.templates import Template
 from bvpo_stats.records import UNKNOWN, Completion
 from bvpo_stats.sampling.engines.base import Engine
-from bvpo_stats.sampling.prompts import load_prompts
+from bvpo_stats.sampling.prompts import PromptSurvey, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
     SET_ASIDE_FILE,
     SamplingRun,
     SamplingTally,
     automatic_batch_size,
+    count_set_aside,
     sample_into,
+    summarise,
 )
-from bvpo_stats.sampling.sample_summary import count_set_aside, summarise
-from bvpo_stats.sampling.survey import PromptSurvey, survey_prompts
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import run_files
 from bvpo_stats.store.tables import fingerprint, read_records, write_records

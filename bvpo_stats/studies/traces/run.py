@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import PreferencePair, to_dict
-from bvpo_stats.sampling.trace_chain import TraceDrawer
-from bvpo_stats.sampling.trace_sides import pair_sides, sampling_temperature
-from bvpo_stats.sampling.traces import BankOptions, BankTally, trace_bank
+from bvpo_stats.sampling.traces import (
+    WINDOW,
+    BankTally,
+    TraceDrawer,
+    check_one_temperature,
+    sampling_temperature,
+    window_traces,
+)
 from bvpo_stats.store.jsonl import append_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
@@ -26,7 +30,6 @@ from bvpo_stats.studies.traces.report import TracesReport
 
 TRACES_FILE = "traces.jsonl"
 _STATE_FILE = "progress.json"
-_WINDOW = 32  # pairs worked on together
 
 
 @dataclass(frozen=True)
@@ -97,36 +100,18 @@ def _fill_bank(
     temperatures: set[float] = set()
     done = 0
     with progress("Tracing", total, "pairs", done=state.pairs) as advance:
-        while window := list(islice(pairs, _WINDOW)):
+        while window := list(islice(pairs, WINDOW)):
             done += len(window)
             temperatures.update(map(sampling_temperature, window))
-            if len(temperatures) > 1:
-                raise UserError(
-                    f"Pairs sampled at several temperatures are mixed: {', '.join(map(str, sorted(temperatures)))}. "
-                    "Make one bank for each."
-                )
+            check_one_temperature(temperatures)
             if done <= state.pairs:
                 continue
-            records = _window_records(window, index, drawer, config.bank, state.tally)
-            append_jsonl(bank, records)
+            records = window_traces(window, index.completions, drawer, config.bank, state.tally)
+            append_jsonl(bank, map(to_dict, records))
             state = _State(done, bank.stat().st_size, state.tally)
             write_atomic(state_path, json.dumps(asdict(state)) + "\n")
             advance(len(window))
     return state, temperatures.pop()
-
-
-def _window_records(
-    window: list[PreferencePair], index: SampleIndex, drawer: TraceDrawer, options: BankOptions, tally: BankTally
-) -> Iterator[dict[str, Any]]:
-    for pair in window:
-        if (pair.model, pair.template) != (index.source.model, index.source.template):
-            raise UserError(
-                f"Pair {pair.prompt_id} is of {pair.model} ({pair.template}), the samples of {index.source.model} "
-                f"({index.source.template}). Give the samples that the pairs were made from."
-            )
-    positions = drawer.policy.max_positions
-    sides = [side for pair in window for side in pair_sides(pair, index.completions(pair.prompt_id), positions)]
-    return (to_dict(record) for record in trace_bank(sides, sampling_temperature(window[0]), drawer, options, tally))
 
 
 def _restore(bank: Path, state_path: Path) -> _State:
