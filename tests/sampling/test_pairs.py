@@ -162,5 +162,5 @@ def test_text_that_the_tokenizer_would_spell_otherwise_is_noticed() -> None:
 def test_samples_of_another_template_are_refused(mode) -> None:
     chosen = sample("p", 0, "17", mode=mode)
     other = replace(chosen, prompt_ids=(1, *chosen.prompt_ids))
-    with pytest.raises(UserError, match=r"p/\w+/0 was drawn from another prompt.*--template"):
+    with pytest.raises(UserError, match=r"p/\w+/0 was drawn from another prompt.*`template`"):
         pair_of(other, replace(sample("p", 1, "18", mode=mode), prompt_ids=other.prompt_ids))

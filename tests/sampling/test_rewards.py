@@ -107,7 +107,7 @@ def test_a_multi_objective_head_with_a_score_of_its_own_is_read_there(tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_many.ManyObjectives"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"3 logits.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"3 logits.*`trust_remote_code=True`"):
         score_answers(load_reward(f"model:{folder}", device="cpu"), answers_of("17"))
     reward = load_reward(f"model:{folder}", device="cpu", trust_remote_code=True)
     model = Qwen2ForSequenceClassification.from_pretrained(save_reward_model(tmp_path / "same", labels=3)).eval()
@@ -131,7 +131,7 @@ def test_a_head_that_only_the_models_own_code_knows(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_own.Own"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"no trained reward head.*score\.weight.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"no trained reward head.*score\.weight.*`trust_remote_code=True`"):
         load_reward(f"model:{folder}", device="cpu")
 
 

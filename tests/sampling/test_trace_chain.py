@@ -9,7 +9,7 @@ import pytest
 
 from bvpo_stats.lab.oracle.build import ModelShape, Oracle, OracleConfig, build_oracle
 from bvpo_stats.lab.oracle.draws import draw_posterior_traces
-from bvpo_stats.sampling import trace_chain
+from bvpo_stats.sampling import traces as trace_module
 from bvpo_stats.sampling.traces import PairSide, ScoredTrace, Trace, TraceDrawer, log_acceptance, metropolis_moves
 from tests.sampling.laws import p_value
 
@@ -117,7 +117,7 @@ def without_answer(state: ScoredTrace, proposal: ScoredTrace, cut: int) -> float
 def test_the_check_catches_wrong_acceptance_rules(
     oracle: Oracle, monkeypatch: pytest.MonkeyPatch, rule: object, kind: type[TraceDrawer], temperature: float
 ) -> None:
-    monkeypatch.setattr(trace_chain, "log_acceptance", rule)
+    monkeypatch.setattr(trace_module, "log_acceptance", rule)
     rng = np.random.default_rng(5)
     zeros = np.zeros(CHAINS, dtype=np.int64)
     starts = draw_posterior_traces(oracle, zeros, zeros + 1, 1, rng)[:, 0]

@@ -33,7 +33,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     """Samples and pairs of the oracle, whose policy stands in for a loaded one; windows of two pairs."""
     oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=3, n_answers=2, n_prompts=2, seed=2))
     monkeypatch.setattr(traces, "load_policy", lambda options: oracle.policy)
-    monkeypatch.setattr(traces, "_WINDOW", 2)
+    monkeypatch.setattr(traces, "WINDOW", 2)
     draws = draw_examples(oracle, N_PAIRS, np.random.default_rng(0))
     completions = completion_records(oracle, draws)
     write_samples(tmp_path / "samples", completions)
@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(inputs: Inputs) -> None
 
 def test_a_finished_run_is_not_done_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run_traces(inputs.config, inputs.folder / "o")
-    monkeypatch.setattr(traces, "trace_bank", lambda *arguments: pytest.fail("drew again"))
+    monkeypatch.setattr(traces, "window_traces", lambda *arguments: pytest.fail("drew again"))
     assert run_traces(inputs.config, inputs.folder / "o") == report
 
 
