@@ -113,10 +113,8 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
-    from bvpo_stats.studies.alpha_star import run as study
     from bvpo_stats.studies.alpha_star.config import AlphaInputs
-    from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, load_examples, prepare_subset
-    from bvpo_stats.studies.alpha_star.state import PassState
+    from bvpo_stats.studies.alpha_star.run import PassState, SubsetOptions, alpha_star, load_examples, prepare_subset
 
     torch.set_num_threads(1)
     inputs = AlphaInputs(limit=prompts)
@@ -151,9 +149,8 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
 
     engine.score_pass = counted
     stream_options = StreamOptions(traces_per_answer=8, half_splits=True, max_tokens=budget)
-    options = study.AlphaOptions(stream=stream_options, groups=GROUPS)
     loading, before = time.process_time(), _peak_resident()
-    report = study.estimate_alpha_star(policy, pairs, traces=traces, subset=subset, options=options)
+    report = alpha_star(policy, pairs, traces=traces, subset=subset, groups=GROUPS, stream=stream_options)
     seconds, growth = time.process_time() - loading, _peak_resident() - before
     spent, state = watch.seconds, kept[0]
     vectors = (2 if drift == 0 else 3) * GROUPS + (0 if drift == 0 else 2 * 5)

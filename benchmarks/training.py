@@ -31,7 +31,7 @@ from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.config import AlphaInputs
-from bvpo_stats.studies.alpha_star.inputs import load_examples
+from bvpo_stats.studies.alpha_star.run import load_examples
 from bvpo_stats.training import BVPOConfig, BVPOTrainer
 
 RANK = 16

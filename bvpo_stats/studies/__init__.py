@@ -13,7 +13,6 @@ _HOMES = {
     "Definitions": "variance.report",
     "VarianceConfig": "variance.config",
     "VarianceReport": "variance.report",
-    "estimate_alpha_star": "alpha_star.run",
     "run_alpha_star": "alpha_star.run",
     "run_variance": "variance.run",
 }
@@ -26,7 +25,6 @@ __all__ = [
     "Definitions",
     "VarianceConfig",
     "VarianceReport",
-    "estimate_alpha_star",
     "run_alpha_star",
     "run_variance",
 ]

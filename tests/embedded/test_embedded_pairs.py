@@ -11,7 +11,7 @@ from bvpo_stats.gradients.references import check_stored_log_probs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.config import AlphaInputs
-from bvpo_stats.studies.alpha_star.inputs import load_examples
+from bvpo_stats.studies.alpha_star.run import load_examples
 
 
 @pytest.fixture(scope="module")

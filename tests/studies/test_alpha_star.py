@@ -15,13 +15,14 @@ from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.statistics.alpha import alpha_from_gradients
 from bvpo_stats.statistics.estimates import noise_scale
 from bvpo_stats.studies.alpha_star import run as study
-from bvpo_stats.studies.alpha_star.entries import Weight
-from bvpo_stats.studies.alpha_star.output import sections, verdict
-from bvpo_stats.studies.alpha_star.report import AlphaReport
-from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
-from bvpo_stats.studies.alpha_star.settings import AlphaSettings
-from bvpo_stats.studies.alpha_star.state import Checkpoint, PassState, merge_states
-from tests.studies.alpha_inputs import records, small_oracle
+from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Weight
+from bvpo_stats.studies.alpha_star.run import (
+    AlphaOptions,
+    Checkpoint,
+    PassState,
+    merge_states,
+)
+from tests.studies.alpha_inputs import estimate, records, small_oracle
 
 Z = 4.0  # of some 25 rows none lies further out in one run of ten thousand
 
@@ -34,7 +35,7 @@ def oracle():
 @pytest.fixture(scope="module")
 def report(oracle):
     pairs, traces = records(oracle, 240)
-    return estimate_alpha_star(oracle.policy, pairs, traces=traces)
+    return estimate(oracle.policy, pairs, traces=traces)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def drifted():
 def drifted_report(drifted):
     pairs, traces = records(drifted, 120, seed=1)
     options = AlphaOptions(stream=StreamOptions(half_splits=True), settings=AlphaSettings(eta_l=0.5))
-    return estimate_alpha_star(drifted.policy, pairs, traces=traces, options=options)
+    return estimate(drifted.policy, pairs, traces=traces, options=options)
 
 
 def check_rows(report, exact):
@@ -136,9 +137,9 @@ def test_figures_and_texts(drifted_report, tmp_path):
     }
     assert all(path.stat().st_size > 5_000 for path in figures)
     text = drifted_report.markdown(figures)
-    assert "alpha*" in verdict(drifted_report)
+    assert "alpha*" in drifted_report.answer
     assert all(f"figures/{path.name}" in text for path in figures)
-    assert all(section.title in drifted_report._repr_html_() for section in sections(drifted_report))
+    assert all(title in drifted_report._repr_html_() for title in drifted_report.sections())
 
 
 def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
@@ -146,15 +147,15 @@ def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
     choice = MarginalChoice("none", "not estimable", "all weights have collapsed", estimable=False)
     monkeypatch.setattr(study, "choose_marginal", lambda *_: choice)
     pairs, _ = records(oracle, 40)
-    refused = estimate_alpha_star(oracle.policy, pairs)
+    refused = estimate(oracle.policy, pairs)
     assert refused.alpha_star is None
     assert refused.curve == []
     assert set(refused.mse.values()) | set(refused.bias_sq.values()) == {None}
     assert refused.variance["trace"] > 0
     assert refused.alpha_var.identified
-    rows = [row.label for section in sections(refused) for row in section.rows]
+    rows = [label for rows in refused.sections().values() for label, _, _ in rows]
     assert not [label for label in rows if label.startswith("alpha*")]
-    assert "not estimable" in verdict(refused)
+    assert "not estimable" in refused.answer
     assert AlphaReport.from_json(refused.to_json()) == refused
     assert refused.plot(tmp_path) == []
 
@@ -163,14 +164,14 @@ def test_small_drift_gives_a_range_and_no_alpha_star(tmp_path):
     """No bank, theta close to theta_ref: the rung says where alpha* lies, under another name than alpha*."""
     near = small_oracle(drift=0.004)
     pairs, _ = records(near, 200)
-    found = estimate_alpha_star(near.policy, pairs)
+    found = estimate(near.policy, pairs)
     assert found.marginal.rung == "small drift"
     assert found.alpha_star is None
     assert found.alpha_range.informative
     assert found.alpha_range.low <= exact_moments(near).alpha(1 / 128) <= found.alpha_range.high
     assert found.alpha_range.high - found.alpha_range.low < 0.7
     assert "no estimate" in found.markdown()
-    assert "alpha* lies between" in verdict(found)
+    assert "alpha* lies between" in found.answer
     assert AlphaReport.from_json(found.to_json()) == found
 
 
@@ -180,7 +181,7 @@ def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
     stream = StreamOptions(max_tokens=400, method="reference-point")
     subset = lora_subset(oracle.policy.model)
     options = AlphaOptions(stream=stream)
-    whole = estimate_alpha_star(oracle.policy, pairs, options=options)
+    whole = estimate(oracle.policy, pairs, options=options)
     real, seen = study.gradient_batches, []
 
     def one_batch_then_killed(*arguments, **keywords):
@@ -196,8 +197,7 @@ def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
     while True:
         runs += 1
         try:
-            run = study._Pass(options, "LoRA adapter", tmp_path)
-            resumed = study._estimate(oracle.policy, subset, join(pairs).examples, run)
+            resumed = study._estimate(oracle.policy, subset, join(pairs), options, "LoRA adapter", tmp_path)
             break
         except KeyboardInterrupt:
             assert runs < 50
@@ -220,9 +220,7 @@ def test_rows_as_arrays_give_the_same_alpha_and_interval(drifted):
     batches = list(study.gradient_batches(drifted.policy, subset, join(pairs, traces).examples, stream))
     t, e, m = (np.concatenate([np.hstack(list(b.vectors[name].values())) for b in batches]) for name in "tem")
     ids = [prompt for batch in batches for prompt in batch.prompt_ids]
-    report = estimate_alpha_star(
-        drifted.policy, pairs, traces=traces, options=AlphaOptions(stream, AlphaSettings(batch_size=1))
-    )
+    report = estimate(drifted.policy, pairs, traces=traces, options=AlphaOptions(stream, AlphaSettings(batch_size=1)))
     assert report.n_groups == report.n_prompts == 40
     assert report.alpha_star.identified
     for clusters in (ids, None):  # which prompt it is does not matter while each is left out alone
@@ -252,10 +250,10 @@ def test_adam_metric_is_that_of_the_exact_covariances(oracle):
     subset = lora_subset(oracle.policy.model)
     flat = {name: np.full(weight.numel(), 4.0) for name, weight in subset.parameters.items()}
     options = AlphaOptions(second_moments=flat, epsilon=1e-12)
-    plain = estimate_alpha_star(oracle.policy, pairs, options=options)
+    plain = estimate(oracle.policy, pairs, options=options)
     assert plain.alpha_adam.unclipped == pytest.approx(plain.alpha_star.unclipped, rel=1e-9)
     one = {name: v if ".layers.1." in name else np.full_like(v, 1e40) for name, v in flat.items()}
-    layer = estimate_alpha_star(oracle.policy, pairs, options=replace(options, second_moments=one))
+    layer = estimate(oracle.policy, pairs, options=replace(options, second_moments=one))
     expected = next(entry.alpha for entry in layer.layers if entry.block == "layers.1")
     assert layer.alpha_adam.value == pytest.approx(expected, rel=1e-9)
 
@@ -265,9 +263,9 @@ def test_pairs_without_partners_and_too_few_prompts(oracle):
     thinking = [pair for pair in pairs if pair.mode == "thinking"]
     nothinking = [replace(pair, prompt_id=f"x{pair.prompt_id}") for pair in pairs if pair.mode == "nothinking"]
     with pytest.raises(UserError, match="share no prompts"):
-        estimate_alpha_star(oracle.policy, [*thinking, *nothinking])
+        estimate(oracle.policy, [*thinking, *nothinking])
     with pytest.raises(UserError, match=r"2 prompts .* three"):
-        estimate_alpha_star(oracle.policy, [*pairs[:2], *pairs[30:32]])
+        estimate(oracle.policy, [*pairs[:2], *pairs[30:32]])
 
 
 def test_unknown_interval_is_refused_before_any_work():

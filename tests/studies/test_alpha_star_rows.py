@@ -19,10 +19,9 @@ from bvpo_stats.lab.oracle.exact import DPO, marginal_responses, pair_gradients,
 from bvpo_stats.statistics.alpha import layer_alphas
 from bvpo_stats.statistics.intervals import t_quantile
 from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.studies.alpha_star.report import AlphaReport
-from bvpo_stats.studies.alpha_star.run import AlphaOptions, estimate_alpha_star
-from bvpo_stats.studies.alpha_star.settings import AlphaSettings
-from tests.studies.alpha_inputs import records, small_oracle
+from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings
+from bvpo_stats.studies.alpha_star.run import AlphaOptions
+from tests.studies.alpha_inputs import estimate, records, small_oracle
 
 Z = 3.5
 SETTINGS = AlphaSettings(batch_size=16, eta_l=0.5)
@@ -203,7 +202,7 @@ def samples(oracle: Oracle, seeds: range, prompts: int, stream: StreamOptions) -
     reports = []
     for seed in seeds:
         pairs, traces = records(oracle, prompts, seed)
-        reports.append(estimate_alpha_star(oracle.policy, pairs, traces=traces, options=options))
+        reports.append(estimate(oracle.policy, pairs, traces=traces, options=options))
     return reports
 
 

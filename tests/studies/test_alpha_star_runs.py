@@ -17,8 +17,7 @@ from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions, read_second_moments
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
-from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, prepare_subset
-from bvpo_stats.studies.alpha_star.run import run_alpha_star
+from bvpo_stats.studies.alpha_star.run import SubsetOptions, prepare_subset, run_alpha_star
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24

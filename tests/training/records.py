@@ -16,7 +16,7 @@ from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.config import AlphaInputs
-from bvpo_stats.studies.alpha_star.inputs import SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star.run import SubsetOptions, prepare_subset
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
 from tests.studies.alpha_inputs import write_rows

@@ -1,22 +1,262 @@
-"""The alpha-star report: everything that its table, its figures and its files are made from."""
+"""The alpha-star report: from the moments of a run to every number, table and sentence. No language model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, get_args
 
-from bvpo_stats.statistics.bounds import AlphaRange
-from bvpo_stats.studies.alpha_star.entries import (
-    CurvePoint,
-    Layer,
-    LayerGain,
-    Marginal,
-    Uncertainty,
-    Verdict,
-    Weight,
+import numpy as np
+
+from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.alpha import (
+    AlphaInterval,
+    SetShape,
+    alpha_curve,
+    alpha_from_summary,
+    alpha_j,
+    alpha_limits,
+    direction_alpha,
+    error_curve,
+    error_table,
+    fixed_alpha_verdict,
+    half_split,
+    layer_alphas,
+    trace_sampling_share,
 )
-from bvpo_stats.studies.base import Presentation, Report
+from bvpo_stats.statistics.bounds import AlphaRange, DriftBound, alpha_range
+from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.intervals import (
+    BIAS_EMPTY,
+    BIAS_TRACE,
+    Method,
+    SimpleInterval,
+    jackknife_normal,
+    squared_norm,
+    t_quantile,
+)
+from bvpo_stats.statistics.moments import Array, MomentSummary
+from bvpo_stats.statistics.proportions import Interval
+from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, number
+
+PAPER_ALPHA = 0.5
+_PARABOLA_POINTS = 41
+_ZEROS = (np.zeros(()),) * 4
+_ERRORS = {
+    "trace": "g_t, with traces",
+    "empty": "g_e, empty trace",
+    "half": "mix, alpha = 0.5 (the paper's)",
+    "alpha_star": "mix, alpha = alpha*",
+    "shrunk_trace": "g_t, best multiple of it",
+    "zero": "zero vector",
+}
+_BIASES = {"trace": "norm(b_t)^2", "empty": "norm(b_e)^2", "cross": "b_t . b_e"}
+_VARIANCES = {
+    "trace": "tr Sigma_t",
+    "trace_sampling": "  of which sampling of traces",
+    "empty": "tr Sigma_e",
+    "cross": "tr Sigma_te",
+}
+Row = tuple[str, str, str]
+"""Label, value and interval."""
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for NaN and infinities, which JSON has no word for."""
+    return float(value) if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class AlphaSettings:
+    """What alpha* is asked for.
+
+    Attributes:
+        batch_size: Examples per optimizer step, B.
+        eta_l: Learning rate times smoothness.
+        level: Confidence level.
+        method: How intervals of weights are made.
+    """
+
+    batch_size: float = 128.0
+    eta_l: float = 1.0
+    level: float = 0.95
+    method: Method = "fieller"
+
+    def __post_init__(self) -> None:
+        noise_scale(self.batch_size, self.eta_l)
+        t_quantile(self.level, 20)
+        if self.method not in get_args(Method):
+            raise UserError(f"`interval={self.method!r}`: choose {', '.join(get_args(Method))}.")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A mixing weight with its confidence set, ready for JSON (None where a number does not exist).
+
+    Attributes:
+        value: Minimiser in [0, 1] of the estimated error; not to be quoted unless ``identified``.
+        low: Lower end of the set, clipped to [0, 1].
+        high: Upper end, clipped.
+        level: Confidence level.
+        unclipped: Ratio estimate before clipping.
+        identified: Whether these prompts say anything about the weight.
+        shape: ``bounded``: the unclipped set is ``[unclipped_low, unclipped_high]``; ``complement``: all but what lies
+            between; ``whole``: every number.
+        unclipped_low: See ``shape``.
+        unclipped_high: See ``shape``.
+        method: How the set was made.
+        prompts_needed: How many prompts would identify it, where these do not and such a number exists.
+        needed_is_bound: Whether that number is only a lower bound.
+    """
+
+    value: float | None
+    low: float
+    high: float
+    level: float
+    unclipped: float | None
+    identified: bool
+    shape: SetShape
+    unclipped_low: float | None
+    unclipped_high: float | None
+    method: Method
+    prompts_needed: int | None = None
+    needed_is_bound: bool = False
+
+    @classmethod
+    def of(cls, interval: AlphaInterval) -> Weight:
+        """The report's form of an interval."""
+        return cls(
+            value=finite(interval.value),
+            low=interval.low,
+            high=interval.high,
+            level=interval.level,
+            unclipped=finite(interval.unclipped),
+            identified=interval.identified,
+            shape=interval.shape,
+            unclipped_low=finite(interval.unclipped_low),
+            unclipped_high=finite(interval.unclipped_high),
+            method=interval.method,
+            prompts_needed=interval.needed.prompts if interval.needed else None,
+            needed_is_bound=bool(interval.needed and interval.needed.at_least),
+        )
+
+    def __str__(self) -> str:
+        if self.identified and self.value is not None:
+            return f"{self.value:.3f}"
+        return "not identified"
+
+    @property
+    def range_text(self) -> str:
+        """The interval in words, or what would be needed for one."""
+        if self.identified:
+            return f"{self.low:.3f} to {self.high:.3f}"
+        if self.prompts_needed is None:
+            return "no number of prompts in sight"
+        return f"{'at least' if self.needed_is_bound else 'about'} {self.prompts_needed:,} prompts needed"
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Spread of an estimate that stands elsewhere in the report.
+
+    Attributes:
+        standard_error: Jackknife standard error.
+        low: Lower end of the interval.
+        high: Upper end.
+    """
+
+    standard_error: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, interval: SimpleInterval) -> Uncertainty:
+        """The report's form of an interval."""
+        return cls(*(finite(float(x)) for x in (interval.standard_error, interval.low, interval.high)))
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """alpha* at another batch size or step size."""
+
+    batch_size: float
+    eta_l: float
+    alpha: float | None
+    low: float
+    high: float
+    identified: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """alpha* of one parameter block.
+
+    Attributes:
+        block: Name of the block.
+        alpha: Its weight.
+        low: Lower end.
+        high: Upper end.
+        identified: Whether these prompts identify it.
+        curvature: ``A_l``, its say in the global alpha.
+    """
+
+    block: str
+    alpha: float | None
+    low: float
+    high: float
+    identified: bool
+    curvature: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a fixed weight beats both parts: iff it lies in ``(2 alpha_unc - 1, 2 alpha_unc)``."""
+
+    alpha: float
+    beats_trace: str
+    beats_empty: str
+    window_low: float | None
+    window_high: float | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """Where mu came from and how far its weights can be trusted.
+
+    Attributes:
+        method: Estimator of the marginal gradient.
+        rung: Step of the ladder that it stands on.
+        reason: Why that one.
+        estimable: Whether mu can be had; if not, nothing in the report is called alpha*.
+        traces_per_answer: K, traces behind each answer (median).
+        ess: Effective number of traces (median over answers).
+        largest_weight: Largest normalised weight (median over answers).
+        anchor_gap: J, the Jeffreys divergence between posterior and proposal in nats (median over answers); ``J <= log
+            K`` certifies.
+        log_traces: log K.
+        k_hat: Pareto tail index (median over answers); None where K < 25 is too few for a fit.
+        k_threshold: What it must stay below.
+        certified_share: Share of answers whose weights pass their tests; None where no test could be made.
+        half_split: Unclipped alpha from one half of the traces less that from the other; its interval; do they agree?
+        answers: Per answer: ``ess`` and ``anchor_gap``, for the figure.
+    """
+
+    method: str
+    rung: str | None
+    reason: str
+    estimable: bool
+    traces_per_answer: float | None = None
+    ess: float | None = None
+    largest_weight: float | None = None
+    anchor_gap: float | None = None
+    log_traces: float | None = None
+    k_hat: float | None = None
+    k_threshold: float | None = None
+    certified_share: float | None = None
+    half_split: dict[str, Any] | None = None
+    answers: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +296,13 @@ class AlphaReport(Report):
         parabola: ``alpha``, ``value``, ``low``, ``high`` of the error over alpha.
         verdict: On the paper's 0.5.
         layers: Per block.
-        layer_gain: What they save.
+        layer_gain: What per-layer weights save over one weight for all, ``sum_l A_l (alpha_l - alpha)^2``.
         marginal: Where mu came from.
         warnings: What a reader must know before quoting a number.
     """
 
     study: ClassVar[str] = "alpha-star"
+    drawn_by: ClassVar[str | None] = "bvpo_stats.studies.alpha_star.figures"
 
     model: str
     template: str
@@ -93,18 +334,389 @@ class AlphaReport(Report):
     parabola: dict[str, list[float]]
     verdict: Verdict | None
     layers: list[Layer]
-    layer_gain: LayerGain | None
+    layer_gain: Interval | None
     marginal: Marginal
     warnings: list[str]
 
+    @classmethod
+    def of(
+        cls,
+        summary: MomentSummary,
+        marginal: Marginal,
+        settings: AlphaSettings,
+        *,
+        adam: MomentSummary | None = None,
+        halves: MomentSummary | None = None,
+        drift: DriftBound | None = None,
+        warnings: Sequence[str] = (),
+        **about: Any,
+    ) -> AlphaReport:
+        """Everything the report holds, from the moments of one run: pure arithmetic, no language model.
+
+        Where mu is not estimable, no number that rests on it is formed: alpha*, the squared biases and the errors are
+        None, and what remains is called by its own names (variances, ``alpha_var``, and ``alpha_range`` after a small
+        drift).
+
+        Args:
+            summary: Moments of ``t``, ``e`` and, unless at the reference point, ``m``.
+            marginal: Where mu came from.
+            settings: Batch size, step size, level, method.
+            adam: The same moments in Adam's metric, where an optimizer state was given.
+            halves: Moments of ``t - e`` and of the difference of m from either half of the traces, where there are
+                halves.
+            drift: Bound on g_t's bias, where mu is not estimable and the drift is small.
+            warnings: What the run noticed.
+            **about: ``model``, ``template``, ``objective``, ``subset``, ``n_parameters``, ``n_second_draws``, ``seed``
+                and ``curvature``.
+        """
+        known = marginal.estimable
+        level: dict[str, Any] = {"level": settings.level}
+        step: dict[str, Any] = {"batch_size": settings.batch_size, "eta_l": settings.eta_l, **level}
+        if halves is not None:
+            split = vars(half_split(summary, halves, **step))
+            found = {name: finite(value) if isinstance(value, float) else value for name, value in split.items()}
+            marginal = replace(marginal, half_split=found)
+        values, spread = _tables(summary, settings, known)
+        weights = _weights(summary, adam, settings, known)
+        layers, gain = _layers_and_gain(summary, settings) if known else ([], None)
+        share = None if summary.trace_sampling is None else Weight.of(trace_sampling_share(summary, **level))
+        return cls(
+            n_prompts=summary.n_prompts,
+            n_examples=summary.n_examples,
+            n_groups=summary.n_groups,
+            **step,
+            **weights,
+            alpha_range=None if drift is None else alpha_range(summary, drift, **step, method=settings.method),
+            mse=values["mse"],
+            bias_sq=values["bias_sq"],
+            variance=values["variance"],
+            trace_sampling_share=share,
+            uncertainty=spread,
+            curve=_curve(summary, settings) if known else [],
+            parabola=_parabola(summary, settings) if known else {},
+            verdict=_paper_verdict(summary, settings) if known else None,
+            layers=layers,
+            layer_gain=gain,
+            marginal=marginal,
+            warnings=[*warnings, *_warnings(summary, marginal, weights["alpha_star"], values["mse"])],
+            **about,
+        )
+
     def present(self) -> Presentation:
         """The weights, errors, biases and variances, and the verdict in a sentence."""
-        from bvpo_stats.studies.alpha_star.output import present
+        head = ("", "Estimate", f"{self.level:.0%} interval")
+        mark: Mark = "plain" if self.alpha_star is not None and self.alpha_star.identified else "open"
+        return Presentation(
+            title="Which alpha?",
+            findings=(Finding(self.answer, mark),),
+            tables=tuple(ResultTable(title, head, tuple(rows)) for title, rows in self.sections().items()),
+            notes=tuple(self._notes()),
+            cautions=tuple(self.warnings),
+        )
 
-        return present(self)
+    @property
+    def answer(self) -> str:
+        """The answer in a sentence or two."""
+        where = f"At batch size {self.batch_size:g} and eta L = {self.eta_l:.3g}"
+        star = self.alpha_star
+        if star is None:
+            alone = f"the variance alone is least at alpha_var = {self.alpha_var} ({self.alpha_var.range_text})."
+            if self.alpha_range is None:
+                return f"mu is not estimable from these traces, so there is no alpha*; {alone}"
+            return f"{where}, {_range_words(self.alpha_range)}; {alone}"
+        if not star.identified:
+            return f"{where}, alpha* is not identified by {self.n_prompts} prompts: {star.range_text}."
+        said = "" if self.verdict is None else " " + self.verdict.sentence.partition("alpha = ")[2]
+        said = f" There, the paper's alpha ={said}" if said else ""
+        return f"{where}, alpha* = {star} ({star.level:.0%} interval {star.range_text}).{said}"
 
-    def figures(self, folder: Path) -> list[Path]:
-        """Error over alpha, alpha over batch sizes, alpha by layer; what the data cannot fill is left out."""
-        from bvpo_stats.studies.alpha_star.figures import alpha_figures
+    def sections(self) -> dict[str, list[Row]]:
+        """Label, value and interval of every row of the table, by section."""
+        found = {"Mixing weight": self._weight_rows()}
+        if self.alpha_star is not None:
+            found["Error of one step"] = self._numbers("mse", _ERRORS)
+            found["Bias"] = self._numbers("bias_sq", _BIASES)
+        variances = self._numbers("variance", _VARIANCES)
+        share = self.trace_sampling_share
+        if share is not None:
+            text = "-" if share.unclipped is None else f"{share.unclipped:.1%}"
+            interval = f"{share.low:.1%} to {share.high:.1%}" if share.identified else "-"
+            variances.insert(2, ("  its share (Theorem 1)", text, interval))
+        found["Variance of one example"] = variances
+        found["Marginal gradient"] = _diagnostics(self.marginal)
+        return found
 
-        return alpha_figures(self.to_dict(), folder)
+    def _weight_rows(self) -> list[Row]:
+        named: list[tuple[str, Weight | None]] = [
+            (f"alpha* at B = {self.batch_size:g}, eta L = {self.eta_l:.3g}", self.alpha_star),
+            ("alpha_J, nothing dropped (eta L < 1)", self.alpha_j),
+            ("alpha* in Adam's metric", self.alpha_adam),
+            ("alpha for direction only", self.alpha_direction),
+            ("bias-only limit (large batches)", self.alpha_bias),
+            ("alpha_var, variance-only limit", self.alpha_var),
+        ]
+        rows = [(name, str(weight), weight.range_text) for name, weight in named if weight is not None]
+        found = self.alpha_range
+        if found is not None:
+            label = f"range of alpha* at B = {self.batch_size:g}, eta L = {self.eta_l:.3g}"
+            rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}"))
+        return rows
+
+    def _numbers(self, part: str, labels: dict[str, str]) -> list[Row]:
+        values: dict[str, float | None] = getattr(self, part)
+        rows = []
+        for name, label in labels.items():
+            value, spread = values.get(name), self.uncertainty[part].get(name)
+            if value is None:
+                continue
+            interval = "-" if spread is None else f"{number(spread.low)} to {number(spread.high)}"
+            rows.append((label, number(value), interval))
+        return rows
+
+    def _notes(self) -> list[str]:
+        """What the numbers are."""
+        loss = ", ".join(f"{name} {value}" for name, value in self.objective.items())
+        alone = self.n_groups == self.n_prompts
+        left_out = "leave-one-prompt-out jackknife"
+        jackknife = left_out if alone else f"delete-a-group jackknife with {self.n_groups} groups"
+        lines = [
+            f"Model {self.model}, template {self.template}; {loss}; theta: {self.subset}, {self.n_parameters:,} "
+            "parameters.",
+            f"{self.n_prompts} prompts, {self.n_examples} examples, seed {self.seed}. Intervals: {self.level:.0%}, "
+            f"{jackknife}, Fieller sets for weights.",
+            "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
+            f"mu: {self.marginal.reason}",
+        ]
+        if 0 < self.n_second_draws < self.n_examples:
+            lines.append(
+                f"The trace-sampling part rests on the {self.n_second_draws} of {self.n_examples} examples of which "
+                "both answers came up again among the samples. Their second traces are exact draws, but their answers "
+                "are likelier than the others'."
+            )
+        if self.curvature is not None:
+            parts = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in self.curvature.items())
+            lines.append(f"eta L was measured: {parts}.")
+        if self.layer_gain is not None and self.layer_gain.value is not None:
+            gain = self.layer_gain
+            lines.append(
+                f"One alpha per layer instead of one for all would save {number(gain.value)} "
+                f"({number(gain.low)} to {number(gain.high)}) of the error."
+            )
+        return lines
+
+
+def _weights(
+    summary: MomentSummary, adam: MomentSummary | None, settings: AlphaSettings, known: bool
+) -> dict[str, Any]:
+    """Every mixing weight of the report by its name there; all but ``alpha_var`` need mu."""
+    how: dict[str, Any] = {"level": settings.level, "method": settings.method}
+    limits = alpha_limits(summary, **how)
+    names = ("alpha_star", "alpha_bias", "alpha_j", "alpha_adam", "alpha_direction")
+    weights: dict[str, Any] = {"alpha_var": Weight.of(limits.variance_only), **dict.fromkeys(names)}
+    if not known:
+        return weights
+    how["batch_size"] = settings.batch_size
+    step = {**how, "eta_l": settings.eta_l}
+    if settings.eta_l < 1:  # at eta L = 1 it is alpha*
+        weights["alpha_j"] = Weight.of(alpha_j(summary, settings.eta_l, **how))
+    if adam is not None:
+        weights["alpha_adam"] = Weight.of(alpha_from_summary(adam, **step))
+    return weights | {
+        "alpha_star": Weight.of(alpha_from_summary(summary, **step)),
+        "alpha_bias": Weight.of(limits.bias_only),
+        "alpha_direction": Weight.of(direction_alpha(summary, **step)),
+    }
+
+
+def curve_batch_sizes(n_prompts: int, batch_size: float) -> list[float]:
+    """Powers of two up to the larger of the two numbers, with both of them.
+
+    >>> curve_batch_sizes(6, 8)
+    [1.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    top = max(n_prompts, batch_size)
+    powers = [float(2**k) for k in range(int(np.log2(top)) + 1)]
+    return sorted({*powers, float(n_prompts), float(batch_size)})
+
+
+def _tables(
+    summary: MomentSummary, settings: AlphaSettings, known: bool
+) -> tuple[dict[str, dict[str, float | None]], dict[str, dict[str, Uncertainty]]]:
+    """``mse``, ``bias_sq`` and ``variance``: values, and their uncertainty under the same names."""
+    parts = estimates(summary)
+    errors = error_table(
+        summary,
+        alpha=PAPER_ALPHA,
+        batch_size=settings.batch_size,
+        eta_l=settings.eta_l,
+        level=settings.level,
+    )
+    names = {"trace": "trace", "empty": "empty", "zero": "zero", "half": "fixed", "alpha_star": "alpha_star",
+             "shrunk_trace": "shrunk_trace"}  # fmt: skip
+    rows: dict[str, dict[str, SimpleInterval | None]] = {
+        "mse": {name: errors[key] for name, key in names.items()},
+        "bias_sq": {
+            "trace": squared_norm(summary, BIAS_TRACE, settings.level),
+            "empty": squared_norm(summary, BIAS_EMPTY, settings.level),
+            "cross": _interval(parts.bias_cross, summary, settings.level),
+        },
+        "variance": {
+            "trace": _interval(parts.var_trace, summary, settings.level, floor=0.0),
+            "empty": _interval(parts.var_empty, summary, settings.level, floor=0.0),
+            "cross": _interval(parts.var_cross, summary, settings.level),
+            "trace_sampling": None
+            if parts.var_trace_sampling is None
+            else _interval(parts.var_trace_sampling, summary, settings.level, floor=0.0),
+        },
+    }
+    if summary.reference_point:
+        # b_t = 0 by theory there; what arithmetic leaves of it is rounding.
+        rows["bias_sq"] |= dict.fromkeys(("trace", "cross"), SimpleInterval(*_ZEROS, settings.level))
+    if not known:
+        rows["mse"] = dict.fromkeys(rows["mse"])
+        rows["bias_sq"] = dict.fromkeys(rows["bias_sq"])
+    values = {
+        part: {name: None if row is None else finite(float(row.value)) for name, row in entries.items()}
+        for part, entries in rows.items()
+    }
+    spread = {
+        part: {name: Uncertainty.of(row) for name, row in entries.items() if row is not None}
+        for part, entries in rows.items()
+    }
+    return values, spread
+
+
+def _interval(values: Array, summary: MomentSummary, level: float, floor: float | None = None) -> SimpleInterval:
+    return jackknife_normal(values, summary.group_sizes, level, floor=floor)
+
+
+def _curve(summary: MomentSummary, settings: AlphaSettings) -> list[CurvePoint]:
+    """alpha* over batch sizes at the given eta L, and at 1, the edge of Theorem 3's condition."""
+    sizes = curve_batch_sizes(summary.n_prompts, settings.batch_size)
+    points = []
+    for eta_l in sorted({settings.eta_l, 1.0}):
+        curve = alpha_curve(summary, sizes, eta_l=eta_l, level=settings.level, method=settings.method)
+        columns = (curve.batch_size, curve.alpha, curve.low, curve.high, curve.identified)
+        points += [
+            CurvePoint(float(size), eta_l, finite(alpha), float(low), float(high), bool(identified))
+            for size, alpha, low, high, identified in zip(*columns, strict=True)
+        ]
+    return points
+
+
+def _parabola(summary: MomentSummary, settings: AlphaSettings) -> dict[str, list[float]]:
+    """The error of a step over alpha, with its band."""
+    alphas = np.linspace(0, 1, _PARABOLA_POINTS)
+    tau = noise_scale(settings.batch_size, settings.eta_l)
+    band = error_curve(summary, alphas, tau=tau, level=settings.level)
+    columns = {"alpha": alphas, "value": band.value, "low": band.low, "high": band.high}
+    return {name: [float(x) for x in column] for name, column in columns.items()}
+
+
+def _paper_verdict(summary: MomentSummary, settings: AlphaSettings) -> Verdict:
+    """Whether the paper's alpha beats both of its parts."""
+    verdict = fixed_alpha_verdict(
+        summary,
+        PAPER_ALPHA,
+        batch_size=settings.batch_size,
+        eta_l=settings.eta_l,
+        level=settings.level,
+        method=settings.method,
+    )
+    return Verdict(
+        alpha=verdict.alpha,
+        beats_trace=verdict.beats_trace,
+        beats_empty=verdict.beats_empty,
+        window_low=finite(verdict.window_low),
+        window_high=finite(verdict.window_high),
+        sentence=verdict.sentence,
+    )
+
+
+def _layers_and_gain(summary: MomentSummary, settings: AlphaSettings) -> tuple[list[Layer], Interval | None]:
+    """Weights of the blocks; blocks that never get a gradient (LoRA's A at its start) are left out."""
+    if len(summary.blocks) < 2:
+        return [], None
+    found = layer_alphas(
+        summary,
+        batch_size=settings.batch_size,
+        eta_l=settings.eta_l,
+        level=settings.level,
+        method=settings.method,
+    )
+    layers = [
+        Layer(name, finite(alpha.value), alpha.low, alpha.high, alpha.identified, finite(found.weights[name]))
+        for name, alpha in found.alphas.items()
+        if np.isfinite(alpha.value)
+    ]
+    gain = found.gain
+    if gain is None:
+        return layers, None
+    return layers, Interval(*(finite(float(x)) for x in (gain.value, gain.low, gain.high)))
+
+
+def _warnings(
+    summary: MomentSummary,
+    marginal: Marginal,
+    star: Weight | None,
+    mse: dict[str, float | None],
+) -> list[str]:
+    found = []
+    if not marginal.estimable:
+        found.append(
+            f"mu is not estimable ({marginal.reason}); there is no alpha* here. alpha_var is the weight that minimises "
+            "variance alone."
+        )
+    elif star is not None and not star.identified:
+        found.append(f"alpha* is not identified at {summary.n_prompts} prompts: {star.range_text}.")
+    zero, best = mse["zero"], mse["alpha_star"]
+    if zero is not None and best is not None and zero < best:
+        found.append(
+            "The zero vector has less error than any mix: at this batch size noise outweighs the signal. Mean squared "
+            "error rewards small vectors; raise the batch size before you compare directions."
+        )
+    if marginal.half_split is not None and not marginal.half_split["agrees"]:
+        found.append(
+            "The two halves of the traces give different alphas: mu depends on which traces were drawn. Look at the "
+            "effective sizes, and make a bank with more traces."
+        )
+    return found
+
+
+def _range_words(found: AlphaRange) -> str:
+    """Where alpha* may lie after a small drift, and why there is no more to say."""
+    why = (
+        f"mu is not estimable from these traces, but log-ratios to theta_ref of at most "
+        f"{found.largest_log_ratio:.2g} nats bound the bias of g_t"
+    )
+    if found.informative:
+        return f"alpha* lies between {found.low:.3f} and {found.high:.3f} ({found.level:.0%} confidence): {why}"
+    return f"alpha* may lie anywhere in [0, 1]: {why}, though not closely enough"
+
+
+def _diagnostics(m: Marginal) -> list[Row]:
+    rows = [("method", m.method, "" if m.rung is None else f"rung: {m.rung}")]
+    if m.traces_per_answer is not None:
+        rows.append(("traces per answer, K (median)", f"{m.traces_per_answer:g}", ""))
+    if m.ess is not None:
+        rows.append(("effective traces (median)", f"{m.ess:.2f}", ""))
+    if m.largest_weight is not None:
+        rows.append(("largest weight (median)", f"{m.largest_weight:.2f}", ""))
+    if m.anchor_gap is not None and m.log_traces is not None:
+        rows.append(("anchor gap J (median, nats)", f"{m.anchor_gap:.2f}", f"log K = {m.log_traces:.2f}"))
+    if m.k_hat is not None and m.k_threshold is not None:
+        rows.append(("Pareto k-hat (median)", f"{m.k_hat:.2f}", f"certified below {m.k_threshold:.2f}"))
+    elif m.k_threshold is not None:
+        rows.append(("Pareto k-hat", "-", "needs 25 traces or more"))
+    if m.certified_share is not None:
+        rows.append(("answers with certified weights", f"{m.certified_share:.0%}", ""))
+    if m.half_split is not None:
+        split = m.half_split
+        agrees = "the halves agree" if split["agrees"] else "the halves DISAGREE"
+        interval = f"{number(split['low'])} to {number(split['high'])}: {agrees}"
+        rows.append(("alpha_unc, one half of the traces less the other", number(split["difference"]), interval))
+    return rows
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,43 +1,66 @@
-"""The alpha-star study: stream gradients into moments, resume, merge processes, report (Theorems 1, 2 and 4)."""
+"""The alpha-star study: records into gradients into moments, resumed and merged over processes, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
-from bvpo_stats.gradients.examples import Example, join
+from bvpo_stats.gradients.engine import BlockLayout
+from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
+from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.objectives import LOSSES, Objective
-from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.stream import gradient_batches, project_sides
-from bvpo_stats.model.policy import Policy, load_policy, on_own_device
-from bvpo_stats.model.subset import LoraOptions, Subset, lora_subset, read_second_moments
+from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
+from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template, on_own_device
+from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
-from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
+from bvpo_stats.sampling.layouts import as_pairs, read_pairs
+from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.moments import Moments
+from bvpo_stats.statistics.intervals import Method
+from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
-from bvpo_stats.studies.alpha_star.analysis import Measured, analyse, check_groups
-from bvpo_stats.studies.alpha_star.config import AlphaConfig
-from bvpo_stats.studies.alpha_star.inputs import (
-    SubsetOptions,
-    fingerprints,
-    load_examples,
-    prepare_subset,
-    theta_words,
-)
-from bvpo_stats.studies.alpha_star.marginal import bias_warnings, marginal_entry
-from bvpo_stats.studies.alpha_star.report import AlphaReport
-from bvpo_stats.studies.alpha_star.settings import AlphaContext, AlphaSettings
-from bvpo_stats.studies.alpha_star.state import MOMENTS_FILE, Checkpoint, PassState, block_metric, merge_states
+from bvpo_stats.store.tables import fingerprint, read_records
+from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
+from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Marginal, finite
+
+MOMENTS_FILE = "moments.npz"
+_SAVE_EVERY_SECONDS = 30.0
+_HALVES_GROUPS = 5  # enough for a test of one number, at a quarter of the memory
+_SAVE_SHARE = 20.0  # a save may take one part in so many of the time
+
+Pairs: TypeAlias = str | Path | Iterable[Any]
+"""Pairs in memory, in any layout of `bvpo_stats.sampling.layouts.as_pairs`, or where they lie."""
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """Which parameters theta is.
+
+    Attributes:
+        params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
+            has one, else of the Linear weights of the model itself.
+        lora: The new adapter, where the policy has none and no patterns are given.
+    """
+
+    params: tuple[str, ...] = ()
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
     with joined_world() as world:
         identity = fingerprints(config.inputs)
         joined = load_examples(config.inputs, config.policy)
-        check_groups(joined.prompts, config.groups)
+        _check_groups(joined.prompts, config.groups)
         policy, subset, words = prepare_subset(
             load_policy(on_own_device(config.policy, world.local_rank, world.size)), _subset_options(config)
         )
@@ -88,7 +111,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
         identity |= _identity(config, policy, words)
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
-            report = _estimate(policy, subset, joined.examples, _Pass(options, words, folder, world))
+            report = _estimate(policy, subset, joined, options, words, folder, world)
             if world.leads:
                 report.write(folder)
         return report if world.leads else None
@@ -125,67 +148,128 @@ def _options(config: AlphaConfig) -> AlphaOptions:
     )
 
 
-def estimate_alpha_star(
+def alpha_star(
     policy: Policy,
-    pairs: Sequence[PreferencePair],
+    pairs: Pairs,
+    empty_pairs: Pairs | None = None,
     *,
     traces: Sequence[TraceRecord] = (),
+    batch_size: float = 128.0,
+    eta_l: float = 1.0,
+    level: float = 0.95,
+    method: Method = "fieller",
+    objective: Objective | None = None,
+    marginal: MarginalMethod | None = None,
+    groups: int | Literal["auto"] = "auto",
+    lora: LoraOptions | None = None,
     subset: Subset | None = None,
-    options: AlphaOptions | None = None,
+    curvature: CurvatureOptions | None = None,
+    second_moments: dict[str, NDArray] | None = None,
+    epsilon: float = 1e-8,
+    seed: int | None = None,
+    stream: StreamOptions | None = None,
 ) -> AlphaReport:
-    """alpha* of a policy on preference pairs, with intervals, curves, layers and diagnostics.
+    """alpha*, the weight of the trace gradient that minimises the error of a step, of a policy on preference pairs.
+
+    The report prints as its answer, shows tables in notebooks (``report.print()`` elsewhere) and draws (``plot``).
 
     Args:
-        policy: The policy at theta, dropout off (`bvpo_stats.model.policy.load_policy`).
-        pairs: D_t and D_e records together, told apart by their ``mode``; prompts that lack one kind are left out.
+        policy: The policy at theta, dropout off (`bvpo_stats.load_policy`).
+        pairs: D_t and D_e together, told apart by their ``mode``; or D_t alone, with D_e as ``empty_pairs``. Records,
+            rows or datasets in any layout of `bvpo_stats.sampling.layouts.as_pairs`, a file, the folder of a run or
+            ``"embedded"``. Prompts that lack one kind are left out.
+        empty_pairs: D_e, where it stands apart.
         traces: Trace bank of the D_t pairs, where theta is not theta_ref.
-        subset: The parameters theta; None for the policy's LoRA adapter.
-        options: Loss, batch size, step size, level, marginal estimator.
+        batch_size: Examples per optimizer step, B.
+        eta_l: Learning rate times smoothness.
+        level: Confidence level.
+        method: How intervals of weights are made.
+        objective: The loss; None for that of ``stream``, DPO unless it says otherwise.
+        marginal: Estimator of the marginal gradient; None for ``stream``'s, by default the best that the data allow.
+        groups: Jackknife groups: a number, or ``auto`` (single prompts up to 256, then twenty).
+        lora: The fresh adapter that stands for theta where the policy has none and no ``subset`` is given; the policy
+            itself stays as it is.
+        subset: The parameters theta; None for the LoRA adapter.
+        curvature: Measure eta L with this instead of taking ``eta_l``.
+        second_moments: Adam's second moments by parameter name, for alpha in Adam's metric.
+        epsilon: Adam's epsilon.
+        seed: Decides every draw; None for ``stream``'s.
+        stream: Budgets and whatever else decides how prompts become gradients.
 
     Raises:
         UserError: Anything wrong with the input; see the message.
+
+    Example:
+        >>> from bvpo_stats.model.policy import load_policy
+        >>> report = alpha_star(load_policy("embedded", lora=4), "embedded", batch_size=128)  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+        At batch size 128 and eta L = 1, alpha* = 0.9... (95% interval 0.9... to 1.000). ...
     """
-    options = options or AlphaOptions()
-    joined = join(pairs, traces, unmatched="drop")
-    check_groups(joined.prompts, options.groups)
-    words = "given parameters" if subset is not None else "LoRA adapter"
-    return _estimate(policy, subset or lora_subset(policy.model), joined.examples, _Pass(options, words))
+    said = {"objective": objective, "method": marginal, "seed": seed}
+    stream = replace(stream or StreamOptions(), **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
+    settings = AlphaSettings(batch_size, eta_l, level, method)
+    options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon)
+    if subset is None:
+        policy, subset, words = prepare_subset(policy, SubsetOptions(lora=lora or LoraOptions(seed=stream.seed)))
+    else:
+        words = "given parameters"
+    joined = join(_all_pairs(policy, pairs, empty_pairs), traces, unmatched="drop")
+    return _estimate(policy, subset, joined, options, words)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What a pass over the prompts needs besides policy and pairs."""
+def _all_pairs(policy: Policy, pairs: Pairs, empty_pairs: Pairs | None) -> list[PreferencePair]:
+    if empty_pairs is None:
+        if not isinstance(pairs, (str, Path)):
+            return as_pairs(pairs, policy.template, name="pairs")
+        empty_pairs = pairs
+    found = []
+    for source, mode, name in ((pairs, MODES[0], "pairs"), (empty_pairs, MODES[1], "empty_pairs")):
+        if isinstance(source, (str, Path)):
+            found += read_pairs(source, policy.template, mode, name=name)
+        else:
+            found += as_pairs(source, policy.template, mode, name=name)
+    return found
 
-    options: AlphaOptions
-    words: str
-    folder: Path | None = None
-    world: World = field(default_factory=World)
 
-
-def _estimate(policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass) -> AlphaReport:
-    options, world = run.options, run.world
+def _estimate(
+    policy: Policy,
+    subset: Subset,
+    joined: Joined,
+    options: AlphaOptions,
+    words: str,
+    folder: Path | None = None,
+    world: World | None = None,
+) -> AlphaReport:
+    """Moments of all prompts, in parts by process, and the report of the first one in all of them."""
+    world, examples = world or World(), joined.examples
+    _check_groups(joined.prompts, options.groups)
     choice = world.broadcast(choose_marginal(policy, examples, options.stream) if world.leads else None)
     assert choice is not None  # rank 0 made one
-    state = _stream(policy, subset, examples, run, choice)
+    state = _stream(policy, subset, examples, options, choice, folder, world)
     states = world.gather(state.to_arrays())
     report = None
     if world.leads:
         merged = merge_states(PassState.from_arrays(arrays) for arrays in states)
-        report = _report(policy, subset, examples, run, (choice, merged))
+        report = _report(policy, subset, examples, options, words, choice, merged)
     sent = world.broadcast(report)
     assert sent is not None
     return sent
 
 
 def _stream(
-    policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass, choice: MarginalChoice
+    policy: Policy,
+    subset: Subset,
+    examples: Sequence[Example],
+    options: AlphaOptions,
+    choice: MarginalChoice,
+    folder: Path | None,
+    world: World,
 ) -> PassState:
     """Gradients of this process's prompts into moments, from where an earlier run stopped."""
-    options, world = run.options, run.world
     order = list(dict.fromkeys(example.prompt_id for example in examples))
     mine = set(order[world.rank :: world.size])
     shard = Shard(world.rank + 1, world.size)
-    checkpoint = Checkpoint(None if run.folder is None else shard.file(run.folder, MOMENTS_FILE))
+    checkpoint = Checkpoint(None if folder is None else shard.file(folder, MOMENTS_FILE))
     metric = None
     if options.second_moments is not None:
         metric = block_metric(subset, options.second_moments, options.epsilon)
@@ -206,44 +290,45 @@ def _report(
     policy: Policy,
     subset: Subset,
     examples: Sequence[Example],
-    run: _Pass,
-    found: tuple[MarginalChoice, PassState],
+    options: AlphaOptions,
+    words: str,
+    choice: MarginalChoice,
+    state: PassState,
 ) -> AlphaReport:
-    (choice, state), options = found, run.options
     if state.moments is None:
         raise UserError("No prompt gave gradients; check the pairs.")
-    settings, measured = options.settings, None
+    settings, measured, drift = options.settings, None, None
     if options.curvature is not None:
         pairs = [example.both[0] for example in examples]
         curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
         settings = replace(settings, eta_l=curvature.eta_l)
         measured = asdict(curvature)
-    context = AlphaContext(
+    if choice.rung == "small drift":
+        drift = _drift_bound(policy, subset, examples, options, state.moments)
+    return AlphaReport.of(
+        state.moments.finalize(),
+        marginal_entry(choice, state.diagnostics),
+        settings,
+        adam=None if state.adam is None else state.adam.finalize(),
+        halves=None if state.halves is None else state.halves.finalize(),
+        drift=drift,
+        warnings=bias_warnings(choice, examples),
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
-        subset=theta_words(policy, subset, run.words),
+        subset=theta_words(policy, subset, words),
         n_parameters=subset.size,
+        n_second_draws=state.moments.n_second_draws,
         seed=options.stream.seed,
         curvature=measured,
-        warnings=bias_warnings(choice, examples),
     )
-    measurements = Measured(
-        state.moments.finalize(),
-        marginal_entry(choice, state.diagnostics),
-        n_second_draws=state.moments.n_second_draws,
-        adam=None if state.adam is None else state.adam.finalize(),
-        halves=None if state.halves is None else state.halves.finalize(),
-        drift=_drift_bound(policy, subset, examples, run, state.moments) if choice.rung == "small drift" else None,
-    )
-    return analyse(measurements, settings, context)
 
 
 def _drift_bound(
-    policy: Policy, subset: Subset, examples: Sequence[Example], run: _Pass, moments: Moments
+    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, moments: Moments
 ) -> DriftBound:
     """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
-    options, (t, e) = run.options, (moments.mean(name) for name in ("t", "e"))
+    t, e = (moments.mean(name) for name in ("t", "e"))
     direction = {block: t[block] - e[block] for block in t}
     sides = project_sides(policy, subset, examples, direction, options.stream)
     level = (1 + options.settings.level) / 2
@@ -277,3 +362,342 @@ def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]
         "seed": stream.seed,
         "optimizer_state": None if state is None else str(state),
     }
+
+
+def _check_groups(n_prompts: int, groups: int | Literal["auto"]) -> None:
+    """Refuses a jackknife with more groups than prompts.
+
+    Raises:
+        UserError: Fewer prompts than groups, or than three.
+    """
+    if n_prompts < (3 if groups == "auto" else groups):
+        least = "three, the least for an interval" if groups == "auto" else f"the {groups} jackknife groups"
+        raise UserError(
+            f"{n_prompts} prompts with both a D_t and a D_e pair are fewer than {least}; give more pairs (some hundred "
+            "are usual)."
+        )
+
+
+def prepare_subset(policy: Policy, options: SubsetOptions) -> tuple[Policy, Subset, str]:
+    """The policy with its parameters selected: a loaded adapter's, named weights, or those of a fresh LoRA adapter.
+
+    A fresh adapter has B = 0, hence theta = theta_ref.
+
+    Returns:
+        The policy (wrapped, where an adapter was added), the subset, and the choice in words.
+
+    Raises:
+        UserError: The selection is empty or not supported.
+    """
+    model: Any = policy.model
+    if hasattr(model, "disable_adapter"):
+        subset = lora_subset(model, options.params or None)
+        return policy, subset, f"loaded adapter{_chosen(options.params)}"
+    if options.params:
+        return policy, linear_subset(model, options.params), f"weights of {', '.join(options.params)}"
+    model = create_lora(model, options.lora)
+    targets = options.lora.targets if isinstance(options.lora.targets, str) else ", ".join(options.lora.targets)
+    words = f"fresh LoRA adapter, rank {options.lora.r}, on {targets}"
+    return replace(policy, model=model), lora_subset(model), words
+
+
+def theta_words(policy: Policy, subset: Subset, words: str) -> str:
+    """What theta is, and what the start of LoRA means for it: the gradient of A is B' times something, so zero.
+
+    Args:
+        policy: The policy at theta.
+        subset: The parameters theta.
+        words: What they are.
+    """
+    if policy.at_reference and any(".lora_A." in name for name in subset.parameters):
+        return f"{words} (with B = 0, so that only the B half has a gradient yet and A has none)"
+    return words
+
+
+def _chosen(params: Sequence[str]) -> str:
+    return f", layers {', '.join(params)}" if params else ""
+
+
+def load_examples(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Joined:
+    """Pairs and traces of the prompts that have both a D_t and a D_e pair, joined.
+
+    Args:
+        inputs: Where they are.
+        policy: Whose template renders pairs that are no records yet (TRL's layouts); the embedded model's when None.
+
+    Raises:
+        UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
+    """
+    pairs = (pair for mode in MODES for pair in load_set(inputs, mode, policy))
+    return join(pairs, load_traces(inputs), unmatched="drop", limit=inputs.limit)
+
+
+def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = None) -> list[PreferencePair]:
+    """All pairs of D_t (``thinking``) or D_e (``nothinking``); arguments as in `load_examples`.
+
+    Raises:
+        UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
+    """
+    path, option = inputs.set_path(mode), "pairs" if mode == "thinking" else "empty_pairs"
+    pairs = read_pairs(path, lambda: load_template(policy or PolicyOptions()), mode, name=option)
+    if not pairs:
+        raise UserError(f"`{option}={str(path)!r}` holds no pairs.")
+    for pair in pairs:
+        if pair.mode != mode:
+            raise UserError(
+                f"`{option}={str(path)!r}`: the pair of prompt {pair.prompt_id} is a {pair.mode} pair; {mode} pairs "
+                "are needed here."
+            )
+    return pairs
+
+
+def load_traces(inputs: AlphaInputs) -> Iterator[TraceRecord]:
+    """The bank's traces, one at a time; none where there is no bank.
+
+    Raises:
+        UserError: The bank is missing, or records are missing fields.
+    """
+    path = inputs.traces_path()
+    return iter(()) if path is None else iter(read_records(path, TraceRecord))
+
+
+def fingerprints(inputs: AlphaInputs) -> dict[str, str | None]:
+    """Hashes of the input files: what tells two runs apart."""
+    names = ("pairs", "empty_pairs", "traces")
+    return {name: None if path is None else fingerprint(path) for name, path in zip(names, inputs.paths(), strict=True)}
+
+
+def marginal_entry(choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics]) -> Marginal:
+    """The report's section on the marginal gradient; medians are over answers.
+
+    Args:
+        choice: Rung of the ladder.
+        diagnostics: Trace weights of every answer; empty where the method uses no traces.
+    """
+    weights = [entry.weights for entry in diagnostics]
+    gaps = [w.anchor_gap for w in weights if w.anchor_gap is not None]
+    tails = [w.k_hat for w in weights if w.k_hat is not None]
+    tested = [w.certified for w in weights if w.anchor_gap is not None or w.k_hat is not None]
+    return Marginal(
+        method=choice.method,
+        rung=choice.rung,
+        reason=choice.reason,
+        estimable=choice.estimable,
+        traces_per_answer=_median([float(w.traces) for w in weights]),
+        ess=_median([w.effective_size for w in weights]),
+        largest_weight=_median([w.largest for w in weights]),
+        anchor_gap=_median(gaps),
+        log_traces=_median([w.log_traces for w in weights]),
+        k_hat=_median(tails),
+        k_threshold=_median([w.k_threshold for w in weights if math.isfinite(w.k_threshold)]),
+        certified_share=sum(tested) / len(tested) if tested else None,
+        answers={
+            "ess": [finite(w.effective_size) for w in weights],
+            "anchor_gap": [None if w.anchor_gap is None else finite(w.anchor_gap) for w in weights],
+        },
+    )
+
+
+def bias_warnings(choice: MarginalChoice, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Flags an estimator of mu that is biased by construction here: that bias shifts alpha, and no prompts cure it.
+
+    Self-normalised weights are unbiased only where one trace is an exact posterior draw of theta; a pair's own trace is
+    one at theta_ref and temperature 1, nowhere else. The antithetic multilevel estimate
+    is left with one of order 1/K^2, because a bank of K traces ends its levels.
+
+    Args:
+        choice: Rung of the ladder.
+        examples: For the temperature of pairs (the anchors) and traces.
+    """
+    off_reference = choice.drift > 0
+    cooled = any(record.temperature != 1 for example in examples for record in example.records)
+    biased = choice.method in ("prior", "jackknife") or (
+        choice.method in ("anchored", "posterior") and (off_reference or cooled)
+    )
+    if not biased or not choice.estimable:
+        return ()
+    return (
+        f"The {choice.method} estimate of mu is biased by construction here (of order 1/K for K traces): alpha shifts "
+        "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; `method='multilevel'` "
+        "leaves a bias of order 1/K^2.",
+    )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return finite(median(values)) if values else None
+
+
+@dataclass(frozen=True)
+class PassState:
+    """What is known after some of the prompts.
+
+    Attributes:
+        moments: Moments of the gradients; None before the first batch.
+        adam: The same in Adam's metric, where there is one.
+        halves: Moments of ``h = t - e`` and ``d = m1 - m2``, m from either half of the traces, where there are halves.
+        done: Prompts that are in them.
+        diagnostics: Trace weights of those prompts.
+    """
+
+    moments: Moments | None = None
+    adam: Moments | None = None
+    halves: Moments | None = None
+    done: frozenset[str] = frozenset()
+    diagnostics: tuple[SideDiagnostics, ...] = ()
+
+    def add(
+        self, batch: GradientBatch, n_prompts: int, groups: Grouping, metric: dict[str, NDArray] | None = None
+    ) -> PassState:
+        """The state after one more batch.
+
+        Args:
+            batch: Gradients of prompts that are not in yet.
+            n_prompts: Prompts of the whole pass, in all processes.
+            groups: Jackknife groups asked for.
+            metric: Block to the diagonal of Adam's metric.
+        """
+        vectors = batch.vectors
+        members, blocks = tuple(name for name in vectors if name not in ("m1", "m2")), tuple(vectors["t"])
+        found = jackknife_groups(n_prompts, sum(x.shape[1] for x in vectors["t"].values()), len(members), groups)
+        moments = self.moments or Moments.init(members, blocks, found)
+        adam = self.adam
+        if metric is not None:
+            scaled = {name: _scaled(vectors[name], metric) for name in members}
+            adam = (adam or Moments.init(members, blocks, found)).update(scaled, batch.prompt_ids)
+        halves = self.halves
+        if "m1" in vectors:
+            contrasts = {"h": _difference(vectors["t"], vectors["e"]), "d": _difference(vectors["m1"], vectors["m2"])}
+            halves = halves or Moments.init(("h", "d"), blocks, _HALVES_GROUPS)
+            halves = halves.update(contrasts, batch.prompt_ids)
+        return PassState(
+            moments=moments.update(vectors, batch.prompt_ids, trace2=batch.trace2),
+            adam=adam,
+            halves=halves,
+            done=self.done | set(batch.prompt_ids),
+            diagnostics=(*self.diagnostics, *batch.diagnostics),
+        )
+
+    def merge(self, other: PassState) -> PassState:
+        """The state of two passes over different prompts."""
+        return PassState(
+            moments=_merged(self.moments, other.moments),
+            adam=_merged(self.adam, other.adam),
+            halves=_merged(self.halves, other.halves),
+            done=self.done | other.done,
+            diagnostics=(*self.diagnostics, *other.diagnostics),
+        )
+
+    def to_arrays(self) -> dict[str, NDArray]:
+        """Plain arrays; `from_arrays` reads them."""
+        arrays: dict[str, NDArray] = {
+            "done": np.array(json.dumps(sorted(self.done))),
+            "diagnostics": np.array(json.dumps([asdict(entry) for entry in self.diagnostics])),
+        }
+        for name, moments in (("moments", self.moments), ("adam", self.adam), ("halves", self.halves)):
+            if moments is not None:
+                arrays |= {f"{name}:{key}": value for key, value in moments.to_arrays().items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray]) -> PassState:
+        """Reads what `to_arrays` wrote."""
+        parts: dict[str, dict[str, NDArray]] = {"moments": {}, "adam": {}, "halves": {}}
+        for key, value in arrays.items():
+            name, separator, rest = key.partition(":")
+            if separator:
+                parts[name][rest] = value
+        rows = json.loads(str(arrays["diagnostics"]))
+        return cls(
+            **{name: Moments.from_arrays(part) for name, part in parts.items() if part},
+            done=frozenset(json.loads(str(arrays["done"]))),
+            diagnostics=tuple(
+                SideDiagnostics(**{**row, "weights": WeightDiagnostics(**row["weights"])}) for row in rows
+            ),
+        )
+
+
+@dataclass
+class Checkpoint:
+    """The file of a pass: saved now and then, so that a kill costs little and saving even less.
+
+    Attributes:
+        path: The file; None to keep nothing.
+        state: What was restored, then what is known.
+    """
+
+    path: Path | None
+    state: PassState = field(default_factory=PassState)
+    _saved: PassState | None = None
+    _next_save: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            try:
+                with np.load(self.path, allow_pickle=False) as stored:
+                    self.state = PassState.from_arrays(dict(stored))
+            except Exception as error:  # numpy raises many kinds for damaged files
+                raise UserError(f"Cannot read {self.path} ({error}). Delete it to start over.") from error
+        self._saved = self.state
+        self._next_save = time.monotonic() + _SAVE_EVERY_SECONDS
+
+    def update(self, state: PassState) -> None:
+        """Takes the state after a batch, and saves it if the last save is long enough ago."""
+        self.state = state
+        if time.monotonic() >= self._next_save:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the state, unless it is on disk already."""
+        if self.path is None or self._saved is self.state:
+            return
+        started = time.monotonic()
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:  # straight to disk: a copy in memory would double what the moments take
+            with temporary.open("wb") as handle:
+                np.savez(handle, **self.state.to_arrays())  # type: ignore[arg-type]
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"Cannot write {self.path}: {error.strerror}. Free some space and run again.") from error
+        self._saved = self.state
+        now = time.monotonic()
+        self._next_save = now + max(_SAVE_EVERY_SECONDS, _SAVE_SHARE * (now - started))
+
+
+def merge_states(states: Iterable[PassState]) -> PassState:
+    """All passes together, diagnostics in the order of prompts."""
+    total = PassState()
+    for state in states:
+        total = total.merge(state)
+    return replace(total, diagnostics=tuple(sorted(total.diagnostics, key=lambda d: (d.prompt_id, d.side))))
+
+
+def block_metric(subset: Subset, second_moments: dict[str, NDArray], epsilon: float = 1e-8) -> dict[str, NDArray]:
+    """Diagonal of Adam's metric for every block, its weights strung together as in the gradients.
+
+    Args:
+        subset: The parameters.
+        second_moments: Adam's second moments by parameter name, flat.
+        epsilon: Adam's epsilon.
+    """
+    layout = BlockLayout.of(subset)
+    metric = {block: np.empty(size) for block, size in layout.sizes.items()}
+    for name, (block, offset, size) in layout.places.items():
+        metric[block][offset : offset + size] = adam_metric(second_moments[name], epsilon)
+    return metric
+
+
+def _difference(first: dict[str, NDArray], second: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {block: first[block] - second[block] for block in first}
+
+
+def _scaled(vectors: dict[str, NDArray], metric: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {block: in_metric({"v": values}, metric[block])["v"] for block, values in vectors.items()}
+
+
+def _merged(first: Moments | None, second: Moments | None) -> Moments | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first.merge(second)

@@ -17,7 +17,7 @@ from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.shards import Shard
-from bvpo_stats.studies.alpha_star.inputs import load_set, load_traces
+from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.studies.train.report import TrainReport
