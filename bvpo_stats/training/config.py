@@ -75,6 +75,8 @@ class BVPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.loss_type, (list, tuple)) and len(self.loss_type) == 1:
+            (self.loss_type,) = self.loss_type  # as TRL spells a single loss
         if self.eta_l != AUTO:
             self.eta_l = _positive("eta_l", self.eta_l)
         for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "max_length"):
@@ -119,7 +121,7 @@ class BVPOConfig(TrainingArguments):
         Raises:
             UserError: An unknown loss, or constants it cannot have.
         """
-        if self.loss_type not in LOSSES:
+        if not isinstance(self.loss_type, str) or self.loss_type not in LOSSES:
             raise UserError(f"`loss_type={self.loss_type!r}`: choose {', '.join(LOSSES)}.")
         name = LOSSES[self.loss_type]
         return Objective(name, self.beta, self.simpo_gamma if name == "simpo" else 0.0)

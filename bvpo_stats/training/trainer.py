@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -282,6 +282,9 @@ class BVPOTrainer(Trainer):
 
     def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
         """The pairs of D_t and D_e; a folder that is given for D_t alone may hold both."""
+        for source, name in zip((trace, empty), names, strict=True):
+            if source is not None and not isinstance(source, (Path, Iterable)):
+                raise UserError(f"`{name}` must be a dataset, a list or a path, not a {type(source).__name__}.")
         if empty is None and "nothinking" in self.config.needed_sets and _holds_both_sets(trace):
             empty = trace
         template, pairs = self.policy.template, []
@@ -442,18 +445,23 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
         seed: Decides the new adapter's random start.
 
     Raises:
-        UserError: A new adapter is asked for on top of another.
+        UserError: A new adapter is asked for on top of another, or it does not fit the model.
     """
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
     model: Any = policy.model
     if peft_config is not None:
         if policy.has_adapter:
-            raise UserError("The model has an adapter already; leave peft_config out, or start from the base model.")
+            raise UserError("The model has an adapter already; leave `peft_config` out, or start from the base model.")
+        if not isinstance(peft_config, PeftConfig):
+            raise UserError(f"`peft_config` must be a PEFT configuration, not a {type(peft_config).__name__}.")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             adapted: Any = sharing_copy(model)  # what the caller holds goes on without the adapter
-            model = get_peft_model(adapted, peft_config)
+            try:
+                model = get_peft_model(adapted, peft_config)
+            except ValueError as error:  # target modules that the model does not have
+                raise UserError(f"`peft_config`: {str(error).splitlines()[0]}") from error
     policy = replace(policy, model=model.eval())
     if not policy.has_adapter:
         model.requires_grad_(True)

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
@@ -158,6 +159,10 @@ def test_trl_evaluates_to_the_same_numbers(random_model: Path, tmp_path: Path) -
         ({"train_dataset": None}, "nothing to train on"),
         ({"args": BVPOConfig(use_cpu=True, eval_strategy="steps", eval_steps=1)}, "needs an `eval_dataset`"),
         ({"eval_dataset": []}, "`eval_dataset` holds no pairs"),
+        ({"train_dataset": 3}, "`train_dataset` must be"),
+        ({"peft_config": LoraConfig(r=2)}, "has an adapter already"),
+        ({"model": "embedded", "peft_config": 16}, "`peft_config` must be a PEFT configuration, not a int"),
+        ({"model": "embedded", "peft_config": LoraConfig(target_modules=["nowhere"])}, "`peft_config`: Target modules"),
     ],
 )
 def test_arguments_that_cannot_be(random_model: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:

@@ -210,6 +210,7 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
         ({"alpha_ema": 1.0, "alpha": "adaptive"}, "decays of averages"),
         ({"eta_l": 0}, "`eta_l=0`"),
         ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "sigmoid, simpo, ipo"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"unmatched_prompts": "keep"}, "error or drop"),
         ({"max_tokens": 0}, "`max_tokens=0`"),
@@ -218,6 +219,10 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
 def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         BVPOConfig(output_dir=str(tmp_path), use_cpu=True, **changes)  # type: ignore[arg-type]
+
+
+def test_a_single_loss_in_trls_spelling(tmp_path: Path) -> None:
+    assert BVPOConfig(output_dir=str(tmp_path), use_cpu=True, loss_type=["ipo"]).objective().name == "ipo"  # type: ignore[arg-type]
 
 
 def test_fewer_prompts_than_a_batch(random_model: Path, tmp_path: Path) -> None:
