@@ -119,7 +119,7 @@ def evaluate(
 
     Run again after an interruption, it goes on where it stopped.
     """
-    from bvpo_stats.store.shards import parse_shard
+    from bvpo_stats.store.run_folder import parse_shard
     from bvpo_stats.studies.evaluate.run import EvaluateConfig
     from bvpo_stats.studies.evaluate.run import evaluate as run
 

@@ -17,9 +17,8 @@ from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Completion, Mode, Prompt, to_dict
 from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.prompts import load_prompts
-from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
-from bvpo_stats.store.key_set import KeySet
-from bvpo_stats.store.shards import WHOLE, Shard, run_files
+from bvpo_stats.store.jsonl import KeySet, append_jsonl, read_jsonl
+from bvpo_stats.store.run_folder import WHOLE, Shard, run_files
 from bvpo_stats.store.tables import Source
 
 if TYPE_CHECKING:

@@ -1,15 +1,19 @@
-"""Append-only JSON lines that survive a kill at any moment, and atomic writes for everything else."""
+"""JSON lines that survive a kill at any moment, atomic writes for everything else, and compact sets of keys."""
 
 from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bvpo_stats.errors import UserError
 
@@ -157,3 +161,82 @@ def write_error(path: Path, error: OSError) -> UserError:
             "stopped."
         )
     return UserError(f"Cannot write {path}: {error.strerror}. Check the folder's permissions.")
+
+
+class RowLog:
+    """An append-only JSONL file whose rows are asked for in the same order by every run.
+
+    What a killed run has finished is read back, in constant memory; what it has not is computed and appended. A portion
+    that is partly on file is computed whole and only its missing rows are written, so every run does the same
+    computations on the same batches.
+
+    Args:
+        path: The file; a half-written last line must have been cut (:func:`~bvpo_stats.store.jsonl.repair_tail`).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stored: Iterator[tuple[int, dict[str, Any]]] = read_jsonl(path) if path.exists() else iter(())
+
+    def rows(
+        self, keys: Sequence[dict[str, Any]], compute: Callable[[], Sequence[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """The rows of the next portion of work.
+
+        Args:
+            keys: The fields that identify each row of the portion.
+            compute: Gives the remaining fields of all of them; called only where some are not on file.
+
+        Raises:
+            UserError: The file holds other rows than these.
+        """
+        stored = list(islice(self._stored, len(keys)))
+        for (number, row), key in zip(stored, keys, strict=False):
+            if any(row.get(name) != value for name, value in key.items()):
+                raise UserError(
+                    f"{self._path}:{number}: expected the row of {'/'.join(map(str, key.values()))}. The file was "
+                    "changed since the run began; delete it to compute it anew."
+                )
+        found = [row for _, row in stored]
+        if len(found) < len(keys):
+            computed = [{**key, **values} for key, values in zip(keys, compute(), strict=True)]
+            append_jsonl(self._path, computed[len(found) :])
+            found += computed[len(found) :]
+        return found
+
+
+_DIGEST_BYTES = 16
+
+
+class KeySet:
+    """Immutable set of strings, kept as sorted 128-bit digests.
+
+    Two keys share a digest with probability below 1e-20 among a billion of them.
+
+    Args:
+        keys: The members; duplicates count once. Streamed.
+
+    >>> keys = KeySet(["a", "b", "a"])
+    >>> len(keys), "a" in keys, "c" in keys
+    (2, True, False)
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        digests = bytearray()
+        for key in keys:
+            digests += _digest(key)
+        self._digests = np.unique(np.frombuffer(digests, dtype=f"S{_DIGEST_BYTES}"))
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def __contains__(self, key: str) -> bool:
+        if not len(self._digests):
+            return False
+        wanted = np.frombuffer(_digest(key), dtype=f"S{_DIGEST_BYTES}")
+        place = int(np.searchsorted(self._digests, wanted)[0])
+        return place < len(self._digests) and bool(self._digests[place] == wanted[0])
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()

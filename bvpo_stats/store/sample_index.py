@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, from_dict
-from bvpo_stats.store.shards import run_files
+from bvpo_stats.store.run_folder import run_files
 
 _CACHE_KIB = 64 * 1024
 _TABLES = """

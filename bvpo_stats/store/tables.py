@@ -30,7 +30,7 @@ from bvpo_stats.records import (
     to_dict,
 )
 from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, write_error
-from bvpo_stats.store.shards import run_files
+from bvpo_stats.store.run_folder import run_files
 
 if TYPE_CHECKING:
     pass

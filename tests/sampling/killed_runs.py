@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.run import run_sample
 

@@ -11,8 +11,7 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import MODES, Completion, to_dict
-from bvpo_stats.sampling.adopt import adopt_completions
-from bvpo_stats.sampling.engines.file_engine import adopt_into
+from bvpo_stats.sampling.engines.file_engine import adopt_completions, adopt_into
 from bvpo_stats.store.tables import fingerprint, read_records
 from tests.sampling.samples import sample, template
 

@@ -18,7 +18,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.records import Completion, arrow_schema, from_dict, to_dict
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.run import run_sample

@@ -22,9 +22,8 @@ from bvpo_stats.sampling.sample import (
     summarise,
     window_size,
 )
-from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
-from bvpo_stats.store.key_set import KeySet
-from bvpo_stats.store.shards import WHOLE, Shard
+from bvpo_stats.store.jsonl import KeySet, append_jsonl, read_jsonl
+from bvpo_stats.store.run_folder import WHOLE, Shard
 from bvpo_stats.store.tables import read_records
 from tests.sampling.samples import sample, template
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.store.jsonl import repair_tail
-from bvpo_stats.store.row_log import RowLog
+from bvpo_stats.store.jsonl import RowLog, repair_tail
 
 PORTIONS = [[0, 1, 2], [3], [], [4, 5]]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import Shard, parse_shard, run_files
+from bvpo_stats.store.run_folder import Shard, open_run, parse_shard, run_files
 
 IDENTITY = {"seed": 0, "modes": ("thinking",)}
 

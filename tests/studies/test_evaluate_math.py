@@ -14,7 +14,7 @@ from scipy import stats
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, Mode, to_dict
-from bvpo_stats.sampling.rewards import mathematics
+from bvpo_stats.sampling.rewards import verifiers
 from bvpo_stats.studies.evaluate.math import verdict_rows
 from bvpo_stats.studies.evaluate.report import EvaluationReport
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
@@ -84,7 +84,7 @@ def test_without_an_answer_nothing_is_correct(verifier: str) -> None:
 
 
 def test_a_comparison_that_takes_too_long_is_wrong_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "_SECONDS", 1)
+    monkeypatch.setattr(verifiers, "_SECONDS", 1)
     started = time.monotonic()
     assert verdict(r"\boxed{9^{9^{9^{9^9}}}}", "17") == "timeout"
     assert verdict(r"\boxed{17}", "17") == "correct"  # the limit is over afterwards

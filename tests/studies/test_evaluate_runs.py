@@ -18,7 +18,7 @@ from bvpo_stats.embedded.tokenizer import THINK_CLOSE
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy, with_adapter
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.studies.evaluate.config import contestants
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 from tests.cli.running import ENVIRONMENT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.sampling.adopt import adopt_completions
+from bvpo_stats.sampling.engines.file_engine import adopt_completions
 from bvpo_stats.studies.variance.report import Definitions, VarianceTables, reduce_sample, variance_tables
 
 # (prompt, mode, log-probs of the trace with its closing tag, log-probs of the answer with end-of-sequence)

@@ -38,7 +38,7 @@ from bvpo_stats.lab.oracle_training.config import OracleTrainingConfig
 from bvpo_stats.lab.oracle_training.report import OracleTrainingReport, summary
 from bvpo_stats.progress import progress
 from bvpo_stats.statistics.moments import Array, Moments
-from bvpo_stats.store.row_log import RowLog
+from bvpo_stats.store.jsonl import RowLog
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.training.alpha import AdaptiveController, AdaptiveOptions, Controller, Observation, StepSums
 from bvpo_stats.training.alpha.adaptive import Criterion, ratio_parts

@@ -2,18 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
+from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Completion, Mode, to_dict
-from bvpo_stats.sampling.adopt import adopt_completions
+from bvpo_stats.records import MODES, Completion, Mode, from_dict, to_dict
 from bvpo_stats.sampling.sample import SAMPLES_FILE, SamplingTally
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
+
+_LENGTH_REASONS = ("length", "max_tokens")
+
+
+def adopt_completions(path: Path, template: Template | None, eos_id: int | None = None) -> Iterator[Completion]:
+    """Streams the completions of a JSONL file, filling in what a foreign writer left out.
+
+    Needed in each line: ``prompt_id``, ``mode`` (thinking or nothinking), and ``prompt_ids`` + ``completion_ids``, or
+    ``prompt`` + ``text``, which are then tokenised here. ``sample_index`` is counted where missing, ``finish_reason``
+    defaults to ``stop``, the trace/answer boundary is found through the template. Temperature, model and the like stay
+    unknown where no line gives them.
+
+    Args:
+        path: The file.
+        template: The model's template; may be None where every line is a full record.
+        eos_id: Token appended to re-tokenised texts that finished by themselves.
+
+    Raises:
+        UserError: A line lacks something that cannot be filled in, or a draw occurs twice; the line is named.
+    """
+    counts: dict[int, int] = {}
+    seen: set[int] = set()
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        completion = adopt_row(row, where, template, eos_id, counts)
+        key = _digest(completion.key)
+        if key in seen:
+            raise UserError(f"{where}: the response {completion.key} occurs twice. Remove one of them.")
+        seen.add(key)
+        yield completion
+
+
+def adopt_row(
+    row: dict[str, Any],
+    where: str,
+    template: Template | None,
+    eos_id: int | None,
+    counts: dict[int, int],
+) -> Completion:
+    """One line of :func:`adopt_completions`; ``counts`` remembers how many responses each prompt had in each mode."""
+    if row.get("mode") not in MODES:
+        raise UserError(f"{where}: field `mode` must be `thinking` or `nothinking`, not {row.get('mode')!r}.")
+    if "prompt_id" not in row:
+        raise UserError(f"{where}: no field `prompt_id`; it says which responses answer the same question.")
+    row = dict(row, prompt_id=str(row["prompt_id"]))
+    place = _digest(f"{row['prompt_id']}/{row['mode']}")
+    row.setdefault("sample_index", counts.get(place, 0))
+    counts[place] = counts.get(place, 0) + 1
+    row["finish_reason"] = "length" if row.get("finish_reason", "stop") in _LENGTH_REASONS else "stop"
+    if "completion_ids" not in row or "prompt_ids" not in row:
+        _tokenise(row, where, template, eos_id)
+    if not row["completion_ids"]:
+        raise UserError(f"{where}: the completion is empty.")
+    if "answer_start" not in row and not ("trace" in row and row.get("answer") is None):
+        if template is None:
+            raise UserError(f"{where}: no `answer_start`, and no model to find it with. Give `model`.")
+        row["answer_start"], row["trace"], row["answer"] = template.split(row["completion_ids"], row["mode"])
+    defaults = {
+        "prompt": "",
+        "text": "",
+        "answer_start": None,
+        "trace": None,
+        "answer": None,
+        "template": template.name if template else None,
+        "engine": "file",
+    }
+    return from_dict(Completion, defaults | row, where)
+
+
+def _digest(key: str) -> int:
+    """What is remembered of a key: 64 bits, a fraction of the memory of the text."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def _tokenise(row: dict[str, Any], where: str, template: Template | None, eos_id: int | None) -> None:
+    if template is None:
+        raise UserError(f"{where}: no token ids, and no model to tokenise with. Give `model`.")
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
+        raise UserError(f"{where}: needs `prompt_ids` and `completion_ids`, or `prompt` and `text`.")
+    row.setdefault("prompt_ids", list(template.prompt_ids(row["prompt"], row["mode"])))
+    if "completion_ids" not in row:
+        ids = list(template.tokenizer.encode(row["text"], add_special_tokens=False))
+        if row["finish_reason"] == "stop" and eos_id is not None and ids[-1:] != [eos_id]:
+            ids.append(eos_id)
+        row["completion_ids"] = ids
+
 
 _ROWS = 1_000  # appended at a time
 
@@ -27,7 +115,7 @@ def adopt_into(
 
     Args:
         folder: Folder of the run.
-        source: JSONL file; see :func:`bvpo_stats.sampling.adopt.adopt_completions` for what a line needs.
+        source: JSONL file; see :func:`bvpo_stats.sampling.engines.file_engine.adopt_completions` for what a line needs.
         policy: Tokenizer and template, where lines lack token ids or the trace/answer boundary.
         modes: Modes to keep.
         limit: Keep only the first so many prompts.

@@ -1,31 +1,329 @@
-"""Sampling from any server that speaks OpenAI's HTTP interface: vLLM, SGLang, ``transformers serve``, ..."""
+"""Sampling from any server that speaks OpenAI's HTTP interface: vLLM, SGLang, ``transformers serve``, ...
+
+"OpenAI-compatible" fixes the shape of a request, not how exactly it can be put. Best first, per endpoint:
+
+- ``vllm`` (vLLM, SGLang and others): the prompt as token ids or text, top-k, min-p and the repetition penalty switched
+  off explicitly (these servers otherwise take them from the model's ``generation_config.json``), token ids in return;
+- ``transformers`` (``transformers serve``): text only, and a whole ``generation_config`` instead of those switches;
+- ``plain``: the fields of OpenAI's own interface. Whatever else the server applies by default stays on.
+
+**Prompts at a chat endpoint.** There the server renders the prompt itself. That is exact only where the model's chat
+template, rendered here with the same arguments, gives the very text of the D_t or D_e prompt, and the server counts as
+many prompt tokens. For Thinking this holds for templates that end where D_t begins (Qwen3, the embedded model); for
+NoThinking only where the template has a switch, ``enable_thinking=False`` (Qwen3). A prefilled assistant turn
+``<think></think>`` is never sent: the templates of reasoning models strip it. Everything else is refused.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import Mode
-from bvpo_stats.sampling.engines.base import Outcome, Request, SamplingOptions, SetAside
-from bvpo_stats.sampling.engines.dialects import (
-    CHAT_DIALECTS,
-    COMPLETION_DIALECTS,
-    ChatRule,
-    Dialect,
-    chat_rule,
-    check_chat_modes,
-    read_answer,
-    request_body,
-)
+from bvpo_stats.sampling.engines.base import Draw, FinishReason, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
-from bvpo_stats.sampling.engines.token_ids import prompt_mismatch, resolve
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+_PROBE = "What is 1+2?"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to put a request.
+
+    Attributes:
+        path: Endpoint.
+        prompt: The prompt as token ids, as rendered text, or as chat messages.
+        extras: Whose words beyond OpenAI's are used.
+        leading: Text taken off a rendered prompt, because the server's tokenizer puts it in front by itself (a BOS).
+    """
+
+    path: str
+    prompt: Literal["ids", "text", "messages"]
+    extras: Literal["vllm", "transformers", "plain"]
+    leading: str = ""
+
+    @property
+    def name(self) -> str:
+        """For the report, e.g. ``/v1/completions ids vllm``."""
+        return f"{self.path} {self.prompt} {self.extras}"
+
+
+COMPLETION_DIALECTS = (
+    Dialect(COMPLETIONS, "ids", "vllm"),
+    Dialect(COMPLETIONS, "text", "vllm"),
+    Dialect(COMPLETIONS, "text", "transformers"),
+    Dialect(COMPLETIONS, "ids", "plain"),
+    Dialect(COMPLETIONS, "text", "plain"),
+)
+CHAT_DIALECTS = (
+    Dialect(CHAT, "messages", "vllm"),
+    Dialect(CHAT, "messages", "transformers"),
+    Dialect(CHAT, "messages", "plain"),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server says about one draw.
+
+    Attributes:
+        text: The completion as text.
+        finish_reason: The server's word for why it ended.
+        token_ids: Token ids of the completion, None where the server keeps them.
+        prompt_token_ids: Token ids of the prompt as the server saw it, None where it keeps them.
+        prompt_tokens: Their number, None where unknown.
+        completion_tokens: Number of completion tokens, None where unknown.
+        reasoning: Whether the server has split the trace off the text.
+    """
+
+    text: str
+    finish_reason: str | None
+    token_ids: tuple[int, ...] | None
+    prompt_token_ids: tuple[int, ...] | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    reasoning: bool = False
+
+
+ChatRule = dict[Mode, dict[str, Any]]
+"""Template arguments that make each mode's exact prompt at a chat endpoint; a mode without an entry cannot be made."""
+
+
+def chat_rule(policy: ServedPolicy) -> ChatRule:
+    """Finds out which prompts the model's chat template renders exactly, by rendering one here."""
+    found: ChatRule = {}
+    attempts: tuple[tuple[Mode, dict[str, Any]], ...] = (
+        ("thinking", {}),
+        ("thinking", {"enable_thinking": True}),
+        ("nothinking", {"enable_thinking": False}),
+    )
+    for mode, arguments in attempts:
+        rendered = policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _PROBE}], tokenize=False, add_generation_prompt=True, **arguments
+        )
+        if rendered == policy.template.prompt_text(_PROBE, mode):
+            found.setdefault(mode, arguments)
+    return found
+
+
+def check_chat_modes(rule: ChatRule, modes: tuple[Mode, ...], template: str) -> None:
+    """Refuses modes whose prompts a chat endpoint cannot make exactly.
+
+    Raises:
+        UserError: Naming the mode and the way out.
+    """
+    for mode in modes:
+        if mode not in rule:
+            raise UserError(
+                f"A chat endpoint cannot make the exact {mode} prompt of template {template}: the server renders its "
+                "own. Use a server with /v1/completions (vLLM, SGLang, transformers serve), or leave that mode out."
+            )
+
+
+def request_body(
+    dialect: Dialect,
+    request: Request,
+    options: SamplingOptions,
+    *,
+    model: str,
+    seed: int,
+    eos_ids: tuple[int, ...],
+    rule: ChatRule,
+) -> dict[str, Any]:
+    """The JSON body that asks for one draw.
+
+    Args:
+        dialect: How to put it.
+        request: The draw.
+        options: Temperature, nucleus and length.
+        model: The server's name for the model.
+        seed: Seed of this draw alone.
+        eos_ids: Tokens that end a completion.
+        rule: Template arguments for chat endpoints.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": seed,
+    }
+    if dialect.prompt == "ids":
+        body["prompt"] = list(request.prompt_ids)
+    elif dialect.prompt == "text":
+        body["prompt"] = request.prompt_text.removeprefix(dialect.leading)
+    else:
+        body["messages"] = [{"role": "user", "content": request.prompt.prompt}]
+        if rule[request.mode]:
+            body["chat_template_kwargs"] = rule[request.mode]
+    if dialect.extras == "vllm":
+        body |= {
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "return_token_ids": True,
+        }
+        if dialect.prompt == "text":
+            body["add_special_tokens"] = False
+    elif dialect.extras == "transformers":
+        body["generation_config"] = json.dumps(
+            {
+                "do_sample": True,
+                "temperature": options.temperature,
+                "top_p": options.top_p,
+                "top_k": 0,
+                "max_new_tokens": options.max_new_tokens,
+                "eos_token_id": list(eos_ids),
+                "pad_token_id": eos_ids[0],
+            }
+        )
+    return body
+
+
+def read_answer(reply: Any) -> Answer:
+    """Reads the JSON answer of any dialect.
+
+    Raises:
+        ValueError: It has no completion in it.
+    """
+    try:
+        choice = reply["choices"][0]
+        message = choice.get("message")
+        text = choice["text"] if message is None else message.get("content")
+        usage = reply.get("usage") or {}
+        ids, prompt_ids = choice.get("token_ids"), choice.get("prompt_token_ids", reply.get("prompt_token_ids"))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError("an answer without a completion in it") from error
+    reasoning = isinstance(message, dict) and bool(message.get("reasoning_content") or message.get("reasoning"))
+    if not isinstance(text, str) and not reasoning:
+        raise ValueError("an answer without text")
+    return Answer(
+        text=text or "",
+        finish_reason=choice.get("finish_reason"),
+        token_ids=_ids(ids),
+        prompt_token_ids=_ids(prompt_ids),
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        reasoning=reasoning,
+    )
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(isinstance(entry, int) for entry in value):
+        return tuple(value)
+    return None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+_SHOWN = 200
+
+
+def prompt_mismatch(answer: Answer, request: Request) -> str | None:
+    """How the prompt the server saw differs from the one that was meant; None where it does not, as far as known."""
+    meant = len(request.prompt_ids)
+    if answer.prompt_token_ids is not None and answer.prompt_token_ids != request.prompt_ids:
+        return (
+            f"the server's tokenizer reads the prompt as other token ids ({len(answer.prompt_token_ids)} for {meant})"
+        )
+    if answer.prompt_tokens is not None and answer.prompt_tokens != meant:
+        return f"the server reads the prompt as {answer.prompt_tokens} tokens, not {meant}"
+    return None
+
+
+def resolve(answer: Answer, request: Request, policy: ServedPolicy, *, counts_eos: bool | None = None) -> Outcome:
+    """Turns an answer into a draw if its token ids are beyond doubt.
+
+    Token ids that the server gives must decode to the text it gives. Where it gives none, the text is tokenised here;
+    that stands if the ids decode back to the same text, and their number is the one that the server counted. (Sampling
+    may spell a text in another way than the tokenizer would. Such a response cannot be recovered from its text.)
+
+    Args:
+        answer: What the server said.
+        request: What it was asked.
+        policy: Tokenizer and end-of-sequence tokens.
+        counts_eos: Whether the server's number of tokens includes the end-of-sequence token; None where unknown.
+    """
+    difference = prompt_mismatch(answer, request)
+    if difference is not None:
+        return SetAside("prompt-differs", difference)
+    if answer.reasoning:
+        return SetAside("trace-split-off", "the server has split the trace off the text (a reasoning parser)")
+    if answer.finish_reason not in ("stop", "length"):
+        return SetAside("finish-reason", f"ended for the reason {answer.finish_reason!r}")
+    reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+    if answer.token_ids is not None:
+        return _from_ids(answer, answer.token_ids, reason, policy)
+    return _from_text(answer, reason, policy, counts_eos)
+
+
+def _from_ids(answer: Answer, given: tuple[int, ...], reason: FinishReason, policy: ServedPolicy) -> Outcome:
+    ids = given
+    if ids and ids[-1] in policy.eos_ids:
+        reason = "stop"
+    elif reason == "stop":
+        ids = (*ids, policy.eos_ids[0])  # servers may keep the final token to themselves
+    if not _spells(given, answer.text, policy):
+        return SetAside("ids-differ", f"the token ids do not spell the text {_short(answer.text)}")
+    return _checked(ids, reason, policy)
+
+
+def _from_text(answer: Answer, reason: FinishReason, policy: ServedPolicy, counts_eos: bool | None) -> Outcome:
+    ids = tuple(policy.tokenizer.encode(answer.text, add_special_tokens=False))
+    if _decode(ids, policy) != answer.text:
+        return SetAside("ids-differ", f"the text does not survive tokenising: {_short(answer.text)}")
+    if reason == "stop" and ids[-1:] not in [(eos,) for eos in policy.eos_ids]:
+        ids = (*ids, policy.eos_ids[0])
+    counted = answer.completion_tokens
+    hidden = {True: (0,), False: (1,), None: (0, 1)}[counts_eos] if reason == "stop" else (0,)
+    if counted is not None and len(ids) - counted not in hidden:
+        return SetAside(
+            "ids-differ", f"the server wrote {counted} tokens, its text has {len(ids)}: {_short(answer.text)}"
+        )
+    return _checked(ids, reason, policy)
+
+
+def _checked(ids: tuple[int, ...], reason: FinishReason, policy: ServedPolicy) -> Outcome:
+    if not ids:
+        return SetAside("empty", "an empty completion")
+    if any(token in policy.eos_ids for token in ids[:-1]):
+        return SetAside("ids-differ", "an end-of-sequence token in the middle")
+    return Draw(ids, reason)
+
+
+def _spells(ids: Sequence[int], text: str, policy: ServedPolicy) -> bool:
+    """Whether the ids decode to the text, with or without special tokens and the final end-of-sequence."""
+    shorter = ids[:-1] if ids and ids[-1] in policy.eos_ids else ids
+    for tokens in (ids, shorter):
+        for skip in (False, True):
+            decoded = _decode(tokens, policy, skip=skip)
+            # a character cut in the middle shows as U+FFFD, or is held back
+            if text == decoded or text.rstrip("\ufffd") == decoded.rstrip("\ufffd"):
+                return True
+    return False
+
+
+def _decode(ids: Sequence[int], policy: ServedPolicy, *, skip: bool = False) -> str:
+    return str(policy.tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
 
 Drawn = tuple[Request, Outcome]
 _NO_SUCH_PATH = (404, 405, 501)
@@ -39,7 +337,7 @@ def draw_seed(key: str, seed: int) -> int:
 class OpenAIEngine:
     """Draws completions from a server, many requests at a time.
 
-    The first request settles how the server likes to be asked (:mod:`~bvpo_stats.sampling.engines.dialects`); from then
+    The first request settles how the server likes to be asked (:class:`Dialect`); from then
     on a request that it refuses, or whose token ids are in doubt, is set aside. Requests that fail for passing reasons
     are repeated. When the server is gone for good, everything that arrived has been yielded before the error is raised.
 
@@ -61,7 +359,7 @@ class OpenAIEngine:
         self._policy = policy
         self._modes = modes
         self._server = Server(options)
-        self._rule = ChatRule()
+        self._rule: ChatRule = {}
         self._model = options.served_model or _only_model(self._server)
         if options.endpoint == "chat":
             self._rule = self._exact_chat_rule()

@@ -9,11 +9,9 @@ from typing import Any, cast
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
-from bvpo_stats.sampling.rewards.embedded import EmbeddedReward
-from bvpo_stats.sampling.rewards.entry_point import FunctionReward
-from bvpo_stats.sampling.rewards.mathematics import MathVerifyReward
-from bvpo_stats.sampling.rewards.score_file import FileReward
-from bvpo_stats.sampling.rewards.sequence_classifier import ModelReward, RewardModelOptions
+from bvpo_stats.sampling.rewards.external import FileReward, FunctionReward
+from bvpo_stats.sampling.rewards.model import ModelReward, RewardModelOptions
+from bvpo_stats.sampling.rewards.verifiers import EmbeddedReward, MathVerifyReward
 
 __all__ = ["Answer", "Reward", "as_reward", "load_reward", "score_answers"]
 

@@ -34,8 +34,7 @@ from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.intervals import Method
 from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
-from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.run_folder import Shard, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
 from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Marginal, finite

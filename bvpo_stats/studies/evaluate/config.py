@@ -12,7 +12,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
 from bvpo_stats.records import MODES, Mode
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.store.shards import WHOLE, Shard
+from bvpo_stats.store.run_folder import WHOLE, Shard
 from bvpo_stats.studies.evaluate.report import BASE
 from bvpo_stats.studies.sample.config import EngineName
 

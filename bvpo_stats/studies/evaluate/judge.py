@@ -20,10 +20,8 @@ from bvpo_stats.records import UNKNOWN, Completion, Mode, Prompt
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SAMPLES_FILE
 from bvpo_stats.statistics.proportions import Interval, length_controlled_difference, length_controlled_rate
-from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, write_atomic
-from bvpo_stats.store.row_log import RowLog
-from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import run_files
+from bvpo_stats.store.jsonl import RowLog, encode_row, read_json_list, read_jsonl, write_atomic
+from bvpo_stats.store.run_folder import open_run, run_files
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, InstructionSet
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig
 from bvpo_stats.studies.evaluate.report import (

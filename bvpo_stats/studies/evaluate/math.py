@@ -16,8 +16,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.progress import progress
 from bvpo_stats.records import Completion, Mode, Prompt
 from bvpo_stats.sampling.rewards import Answer, load_reward
-from bvpo_stats.sampling.rewards.mathematics import MathVerifyReward
-from bvpo_stats.store.row_log import RowLog
+from bvpo_stats.sampling.rewards.verifiers import MathVerifyReward
+from bvpo_stats.store.jsonl import RowLog
 from bvpo_stats.store.sample_index import SampleIndex
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig

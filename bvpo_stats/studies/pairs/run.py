@@ -13,11 +13,9 @@ from bvpo_stats.records import UNKNOWN, Completion, Mode, PreferencePair, to_dic
 from bvpo_stats.sampling.pairs import ScoredCompletion, final_answers, prompt_pairs, reads_back, reference_logps
 from bvpo_stats.sampling.rewards import Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SET_ASIDE_FILE, count_set_aside
-from bvpo_stats.store.jsonl import append_jsonl
-from bvpo_stats.store.row_log import RowLog
-from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.jsonl import RowLog, append_jsonl
+from bvpo_stats.store.run_folder import open_run, run_files
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
-from bvpo_stats.store.shards import run_files
 from bvpo_stats.store.tables import read_records, write_records
 from bvpo_stats.studies.pairs.config import PairsConfig
 from bvpo_stats.studies.pairs.report import ModeTally, PairsReport

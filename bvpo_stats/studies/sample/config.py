@@ -12,7 +12,7 @@ from bvpo_stats.model.options import EMBEDDED, PolicyOptions
 from bvpo_stats.records import MODES
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.store.shards import WHOLE, Shard, parse_shard
+from bvpo_stats.store.run_folder import WHOLE, Shard, parse_shard
 
 EngineName = Literal["transformers", "openai", "file"]
 Engine = Annotated[EngineName, o.Option("transformers, openai (any compatible server) or file.")]

@@ -10,7 +10,7 @@ from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.sample import ModeSummary, SamplingTally
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.store.shards import parse_shard
+from bvpo_stats.store.run_folder import parse_shard
 from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report, ResultTable
 
 _MANY_CUT = 0.1

@@ -22,8 +22,7 @@ from bvpo_stats.sampling.sample import (
     sample_into,
     summarise,
 )
-from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import run_files
+from bvpo_stats.store.run_folder import open_run, run_files
 from bvpo_stats.store.tables import fingerprint, read_records, write_records
 from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.report import SampleReport

@@ -15,8 +15,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy, on_own_device, pick_device, with_lora
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.shards import Shard
+from bvpo_stats.store.run_folder import Shard, open_run
 from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import TrainConfig

@@ -12,8 +12,8 @@ import numpy as np
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt
-from bvpo_stats.sampling.adopt import adopt_completions
 from bvpo_stats.sampling.engines.base import SamplingOptions
+from bvpo_stats.sampling.engines.file_engine import adopt_completions
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,

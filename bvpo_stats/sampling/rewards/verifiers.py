@@ -1,4 +1,4 @@
-"""Mathematical equality with a gold answer, by the math-verify package."""
+"""Verifiers: answers compared with a gold answer, by the embedded task's own grade or by math-verify."""
 
 from __future__ import annotations
 
@@ -9,7 +9,42 @@ from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.sampling.rewards.base import Answer
-from bvpo_stats.sampling.rewards.embedded import required_gold
+
+
+class EmbeddedReward:
+    """Grades arithmetic answers in [0, 1]; see :func:`bvpo_stats.embedded.task.grade`."""
+
+    identity = "embedded"
+    text_only = True
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        """One grade per answer.
+
+        Raises:
+            UserError: A prompt without a gold answer, or one whose gold answer is no integer.
+        """
+        from bvpo_stats.embedded.task import grade
+
+        return [grade(answer.text, required_gold(answer, self.identity)) for answer in answers]
+
+
+def required_gold(answer: Answer, reward: str) -> str:
+    """The gold answer of a prompt.
+
+    Args:
+        answer: The answer that is to be scored.
+        reward: Name of the reward, for the error.
+
+    Raises:
+        UserError: There is none.
+    """
+    if answer.gold is None:
+        raise UserError(
+            f"`reward={reward!r}` compares with a gold answer, and the prompt {answer.prompt_id} has none. Give the "
+            "prompts a field `gold` before sampling, or choose a reward that needs none."
+        )
+    return answer.gold
+
 
 _SECONDS = 5  # math-verify's own limit for one expression
 Verdict = Literal["correct", "wrong", "timeout", "unreadable gold"]
