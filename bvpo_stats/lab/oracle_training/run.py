@@ -160,8 +160,12 @@ class _Fixed:
     """The same alpha at every step; base of the other two sources."""
 
     def __init__(self, setting: Setting, method: Method, seeds: Sequence[int]) -> None:
-        self._setting, self._method = setting, method
-        self.held = np.zeros(len(seeds))
+        self._setting, self._method, self._seeds = setting, method, seeds
+
+    @property
+    def held(self) -> Array:
+        """1 for each copy whose alpha is held for want of data, else 0."""
+        return np.zeros(len(self._seeds))
 
     def alphas(self, view: View) -> Float[np.ndarray, " copies"]:
         """Alpha of each copy before a step."""
@@ -204,6 +208,10 @@ class _Estimated(_Fixed):
         self._noise = np.zeros((2, len(seeds)))
         self._norm: Curvatures | None = None
 
+    @property
+    def held(self) -> Array:
+        return np.array([float(controller.record.held) for controller in self._controllers])
+
     def alphas(self, view: View) -> Array:
         return np.array([controller.alpha for controller in self._controllers])
 
@@ -217,7 +225,6 @@ class _Estimated(_Fixed):
             sums = StepSums.of_units(t[k], e[k])
             seen = Observation(step, self._setting.config.batch_size, float(eta_l[k]), sums, probes[k])
             self._controllers[k] = controller.update(seen)
-        self.held = np.array([float(controller.record.held) for controller in self._controllers])
 
     def _probes(self, view: View) -> Sequence[Moments]:
         oracle, objective = self._setting.ensemble.oracle, self._setting.objective
