@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from bvpo_stats.model.subset import sharing_copy
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
-from bvpo_stats.store.tables import Source, is_saved_dataset
+from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
@@ -61,7 +62,8 @@ class BVPOTrainer(Trainer):
             evaluated under its name.
         processing_class: The tokenizer, where ``model`` is a bare model.
         peft_config: Puts a new adapter on the model. Without an adapter all weights are trained.
-        traces: Trace bank of the prompts, for ``alpha="adaptive"`` away from the reference point.
+        traces: Trace bank of the prompts, for ``alpha="adaptive"`` away from the reference point: records, a file, or
+            the folder of a traces run.
         callbacks: Further callbacks.
         optimizers: Optimizer and scheduler, where not those of the settings.
 
@@ -79,7 +81,7 @@ class BVPOTrainer(Trainer):
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        traces: Sequence[TraceRecord] = (),
+        traces: Source = (),
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -89,7 +91,8 @@ class BVPOTrainer(Trainer):
         self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
             pairs = self._pairs(train_dataset, empty_dataset, ("train_dataset", "empty_dataset"))
-            train_dataset = join_for(args, pairs, traces)
+            bank = read_records(traces, TraceRecord, name="traces") if args.adaptive else ()
+            train_dataset = join_for(args, pairs, bank)
         self.selection = select(args, train_dataset)
         self._examples = list(
             self.selection.train
@@ -455,7 +458,9 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
             raise UserError("The model has an adapter already; leave `peft_config` out, or start from the base model.")
         if not isinstance(peft_config, PeftConfig):
             raise UserError(f"`peft_config` must be a PEFT configuration, not a {type(peft_config).__name__}.")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT asks transformers by a name that is going out of use; nothing a user could do about it.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             torch.manual_seed(seed)
             adapted: Any = sharing_copy(model)  # what the caller holds goes on without the adapter
             try:

@@ -15,6 +15,7 @@ from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
 from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
 from bvpo_stats.records import PreferencePair
+from bvpo_stats.store.tables import write_records
 from bvpo_stats.training import StepSums
 from bvpo_stats.training.gradient import mixed_gradient
 from bvpo_stats.training.scored import scored_gradient
@@ -117,6 +118,17 @@ def test_smoothness_is_measured_before_the_first_step(random_model: Path, tmp_pa
     smoothness = trainer.estimator.step_size.smoothness
     assert smoothness != 0
     assert trainer.estimator.updates[0]["eta_l"] == pytest.approx(max(smoothness, 0.0) * 1e-2)
+
+
+def test_traces_from_a_file(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model, "float64", drift=0.3)
+    pairs = both_sets(policy, PROMPTS)
+    bank = banks(policy, pairs)
+    write_records(tmp_path / "traces.parquet", bank)
+    trainer = BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), pairs, traces=tmp_path)
+    known = adaptive(random_model, tmp_path)
+    assert trainer.selection == known.selection
+    assert len(trainer.selection.probe[0].traces) > 0
 
 
 def test_a_small_probe_set_holds_the_prior(
