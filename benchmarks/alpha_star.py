@@ -109,7 +109,7 @@ class Stopwatch:
 
 def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
-    from bvpo_stats.gradients import engine, references, stream
+    from bvpo_stats.gradients import engine, reference, stream
     from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
@@ -127,8 +127,8 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
         if "lora_B" in key and drift:
             weight.data += drift * torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
     watch, count = Stopwatch(), [0, 0]
-    for owner, function in ((engine, "score_pass"), (engine, "log_probabilities"), (stream, "check_scores"),
-                            (engine, "completion_logprobs"), (references, "completion_logprobs")):  # fmt: skip
+    for owner, function in ((engine, "score_pass"), (reference, "log_probabilities"), (stream, "check_scores"),
+                            (reference, "completion_logprobs")):  # fmt: skip
         watch.watch(owner, function, "model")
     watch.watch(Tape, "_emit", "combining")
     watch.watch(PassState, "add", "moments")

@@ -9,14 +9,28 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "GradientOptions": "pair_gradients",
+    "Example": "examples",
+    "Joined": "examples",
     "Objective": "objectives",
+    "PairGradients": "stream",
+    "Reference": "reference",
     "StreamOptions": "options",
-    "pair_gradients": "pair_gradients",
-    "stream_pair_gradients": "pair_gradients",
+    "gradient_batches": "stream",
+    "join": "examples",
+    "pair_gradients": "stream",
 }
 
-__all__ = ["GradientOptions", "Objective", "StreamOptions", "pair_gradients", "stream_pair_gradients"]
+__all__ = [
+    "Example",
+    "Joined",
+    "Objective",
+    "PairGradients",
+    "Reference",
+    "StreamOptions",
+    "gradient_batches",
+    "join",
+    "pair_gradients",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.examples import Example
-from bvpo_stats.gradients.objectives import Objective, PairLogps
-from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients, pair_sequences
-from bvpo_stats.model.batching import Batch, TokenSequence, collate, length_batches
+from bvpo_stats.gradients.examples import Example, Joined
+from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.reference import PairBatch, Reference, pair_batches
+from bvpo_stats.gradients.stream import pair_gradients
+from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
@@ -204,13 +206,8 @@ class PairLoss:
         self._model: Any = policy.model
         self._theta = {name: weight.detach().clone().requires_grad_() for name, weight in subset.parameters.items()}
         self._objective, self._n_pairs = objective, len(pairs)
-        sequences, _ = pair_sequences(pairs)
-        owners = [index // 2 for index in range(len(sequences))]
-        lengths = [len(sequence) for sequence in sequences]
-        self._parts: list[tuple[Batch, Tensor, Tensor | None]] = []
-        for members in length_batches(lengths, max_tokens=max_tokens, groups=owners):
-            part = [sequences[2 * owner + side] for owner in sorted({i // 2 for i in members}) for side in (0, 1)]
-            self._parts.append(self._prepared(part, policy.device))
+        reference = Reference(policy, stored=False) if objective.needs_reference else None
+        self._parts = pair_batches(policy, pairs, reference, max_tokens=max_tokens, max_padding=0.05)
 
     def product(self, vector: Vector) -> Vector:
         """H v, summed over microbatches in float64."""
@@ -242,24 +239,8 @@ class PairLoss:
         finally:
             self._theta = kept
 
-    def _prepared(
-        self, sequences: Sequence[TokenSequence], device: torch.device
-    ) -> tuple[Batch, Tensor, Tensor | None]:
-        batch = collate(sequences, device=device)
-        tokens = batch.completion_mask.sum(dim=1).double()
-        if not self._objective.needs_reference:
-            return batch, tokens, None
-        with torch.no_grad(), plain_attention(self._model):
-            if hasattr(self._model, "disable_adapter"):
-                with self._model.disable_adapter():
-                    return batch, tokens, self._logps(batch, {})
-            return batch, tokens, self._logps(batch, {})  # without an adapter theta is theta_ref
-
-    def _loss(self, part: tuple[Batch, Tensor, Tensor | None]) -> Tensor:
-        batch, tokens, reference = part
-        logps = self._logps(batch, self._theta)
-        contrast = (None, None) if reference is None else (reference[0::2], reference[1::2])
-        terms = self._objective(PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], *contrast))
+    def _loss(self, part: PairBatch) -> Tensor:
+        terms = self._objective(part.logps(self._logps(part.batch, self._theta)))
         return terms.loss.sum() / self._n_pairs
 
     def _logps(self, batch: Batch, theta: dict[str, Tensor]) -> Float[Tensor, " sequences"]:
@@ -300,13 +281,13 @@ def noise_curvature(
         L; negative where the loss is concave along the noise, 0 where there is no noise.
 
     """
-    pairs = [example.both for example in examples[: options.n_pairs]]
-    chosen = [pair for both in pairs for pair in both]
-    _, gradients = pair_gradients(policy.model, subset, chosen, GradientOptions(objective=objective))
-    values = gradients.double().cpu().numpy()
-    noise = values[0::2] - values[1::2]
+    chosen = Joined(tuple(examples[: options.n_pairs]))
+    how = StreamOptions(objective=objective, method="none", reference="adapter", allow_mismatch=True)
+    found = pair_gradients(policy, chosen, subset=subset, options=how)
+    noise = found.t.astype(np.float64) - found.e.astype(np.float64)
     noise -= noise.mean(axis=0)
-    loss = PairLoss(policy, subset, [trace for trace, _ in pairs], objective, options.max_tokens)
+    traces = [example.both[0] for example in chosen.examples]
+    loss = PairLoss(policy, subset, traces, objective, options.max_tokens)
     probes = _probes(noise, options.seed)
     curved = sum(float(probe @ loss.product(probe)) for probe in probes)
     size = float((probes**2).sum())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +24,14 @@ from bvpo_stats.gradients.marginal import (
     SideDiagnostics,
     SideTraces,
     diagnose_side,
-    score_weights,
     select_traces,
 )
-from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.gradients.options import MarginalMethod
-from bvpo_stats.model.batching import Batch, TokenSequence, collate, length_batches, padding_share
-from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy
-from bvpo_stats.model.scores import Mix, ScoreOptions, completion_logprobs, log_probabilities, score_pass
+from bvpo_stats.gradients.reference import Reference, batch_of, to_numpy
+from bvpo_stats.model.batching import TokenSequence, length_batches, padding_share
+from bvpo_stats.model.scores import Mix, ScoreOptions, score_pass
+from bvpo_stats.model.sinks import Mixture, Sink
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.records import TraceRecord
 
@@ -269,36 +268,62 @@ class Planner:
         return row
 
 
-def prompt_rows(
-    plan: PromptPlan, logps: LogProbs, sequences: Sequences, rules: RowRules
-) -> tuple[dict[str, Float[np.ndarray, " sequences"]], list[SideDiagnostics]]:
-    """Weights of all sequences' scores in each of a prompt's gradients, and the diagnostics of its trace weights.
+Row = dict[int, float]
+"""One gradient as a sparse sum of scores: sequence to weight."""
+
+
+def sparse_rows(
+    plans: Sequence[PromptPlan], logps: LogProbs, sequences: Sequences, rules: RowRules
+) -> tuple[list[dict[str, Row]], list[list[SideDiagnostics]]]:
+    """The weights of scores in each of some examples' gradients, and the diagnostics of their trace weights.
 
     Args:
-        plan: The prompt.
+        plans: The examples.
         logps: Log-probabilities of the sequences.
         sequences: The sequences.
         rules: Which gradients.
 
     Returns:
-        Member (``t``, ``e``, ``t2`` where there is one, ``m``, ``m1``, ``m2``) to weights, and the diagnostics.
+        Of each example, member (``t``, ``e``, ``t2`` where there is one, ``m``, ``m1``, ``m2``) to row; diagnostics.
     """
-    pairs = {"t": plan.trace, "e": plan.empty} | ({} if plan.second is None else {"t2": plan.second})
-    rows = {member: _pair_row(pair, logps, sequences, rules.objective) for member, pair in pairs.items()}
-    if plan.marginal is None:
-        return rows, []
-    choices = plan.marginal
+    pairs = [(n, "t", plan.trace) for n, plan in enumerate(plans)] + [
+        (n, "e", plan.empty) for n, plan in enumerate(plans)
+    ]
+    pairs += [(n, "t2", plan.second) for n, plan in enumerate(plans) if plan.second is not None]
+    rows: list[dict[str, Row]] = [{} for _ in plans]
+    chosen, rejected = np.array([pair for _, _, pair in pairs]).T
+    tokens = np.array([float(len(sequence.completion_ids)) for sequence in sequences.sequences])
+    columns = (logps.policy, tokens, logps.reference)
+    terms = rules.objective(PairLogps(*(values[side] for values in columns for side in (chosen, rejected))))
+    for (n, member, pair), weights in zip(
+        pairs, zip(terms.chosen_weight.tolist(), terms.rejected_weight.tolist(), strict=True), strict=True
+    ):
+        rows[n][member] = _row(zip(pair, weights, strict=True))
+    diagnostics: list[list[SideDiagnostics]] = [[] for _ in plans]
+    for n, plan in enumerate(plans):
+        if plan.marginal is not None:
+            marginal, diagnostics[n] = _marginal_rows(plan, plan.marginal, logps, rules)
+            rows[n] |= marginal
+    return rows, diagnostics
+
+
+def _marginal_rows(
+    plan: PromptPlan, choices: tuple[TraceChoice, TraceChoice], logps: LogProbs, rules: RowRules
+) -> tuple[dict[str, Row], list[SideDiagnostics]]:
     chosen, rejected = (_side_traces(choice, logps) for choice in choices)
     assert rules.method in ("anchored", "posterior", "prior", "jackknife", "multilevel")
     estimator = MarginalEstimator(rules.objective, rules.method, rules.at_reference)
     found = {"m": estimator(chosen, rejected, _rng(rules.seed, plan.example.key))}
     if rules.half_splits:
         found["m1"], found["m2"] = estimator.halves(chosen, rejected)
-    for member, coefficients in found.items():
-        row = np.zeros(len(logps.policy))
-        for choice, values in zip(choices, coefficients, strict=True):
-            np.add.at(row, choice.rows, values)
-        rows[member] = row
+    rows = {
+        member: _row(
+            entry
+            for choice, values in zip(choices, coefficients, strict=True)
+            for entry in zip(choice.rows.tolist(), values.tolist(), strict=True)
+        )
+        for member, coefficients in found.items()
+    }
     diagnostics = [
         SideDiagnostics(plan.example.prompt_id, side, diagnose_side(traces, _anchor(bank, choice, index, logps, plan)))
         for (side, bank), traces, choice, index in zip(
@@ -308,13 +333,10 @@ def prompt_rows(
     return rows, diagnostics
 
 
-def _pair_row(
-    pair: IndexPair, logps: LogProbs, sequences: Sequences, objective: Objective
-) -> Float[np.ndarray, " sequences"]:
-    tokens = [float(len(sequences.sequences[index].completion_ids)) for index in pair]
-    weights = score_weights(objective, logps.policy[list(pair)].tolist(), logps.reference[list(pair)].tolist(), tokens)
-    row = np.zeros(len(logps.policy))
-    np.add.at(row, list(pair), weights)
+def _row(entries: Iterable[tuple[int, float]]) -> Row:
+    row: Row = {}
+    for column, weight in entries:  # two traces of an answer may be one sequence
+        row[column] = row.get(column, 0.0) + weight
     return row
 
 
@@ -349,159 +371,88 @@ def _rng(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-@dataclass(frozen=True)
-class Forwards:
-    """The model and how it is run forward.
+def log_probs(reference: Reference, sequences: Sequences) -> LogProbs:
+    """Log-probabilities of all sequences by passes of their own, stored values of the reference where allowed."""
+    policy = reference.forward(sequences.sequences, sequences.names)
+    return _with_reference(reference, sequences)(policy)
 
-    Attributes:
-        policy: The policy at theta.
-        at_reference: theta = theta_ref: log pi_ref = log pi_theta, and no reference pass is made.
-        use_stored: Whether stored log pi_ref are used where there are any.
-        max_tokens: Budget of padded tokens per forward.
-        max_padding: Largest share of padding per forward.
+
+def stored_log_probs(reference: Reference, sequences: Sequences) -> LogProbs:
+    """Log-probabilities at theta_ref without a pass, for weights that only know log-ratios and stored values.
+
+    A sequence whose log-probability is not stored gets 0: its log-ratio is 0 whatever it is.
     """
-
-    policy: Policy
-    at_reference: bool
-    use_stored: bool
-    max_tokens: int
-    max_padding: float
-
-    def stored_log_probs(self, sequences: Sequences) -> LogProbs:
-        """Log-probabilities at theta_ref without a pass, for weights that only know log-ratios and stored values.
-
-        A sequence whose log-probability is not stored gets 0: its log-ratio is 0 whatever it is.
-        """
-        known = np.nan_to_num(sequences.stored) if self.use_stored else np.zeros(len(sequences.stored))
-        return LogProbs(known, known, self.tempered(sequences))
-
-    def batch(self, sequences: Sequences, part: list[int]) -> Batch:
-        """Some of the sequences as one padded batch."""
-        return collate(
-            [sequences.sequences[i] for i in part],
-            pad_id=self.policy.pad_id,
-            max_positions=self.policy.max_positions,
-            names=[sequences.names[i] for i in part],
-            device=self.policy.device,
-        )
-
-    def log_probs(self, sequences: Sequences) -> LogProbs:
-        """Log-probabilities of all sequences by passes of their own, stored values of the reference where allowed."""
-        policy = self._forward(sequences, list(range(len(sequences.sequences))), self.policy.model)
-        reference = self.reference(sequences)
-        return LogProbs(policy, policy if reference is None else reference, self.tempered(sequences))
-
-    def reference(self, sequences: Sequences) -> Float[np.ndarray, " sequences"] | None:
-        """Log pi_ref of all sequences; None at theta_ref."""
-        if self.at_reference:
-            return None
-        values = sequences.stored.copy() if self.use_stored else np.full(len(sequences.stored), math.nan)
-        missing = np.flatnonzero(np.isnan(values)).tolist()
-        if missing:
-            with self.policy.reference() as model:
-                values[missing] = self._forward(sequences, missing, model)
-        return values
-
-    def tempered(self, sequences: Sequences) -> Float[np.ndarray, " sequences"]:
-        """Log q_T of the sequences that need it: pi_ref sampled at another temperature, token by token."""
-        values = np.full(len(sequences.sequences), math.nan)
-        for temperature in np.unique(sequences.temperature[~np.isnan(sequences.temperature)]).tolist():
-            rows = np.flatnonzero(sequences.temperature == temperature).tolist()
-            with self.policy.reference():
-                found = completion_logprobs(
-                    self.policy,
-                    [sequences.sequences[i] for i in rows],
-                    [sequences.names[i] for i in rows],
-                    temperatures=(temperature,),
-                    max_tokens=self.max_tokens,
-                )
-            values[rows] = [float(tokens.sum()) for tokens in found]
-        return values
-
-    def _forward(
-        self, sequences: Sequences, rows: list[int], model: torch.nn.Module
-    ) -> Float[np.ndarray, " some_sequences"]:
-        """Log-probabilities of some sequences, in batches of the budget."""
-        lengths = [len(sequences.sequences[i]) for i in rows]
-        found = np.zeros(len(rows))
-        for part in length_batches(lengths, max_tokens=self.max_tokens, max_padding=self.max_padding):
-            members = [rows[k] for k in part]
-            names = [sequences.names[i] for i in members]
-            found[part] = to_numpy(
-                sequence_logprobs(log_probabilities(model, self.batch(sequences, members), names=names))
-            )
-        return found
+    known = np.nan_to_num(sequences.stored) if reference.stored else np.zeros(len(sequences.stored))
+    return _with_reference(reference, sequences)(known)
 
 
-def to_numpy(values: Tensor) -> Float[np.ndarray, " sequences"]:
-    """Log-probabilities in float64 on the CPU."""
-    return values.detach().double().cpu().numpy()
+def _with_reference(
+    reference: Reference, sequences: Sequences
+) -> Callable[[Float[np.ndarray, " sequences"]], LogProbs]:
+    """From log pi_theta to all log-probabilities; passes of the reference are made now."""
+    known = reference.of_sequences(sequences.sequences, sequences.names, sequences.stored)
+    tempered = reference.tempered(sequences.sequences, sequences.names, sequences.temperature)
+    return lambda policy: LogProbs(policy, policy if known is None else known, tempered)
 
 
-Mixing = Callable[[LogProbs], Float[np.ndarray, "rows sequences"]]
-"""From log-probabilities to the weight of every sequence's score in every gradient."""
+Mixing = Callable[[LogProbs], Sequence[Row]]
+"""From log-probabilities to the gradients as sparse rows."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The parameters and the model.
+    """The parameters, the model and its reference.
 
     Attributes:
-        forwards: The model and how it is run.
+        reference: The policy, where log pi_ref comes from, and the budgets.
         subset: The parameters theta.
         layout: Their blocks.
     """
 
-    forwards: Forwards
+    reference: Reference
     subset: Subset
     layout: BlockLayout
 
-    def run(self, sequences: Sequences, rows: int, mixing: Mixing, known: LogProbs | None = None) -> BlockRows:
-        """The gradients of one microbatch.
+    def run(self, sequences: Sequences, mixing: Mixing, sink: Sink, known: LogProbs | None = None) -> None:
+        """One microbatch: hands the sink the gradients, weight by weight (in several parts that add up).
 
         Where the weights depend on log-probabilities, they are taken between forward and backward of one pass if all
         sequences fit one rectangle without much padding, and from a forward of their own otherwise.
 
         Args:
             sequences: What to run.
-            rows: Number of gradients.
-            mixing: Weights of the scores.
+            mixing: From log-probabilities to the gradients as rows of weights on scores.
+            sink: Receives ``(name, rows [gradients, *shape])``.
             known: Log-probabilities, where the weights need no pass.
 
         Raises:
             UserError: As in :func:`~bvpo_stats.model.scores.score_pass`.
         """
-        forwards, sink = self.forwards, BlockRows(self.layout, rows)
-        lengths = [len(sequence) for sequence in sequences.sequences]
-        parts = length_batches(lengths, max_tokens=self.forwards.max_tokens, max_padding=self.forwards.max_padding)
-        if known is None and self._fits(lengths):
+        reference, lengths = self.reference, [len(sequence) for sequence in sequences.sequences]
+        fits = len(lengths) * max(lengths) <= reference.max_tokens and padding_share(lengths) <= reference.max_padding
+        if known is None and fits:
+            complete = _with_reference(reference, sequences)
             everything = list(range(len(lengths)))
-            others = forwards.reference(sequences), forwards.tempered(sequences)
-            device = self.forwards.policy.device
 
-            def mix(found: Tensor) -> Tensor:
-                policy = to_numpy(found)
-                logps = LogProbs(policy, policy if others[0] is None else others[0], others[1])
-                return torch.as_tensor(mixing(logps), device=device)
+            def mix(found: Tensor) -> Mixture:
+                return self._mixture(mixing(complete(to_numpy(found))), everything)
 
             self._scores(sequences, everything, mix, sink)
-            return sink
-        weights = torch.as_tensor(mixing(forwards.log_probs(sequences) if known is None else known))
-        for part in parts:
-            some = weights[:, part].to(forwards.policy.device)
-            self._scores(sequences, part, _always(some), sink)
-        return sink
+            return
+        rows = mixing(log_probs(reference, sequences) if known is None else known)
+        for part in length_batches(lengths, max_tokens=reference.max_tokens, max_padding=reference.max_padding):
+            self._scores(sequences, part, _always(self._mixture(rows, part)), sink)
 
-    def _fits(self, lengths: list[int]) -> bool:
-        return (
-            len(lengths) * max(lengths) <= self.forwards.max_tokens
-            and padding_share(lengths) <= self.forwards.max_padding
-        )
+    def _mixture(self, rows: Sequence[Row], part: Sequence[int]) -> Mixture:
+        place = {column: k for k, column in enumerate(part)}
+        some = [{place[column]: weight for column, weight in row.items() if column in place} for row in rows]
+        return Mixture.of_rows(some, len(part), self.reference.policy.device)
 
-    def _scores(self, sequences: Sequences, part: list[int], mix: Mix, sink: BlockRows) -> None:
-        options = ScoreOptions(mix=mix, names=[sequences.names[i] for i in part])
-        score_pass(self.forwards.policy.model, self.subset, self.forwards.batch(sequences, part), [sink], options)
+    def _scores(self, sequences: Sequences, part: list[int], mix: Mix, sink: Sink) -> None:
+        names = [sequences.names[i] for i in part]
+        batch = batch_of(self.reference.policy, [sequences.sequences[i] for i in part], names)
+        score_pass(self.reference.policy.model, self.subset, batch, [sink], ScoreOptions(mix=mix, names=names))
 
 
-def _always(weights: Tensor) -> Mix:
-    return lambda _: weights
+def _always(mixture: Mixture) -> Mix:
+    return lambda _: mixture

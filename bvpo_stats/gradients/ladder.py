@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.engine import Forwards, Planner, RowRules, prompt_rows
+from bvpo_stats.gradients.engine import Planner, RowRules, log_probs, sparse_rows
 from bvpo_stats.gradients.examples import Example, SideBank
 from bvpo_stats.gradients.marginal import MarginalDiagnostics, aggregate, select_traces
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
+from bvpo_stats.gradients.reference import Reference
 from bvpo_stats.model.policy import Policy
 
 Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]
@@ -92,10 +93,10 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
     return MarginalChoice("none", "small drift" if small else "not estimable", _sentence(reasons), False, probe.drift)
 
 
-def make_forwards(policy: Policy, options: StreamOptions) -> Forwards:
-    """The policy's forward passes as the options ask for them."""
+def reference_of(policy: Policy, options: StreamOptions) -> Reference:
+    """The policy's reference at the present theta, as the options ask for it."""
     stored = options.reference == "record"
-    return Forwards(policy, policy.at_reference, stored, options.max_tokens, options.max_padding)
+    return Reference(policy, policy.at_reference, stored, options.max_tokens, options.max_padding)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Probe:
         self.options = options
         self.at_reference = policy.at_reference
         self.plain = all(example.sampled_plainly for example in examples)
-        self._forwards = make_forwards(policy, options)
+        self._reference = reference_of(policy, options)
         step = max(1, len(examples) // PROBED_PROMPTS)
         self._probed = examples[::step][:PROBED_PROMPTS]
 
@@ -130,7 +131,7 @@ class Probe:
             return 0.0
         planner = Planner(RowRules(self.options.objective, "none", self.at_reference, second_traces=False))
         plans = [planner.add(example) for example in self._probed]
-        logps = self._forwards.log_probs(planner.sequences())
+        logps = log_probs(self._reference, planner.sequences())
         rows = [row for plan in plans for row in plan.trace]
         return float(np.abs(logps.policy - logps.reference)[rows].max())
 
@@ -194,7 +195,7 @@ class Probe:
             planner = Planner(rules)
             plan = planner.add(example)
             sequences = planner.sequences()
-            found += prompt_rows(plan, self._forwards.log_probs(sequences), sequences, rules)[1]
+            found += sparse_rows([plan], log_probs(self._reference, sequences), sequences, rules)[1][0]
         return aggregate(found)
 
     def _banks(self) -> list[SideBank]:

@@ -32,7 +32,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
@@ -460,7 +459,9 @@ class MarginalEstimator:
             else:
                 drawn = used[1:] if side.anchored and used[0] == 0 else used
                 policy.append(self._log_marginal(side, drawn))
-        return score_weights(self.objective, policy, reference, [float(side.answer_tokens) for side in sides])
+        tokens = [float(side.answer_tokens) for side in sides]
+        terms = self.objective(PairLogps(*np.array([*policy, *tokens, *reference])[:, None]))
+        return float(terms.chosen_weight[0]), float(terms.rejected_weight[0])
 
     def _log_marginal(self, side: SideTraces, rows: Rows) -> float:
         if not side.normalised or not len(rows):
@@ -469,22 +470,6 @@ class MarginalEstimator:
                 "`method='prior'` with a bank that has them."
             )
         return float(log_mean_weight(side.log_weights[rows]))
-
-
-def score_weights(
-    objective: Objective, policy: Sequence[float], reference: Sequence[float], tokens: Sequence[float]
-) -> tuple[float, float]:
-    """The objective's weights on the scores of one chosen and one rejected response.
-
-    Args:
-        objective: The loss.
-        policy: Log-probabilities under pi_theta, chosen and rejected.
-        reference: Log-probabilities under pi_ref.
-        tokens: Lengths.
-    """
-    columns = [torch.tensor([value], dtype=torch.float64) for pair in (policy, tokens, reference) for value in pair]
-    terms = objective(PairLogps(*columns))
-    return float(terms.chosen_weight), float(terms.rejected_weight)
 
 
 def diagnose_side(side: SideTraces, anchor: float | None = None) -> WeightDiagnostics:

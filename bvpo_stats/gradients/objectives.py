@@ -1,4 +1,4 @@
-"""Preference objectives as scalar weights on scores, with their loss values.
+"""Preference objectives as scalar weights on scores, with their loss values, on numpy arrays and torch tensors alike.
 
 Every pairwise loss here depends on theta only through the log-probabilities of the chosen and the rejected response, so
 its gradient is a linear combination of two scores:
@@ -13,24 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+import numpy as np
+from scipy.special import expit
 
 from bvpo_stats.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 ObjectiveName = Literal["dpo", "simpo", "ipo"]
 
 LOSSES: dict[str, ObjectiveName] = {"sigmoid": "dpo", "simpo": "simpo", "ipo": "ipo"}
 """TRL's names of the losses, which users give, and the package's."""
 
+A = TypeVar("A", "NDArray[np.floating]", "Tensor")
+
 
 @dataclass(frozen=True)
-class PairLogps:
-    """Sequence log-probabilities of pairs, in nats, summed over completion tokens.
+class PairLogps(Generic[A]):
+    """Sequence log-probabilities of pairs, in nats, summed over completion tokens; arrays of any one shape.
 
     Attributes:
         chosen: log pi_theta of the chosen responses.
@@ -41,16 +45,16 @@ class PairLogps:
         ref_rejected: log pi_ref of the rejected responses.
     """
 
-    chosen: Float[Tensor, " pairs"]
-    rejected: Float[Tensor, " pairs"]
-    chosen_tokens: Float[Tensor, " pairs"]
-    rejected_tokens: Float[Tensor, " pairs"]
-    ref_chosen: Float[Tensor, " pairs"] | None = None
-    ref_rejected: Float[Tensor, " pairs"] | None = None
+    chosen: A
+    rejected: A
+    chosen_tokens: A
+    rejected_tokens: A
+    ref_chosen: A | None = None
+    ref_rejected: A | None = None
 
 
 @dataclass(frozen=True)
-class PairTerms:
+class PairTerms(Generic[A]):
     """An objective's value on pairs.
 
     Attributes:
@@ -61,14 +65,14 @@ class PairTerms:
         rejected_reward: Implicit reward of the rejected response.
     """
 
-    loss: Float[Tensor, " pairs"]
-    chosen_weight: Float[Tensor, " pairs"]
-    rejected_weight: Float[Tensor, " pairs"]
-    chosen_reward: Float[Tensor, " pairs"]
-    rejected_reward: Float[Tensor, " pairs"]
+    loss: A
+    chosen_weight: A
+    rejected_weight: A
+    chosen_reward: A
+    rejected_reward: A
 
     @property
-    def margin(self) -> Float[Tensor, " pairs"]:
+    def margin(self) -> A:
         """Reward margin m = chosen reward - rejected reward."""
         return self.chosen_reward - self.rejected_reward
 
@@ -81,6 +85,12 @@ class Objective:
         name: ``dpo``, ``simpo`` or ``ipo``.
         beta: Inverse temperature of the implicit reward.
         gamma: Target margin, SimPO only.
+
+    Example:
+        >>> at_reference = PairLogps(*np.array([[-3.0], [-4.0], [5.0], [6.0], [-3.0], [-4.0]]))
+        >>> terms = Objective("dpo", beta=0.1)(at_reference)
+        >>> terms.chosen_weight, terms.rejected_weight
+        (array([-0.05]), array([0.05]))
     """
 
     name: ObjectiveName = "dpo"
@@ -100,36 +110,37 @@ class Objective:
         """Whether the loss contrasts the policy with a reference."""
         return self.name != "simpo"
 
-    def __call__(self, logps: PairLogps) -> PairTerms:
+    def __call__(self, logps: PairLogps[A]) -> PairTerms[A]:
         """Loss and score weights of every pair.
-
-        Args:
-            logps: The log-probabilities.
 
         Raises:
             UserError: The objective needs a reference and the log-probabilities have none.
         """
         if self.needs_reference and (logps.ref_chosen is None or logps.ref_rejected is None):
             raise UserError(f"The objective {self.name} needs reference log-probabilities; use simpo to do without.")
-        rules: dict[str, Callable[[PairLogps], PairTerms]] = {"dpo": self._dpo, "simpo": self._simpo, "ipo": self._ipo}
+        rules: dict[str, Callable[[PairLogps[A]], PairTerms[A]]] = {
+            "dpo": self._dpo,
+            "simpo": self._simpo,
+            "ipo": self._ipo,
+        }
         return rules[self.name](logps)
 
-    def _dpo(self, logps: PairLogps) -> PairTerms:
+    def _dpo(self, logps: PairLogps[A]) -> PairTerms[A]:
         """-log sigmoid(m), m = beta (Delta(chosen) - Delta(rejected)), Delta = log pi_theta - log pi_ref."""
         chosen, rejected = (self.beta * ratio for ratio in _log_ratios(logps))
-        weight = self.beta * torch.sigmoid(rejected - chosen)
-        return PairTerms(-logsigmoid(chosen - rejected), -weight, weight, chosen, rejected)
+        weight = self.beta * _sigmoid(rejected - chosen)
+        return PairTerms(-_log_sigmoid(chosen - rejected), -weight, weight, chosen, rejected)
 
-    def _simpo(self, logps: PairLogps) -> PairTerms:
+    def _simpo(self, logps: PairLogps[A]) -> PairTerms[A]:
         """-log sigmoid(beta (log pi(chosen) / |chosen| - log pi(rejected) / |rejected|) - gamma)."""
         chosen = self.beta * logps.chosen / logps.chosen_tokens
         rejected = self.beta * logps.rejected / logps.rejected_tokens
         excess = chosen - rejected - self.gamma
-        weight = self.beta * torch.sigmoid(-excess)
+        weight = self.beta * _sigmoid(-excess)
         chosen_weight, rejected_weight = -weight / logps.chosen_tokens, weight / logps.rejected_tokens
-        return PairTerms(-logsigmoid(excess), chosen_weight, rejected_weight, chosen, rejected)
+        return PairTerms(-_log_sigmoid(excess), chosen_weight, rejected_weight, chosen, rejected)
 
-    def _ipo(self, logps: PairLogps) -> PairTerms:
+    def _ipo(self, logps: PairLogps[A]) -> PairTerms[A]:
         """(Delta(chosen) / |chosen| - Delta(rejected) / |rejected| - 1 / (2 beta))^2."""
         chosen, rejected = _log_ratios(logps)
         excess = chosen / logps.chosen_tokens - rejected / logps.rejected_tokens - 1 / (2 * self.beta)
@@ -142,7 +153,17 @@ class Objective:
         )
 
 
-def _log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    assert logps.ref_chosen is not None  # checked in Objective.__call__
-    assert logps.ref_rejected is not None
+def _log_ratios(logps: PairLogps[Any]) -> tuple[Any, Any]:
     return logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected
+
+
+def _sigmoid(x: Any) -> Any:
+    return x.sigmoid() if hasattr(x, "sigmoid") else expit(x)
+
+
+def _log_sigmoid(x: Any) -> Any:
+    if hasattr(x, "sigmoid"):
+        from torch.nn.functional import logsigmoid
+
+        return logsigmoid(x)
+    return -np.logaddexp(0.0, -x)

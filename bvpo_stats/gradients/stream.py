@@ -5,38 +5,41 @@ What is ever held is the model, one microbatch, and one vector for each gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.engine import (
     BlockLayout,
+    BlockRows,
     LogProbs,
     Passes,
     Planner,
-    PromptPlan,
+    Row,
     RowRules,
     Sequences,
-    prompt_rows,
-    to_numpy,
+    sparse_rows,
+    stored_log_probs,
 )
-from bvpo_stats.gradients.examples import Example, check_identity
-from bvpo_stats.gradients.ladder import check_method, choose_marginal, make_forwards
+from bvpo_stats.gradients.examples import Example, Joined, Unmatched, check_identity, join
+from bvpo_stats.gradients.ladder import MarginalChoice, check_method, choose_marginal, reference_of
 from bvpo_stats.gradients.marginal import SideDiagnostics
+from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.references import check_stored_log_probs
+from bvpo_stats.gradients.reference import batch_of, check_stored_log_probs, to_numpy
 from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import ScoreOptions, check_scores, score_pass
-from bvpo_stats.model.subset import Subset
+from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
-
-__all__ = ["GradientBatch", "StreamOptions", "gradient_batches"]
+from bvpo_stats.records import PreferencePair, TraceRecord
 
 _CHECKED_SEQUENCES = 4  # of the first microbatch, whose scores are compared with autograd
 _ROW_BYTES = 1 << 30  # memory for the gradients of one microbatch
@@ -48,6 +51,7 @@ class GradientBatch:
 
     Attributes:
         prompt_ids: Prompt of each row.
+        keys: Example of each row.
         vectors: Member (``t``, ``e``; ``m`` unless the method needs none; ``m1``, ``m2`` on request) to parameter block
             (decoder layer) to gradients ``[rows, parameters of the block]``.
         trace2: Block to g_t on a second, independent trace draw, for all rows or (None) for none of them.
@@ -55,6 +59,7 @@ class GradientBatch:
     """
 
     prompt_ids: list[str]
+    keys: list[str]
     vectors: dict[str, dict[str, Float[np.ndarray, "rows parameters"]]]
     trace2: dict[str, Float[np.ndarray, "rows parameters"]] | None
     diagnostics: list[SideDiagnostics]
@@ -93,7 +98,7 @@ def gradient_batches(
     if options.reference == "record":
         check_stored_log_probs(policy, examples, options.checked_records)
     rules = row_rules(policy, examples, options)
-    passes = Passes(make_forwards(policy, options), subset, BlockLayout.of(subset))
+    passes = Passes(reference_of(policy, options), subset, BlockLayout.of(subset))
     todo = [example for example in examples if example.prompt_id not in done]
     for number, members in enumerate(_microbatches(todo, rules, passes)):
         yield from _microbatch([todo[i] for i in members], rules, passes, check=number == 0)
@@ -142,7 +147,7 @@ def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) 
     batch: list[int] = []
     tokens = 0
     for members, lengths in sorted(units, key=lambda unit: (-max(unit[1]), unit[0])):
-        if batch and (len(batch) + len(members) > most or tokens + sum(lengths) > passes.forwards.max_tokens):
+        if batch and (len(batch) + len(members) > most or tokens + sum(lengths) > passes.reference.max_tokens):
             yield batch
             batch, tokens = [], 0
         batch += members
@@ -154,12 +159,14 @@ def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) 
 def _microbatch(
     examples: Sequence[Example], rules: RowRules, passes: Passes, *, check: bool
 ) -> Iterator[GradientBatch]:
-    forwards, planner = passes.forwards, Planner(rules)
+    reference, planner = passes.reference, Planner(rules)
     plans = [planner.add(example) for example in examples]
     sequences = planner.sequences()
     if check:
         shortest = sorted(range(len(sequences.sequences)), key=lambda i: len(sequences.sequences[i]))
-        check_scores(forwards.policy.model, passes.subset, forwards.batch(sequences, shortest[:_CHECKED_SEQUENCES]))
+        few = shortest[:_CHECKED_SEQUENCES]
+        batch = batch_of(reference.policy, [sequences.sequences[i] for i in few], [sequences.names[i] for i in few])
+        check_scores(reference.policy.model, passes.subset, batch)
     # A member's rows lie together, so that they can be given out without a copy.
     places: list[tuple[int, str]] = [
         (number, member)
@@ -169,16 +176,17 @@ def _microbatch(
     ]
     diagnostics: list[list[SideDiagnostics]] = []
 
-    def mixing(logps: LogProbs) -> Float[np.ndarray, "rows sequences"]:
-        rows, found = _mixing(plans, places, logps, sequences, rules)
+    def mixing(logps: LogProbs) -> list[Row]:
+        rows, found = sparse_rows(plans, logps, sequences, rules)
         diagnostics.extend(found)
-        return rows
+        return [rows[number][member] for number, member in places]
 
     unknown = np.isnan(sequences.stored) & ~np.isnan(sequences.temperature)
     known = None
-    if not rules.weights_need_model and forwards.use_stored and not unknown.any():
-        known = forwards.stored_log_probs(sequences)
-    gradients = passes.run(sequences, len(places), mixing, known)
+    if not rules.weights_need_model and reference.stored and not unknown.any():
+        known = stored_log_probs(reference, sequences)
+    gradients = BlockRows(passes.layout, len(places))
+    passes.run(sequences, mixing, gradients, known)
     row_of = {place: row for row, place in enumerate(places)}
     lacking = {plan.example.prompt_id for plan in plans if plan.second is None}
     for has_second in (True, False):  # prompts whose examples all have a second trace draw, and the others
@@ -186,21 +194,95 @@ def _microbatch(
         if some:
             yield GradientBatch(
                 prompt_ids=[plans[number].example.prompt_id for number in some],
+                keys=[plans[number].example.key for number in some],
                 vectors={m: gradients.take([row_of[number, m] for number in some]) for m in rules.members},
                 trace2=gradients.take([row_of[number, "t2"] for number in some]) if has_second else None,
                 diagnostics=[found for number in some for found in diagnostics[number]],
             )
 
 
-def _mixing(
-    plans: Sequence[PromptPlan],
-    places: Sequence[tuple[int, str]],
-    logps: LogProbs,
-    sequences: Sequences,
-    rules: RowRules,
-) -> tuple[Float[np.ndarray, "rows sequences"], list[list[SideDiagnostics]]]:
-    found = [prompt_rows(plan, logps, sequences, rules) for plan in plans]
-    return np.stack([found[number][0][member] for number, member in places]), [each for _, each in found]
+@dataclass(frozen=True)
+class PairGradients:
+    """Gradients of examples, all in memory.
+
+    Attributes:
+        t: g_t of every example, ``[examples, parameters]``, in float32 (float64 for a float64 policy).
+        e: g_e of the same examples.
+        m: Their marginal gradients; None where the ladder found that none are needed (mu = E g_t) or can be had.
+        prompt_ids: Prompt of each row: the cluster of every statistic.
+        blocks: Decoder layer to its columns, for per-layer weights.
+        marginal: The rung of the ladder, and why.
+    """
+
+    t: Float[np.ndarray, "examples parameters"]
+    e: Float[np.ndarray, "examples parameters"]
+    m: Float[np.ndarray, "examples parameters"] | None
+    prompt_ids: tuple[str, ...]
+    blocks: dict[str, slice]
+    marginal: MarginalChoice
+
+
+def pair_gradients(
+    policy: Policy,
+    pairs: Iterable[PreferencePair] | Joined,
+    traces: Iterable[TraceRecord] = (),
+    *,
+    objective: Objective | None = None,
+    subset: Subset | None = None,
+    unmatched: Unmatched = "drop",
+    options: StreamOptions | None = None,
+) -> PairGradients:
+    """g_t, g_e and, where it is needed and can be had, the marginal gradient m of every example, as matrices.
+
+    Memory is ``3 * examples * parameters`` numbers; `gradient_batches` streams the same gradients.
+
+    Args:
+        policy: The policy at theta, dropout off (`bvpo_stats.model.policy.load_policy`).
+        pairs: D_t and D_e records together, told apart by their ``mode``, or what `join` made of them.
+        traces: Trace bank of the D_t pairs, where theta is not theta_ref.
+        objective: The loss; None for that of ``options`` (DPO with beta 0.1).
+        subset: The parameters theta; None for the policy's LoRA adapter.
+        unmatched: What to do about pairs without a partner in the other set: ``drop`` or ``error``.
+        options: Estimator of m, budgets, where log pi_ref comes from.
+
+    Returns:
+        Rows in the order of D_t.
+
+    Raises:
+        UserError: A policy without an adapter where no ``subset`` is given; and as in `join` and `gradient_batches`.
+
+    Example:
+        >>> from bvpo_stats.statistics import alpha_from_gradients
+        >>> g = pair_gradients(policy, pairs)  # doctest: +SKIP
+        >>> print(alpha_from_gradients(g.t, g.e, g.m, batch_size=128, clusters=g.prompt_ids))  # doctest: +SKIP
+    """
+    if not isinstance(policy, Policy):
+        raise UserError(f"`policy` must be a Policy, not a {type(policy).__name__}: make one with load_policy(...).")
+    options = options or StreamOptions()
+    if objective is not None:
+        options = replace(options, objective=objective)
+    subset = subset or lora_subset(policy.model)
+    examples = (pairs if isinstance(pairs, Joined) else join(pairs, traces, unmatched=unmatched)).examples
+    choice = MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False)
+    if options.method != "none":
+        choice = choose_marginal(policy, examples, options)
+    layout = BlockLayout.of(subset)
+    ends = np.cumsum([0, *layout.sizes.values()]).tolist()
+    blocks = {block: slice(*bounds) for block, bounds in zip(layout.sizes, itertools.pairwise(ends), strict=True)}
+    row_of = {example.key: row for row, example in enumerate(examples)}
+    found: dict[str, Float[np.ndarray, "examples parameters"]] = {}
+    for batch in gradient_batches(
+        policy, subset, examples, replace(options, method=choice.method, second_traces=False)
+    ):
+        rows = [row_of[key] for key in batch.keys]
+        for member, vectors in batch.vectors.items():
+            if member not in found:
+                found[member] = np.empty((len(examples), layout.size), dtype=layout.dtype)
+            for block, values in vectors.items():
+                found[member][rows, blocks[block]] = values
+    m = found.get("m") if choice.estimable else None
+    prompt_ids = tuple(example.prompt_id for example in examples)
+    return PairGradients(found["t"], found["e"], m, prompt_ids, blocks, choice)
 
 
 PROJECTED_PROMPTS = 256
@@ -256,8 +338,8 @@ def project_sides(
     """
     places = np.unique(np.linspace(0, len(examples) - 1, min(PROJECTED_PROMPTS, len(examples))).round().astype(int))
     sequences = _sides([examples[place] for place in places], options)
-    forwards, layout = make_forwards(policy, options), BlockLayout.of(subset)
-    reference = forwards.reference(sequences)
+    layout = BlockLayout.of(subset)
+    reference = reference_of(policy, options).of_sequences(sequences.sequences, sequences.names, sequences.stored)
     count = len(sequences.sequences)
     logps, projections = np.zeros(count), np.zeros(count)
     lengths = [len(sequence) for sequence in sequences.sequences]
@@ -265,7 +347,7 @@ def project_sides(
         for part in length_batches(lengths, max_tokens=options.max_tokens, max_padding=options.max_padding):
             sink = Along(layout, direction)
             names = [sequences.names[i] for i in part]
-            batch = forwards.batch(sequences, part)
+            batch = batch_of(policy, [sequences.sequences[i] for i in part], names)
             found = score_pass(policy.model, subset, batch, [sink], ScoreOptions(names=names))
             logps[part] = to_numpy(sequence_logprobs(found))
             projections[part] = torch.as_tensor(sink.products).cpu().numpy()

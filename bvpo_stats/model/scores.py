@@ -28,7 +28,7 @@ from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.sinks import Keep, Mixture, Sink, Sum
 from bvpo_stats.model.subset import Subset
 
-Mix = Callable[[Tensor], Tensor]
+Mix = Callable[[Tensor], Tensor | Mixture]
 """From sequence log-probabilities [sequences] to the map of sequences to rows [rows, sequences]."""
 
 
@@ -88,7 +88,8 @@ def score_pass(
         check_finite(logps, options.names)
         tape.counting = False
         if options.mix is not None:
-            tape.mix = Mixture.of(options.mix(logps.detach()))
+            found = options.mix(logps.detach())
+            tape.mix = found if isinstance(found, Mixture) else Mixture.of(found)
         objective = logps if options.token_weights is None else sequence_logprobs(token_logps * options.token_weights)
         if options.weigh is not None:
             objective = objective * options.weigh(logps.detach())

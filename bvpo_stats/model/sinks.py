@@ -8,7 +8,7 @@ means to keep the memory. A weight that a pass does not use is not reported: its
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,26 @@ class Mixture:
         rows, columns = nonzero.unbind(dim=1)
         counts = torch.bincount(rows, minlength=len(matrix))
         return cls(matrix[rows, columns], columns, torch.cumsum(counts, dim=0) - counts)
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Mapping[int, float]], sequences: int, device: torch.device | str = "cpu"
+    ) -> Mixture:
+        """From sparse rows, sequence to weight.
+
+        >>> Mixture.of_rows([{3: 2.0}, {}, {4: -1.0, 0: 0.0}], 20)(torch.arange(20.0)[:, None]).tolist()
+        [[6.0], [0.0], [-4.0]]
+        """
+        entries = [sorted((column, weight) for column, weight in row.items() if weight) for row in rows]
+        flat = [entry for row in entries for entry in row]
+        weights = torch.tensor([weight for _, weight in flat], dtype=torch.float64, device=device)
+        columns = torch.tensor([column for column, _ in flat], dtype=torch.long, device=device)
+        counts = torch.tensor([len(row) for row in entries], dtype=torch.long, device=device)
+        if len(flat) <= _SPARSE * len(rows) * sequences:
+            return cls(weights, columns, torch.cumsum(counts, dim=0) - counts)
+        matrix = torch.zeros(len(rows), sequences, dtype=torch.float64, device=device)
+        matrix[torch.repeat_interleave(torch.arange(len(rows), device=device), counts), columns] = weights
+        return cls(matrix)
 
     def __call__(self, scores: Float[Tensor, "sequences ..."]) -> Float[Tensor, "rows ..."]:
         """The rows, in the dtype of the scores."""

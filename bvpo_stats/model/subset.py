@@ -162,8 +162,8 @@ def lora_subset(model: nn.Module, patterns: Sequence[str] | None = None) -> Subs
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise UserError(
-            "No trainable parameters are selected: the model has no adapter. Create one (create_lora), load one, or "
-            "name Linear weights of the base model (linear_subset)."
+            "No trainable parameters are selected: the model has no adapter. Load it with one (`load_policy(..., "
+            "lora=16)` or `adapter`), or name Linear weights of the base model (`linear_subset`)."
         )
     names = _first_names(model)
     for config in _active_configs(model):

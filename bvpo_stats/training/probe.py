@@ -10,7 +10,7 @@ from bvpo_stats.gradients.examples import Example, check_identity
 from bvpo_stats.gradients.ladder import Probe
 from bvpo_stats.gradients.marginal import SideDiagnostics, aggregate, select_traces
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
-from bvpo_stats.gradients.references import check_stored_log_probs
+from bvpo_stats.gradients.reference import check_stored_log_probs
 from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -20,6 +19,7 @@ from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example, Joined, join
+from bvpo_stats.gradients.reference import Reference, fill_reference
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy
 from bvpo_stats.model.scores import log_probabilities
@@ -31,11 +31,15 @@ from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
-from bvpo_stats.training.deposit import through_wrapper, with_gradient
-from bvpo_stats.training.gradient import PairModel, Reference, StepGradient, mixed_gradient
+from bvpo_stats.training.gradient import (
+    PairModel,
+    StepGradient,
+    mixed_gradient,
+    scored_gradient,
+    through_wrapper,
+    with_gradient,
+)
 from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
-from bvpo_stats.training.reference import DisabledAdapter, StoredReference, precompute_reference
-from bvpo_stats.training.scored import scored_gradient
 from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
 
 _SETS = {"trace", "empty"}
@@ -119,9 +123,12 @@ class BVPOTrainer(Trainer):
                 f"There are {len(self.selection.train)} prompts to train on, fewer than one batch of "
                 f"{args.prompts_per_step}; lower the batch size (or the probe set), or give more pairs."
             )
-        self._pair_model = PairModel(self.policy, args.objective(), self._reference(self._examples), args.max_tokens)
+        self._world = world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
+        reference = self._reference()
+        if reference is not None and reference.stored:
+            self._fill()
+        self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens)
         self._metrics = PairMetrics()
-        world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
         self.estimator, self._subset = make_estimator(
             args, self.policy, self.selection, world, self._summed if world.size > 1 else None
         )
@@ -174,7 +181,7 @@ class BVPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean of L_c over a batch of prompts, with its gradient attached (see `bvpo_stats.training.deposit`)."""
+        """The mean of L_c over a batch of prompts, with its gradient attached (see `bvpo_stats.training.gradient`)."""
         prompts = [self._examples[row] for row in inputs["rows"].tolist()]
 
         def compute() -> Tensor:
@@ -320,20 +327,19 @@ class BVPOTrainer(Trainer):
     @contextlib.contextmanager
     def _added(self, dataset: Source | Mapping[str, Any]) -> Iterator[Any]:
         """An evaluation's rows for as long as it takes."""
-        before, pair_model = len(self._examples), self._pair_model
+        before = len(self._examples)
         try:
             rows = self._rows_of(dataset)
-            if isinstance(pair_model.reference, StoredReference):
+            if self._pair_model.reference is not None and self._pair_model.reference.stored:
                 if self.state.global_step and not self.policy.has_adapter:
                     raise UserError(
                         "All weights were trained, so the reference is gone; give `eval_dataset` to the trainer, which "
                         "takes its log-probabilities before the first step."
                     )
-                self._pair_model = replace(pair_model, reference=self._reference(self._examples[before:]))
+                self._fill(before)
             yield rows
         finally:
             del self._examples[before:]
-            self._pair_model = pair_model
 
     @contextlib.contextmanager
     def _every_row(self) -> Iterator[None]:
@@ -344,16 +350,18 @@ class BVPOTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drops
 
-    def _reference(self, examples: Sequence[Example]) -> Reference | None:
+    def _reference(self) -> Reference | None:
+        """The disabled adapter in every step; taken once, before the first, on request and where there is none."""
         if not self.config.objective().needs_reference:
             return None
-        adapted = self.policy.has_adapter
-        if adapted and not self.config.precompute_ref_log_probs:
-            return DisabledAdapter(self.policy)
-        pairs = [pair for example in examples for pair in example.pairs]
-        share = (self.args.process_index, self.args.world_size)
-        mine = precompute_reference(self.policy, pairs, max_tokens=self.config.max_tokens, share=share)
-        return StoredReference(pairs, dict(gather_object(list(mine.items()))))
+        return Reference(self.policy, stored=self.config.precompute_ref_log_probs or not self.policy.has_adapter)
+
+    def _fill(self, start: int = 0) -> None:
+        """Takes log pi_ref of the examples from a row on."""
+        filled = fill_reference(
+            self.policy, self._examples[start:], max_tokens=self.config.max_tokens, world=self._world
+        )
+        self._examples[start:] = filled
 
     def _summed(self, values: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(values.to(self.args.device), reduction="sum")

@@ -7,7 +7,7 @@ import pytest
 from bvpo_stats.embedded.assets import embedded_prompts
 from bvpo_stats.embedded.task import grade
 from bvpo_stats.gradients.examples import Example, check_identity
-from bvpo_stats.gradients.references import check_stored_log_probs
+from bvpo_stats.gradients.reference import check_stored_log_probs
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.config import AlphaInputs

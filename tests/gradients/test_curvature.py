@@ -11,7 +11,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature, noise_curvature
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.objectives import Objective
-from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import pair_gradients
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs
 from bvpo_stats.model.subset import lora_subset
 
@@ -26,11 +27,10 @@ def policy_and_pairs():
 
 
 def dense_hessian(policy, subset, pairs, objective, step=1e-4):
-    thinking = [pair for pair in pairs if pair.mode == "thinking"]
-    options = GradientOptions(objective=objective)
+    examples, options = join(pairs), StreamOptions(objective=objective, method="none", reference="adapter")
 
     def gradient():
-        return pair_gradients(policy.model, subset, thinking, options)[1].double().mean(0).numpy()
+        return pair_gradients(policy, examples, subset=subset, options=options).t.astype(float).mean(axis=0)
 
     rows = []
     with torch.no_grad():
@@ -92,11 +92,9 @@ def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, mon
     subset, objective = lora_subset(policy.model, ["layers.0.self_attn.v_proj"]), Objective(beta=1.0)
     dense = dense_hessian(policy, subset, pairs, objective)
     options = CurvatureOptions(learning_rate=0.5, max_tokens=20)
-    rows, gradients = pair_gradients(policy.model, subset, pairs, GradientOptions(objective=objective))
-    values = {(row.prompt_id, row.mode): g for row, g in zip(rows, gradients.double().numpy(), strict=True)}
-    ids = list(dict.fromkeys(row.prompt_id for row in rows))
-    assert len(ids) == N_PAIRS
-    noise = np.array([values[i, "thinking"] - values[i, "nothinking"] for i in ids])
+    found = pair_gradients(policy, pairs, subset=subset, objective=objective)
+    assert len(found.prompt_ids) == N_PAIRS
+    noise = found.t.astype(float) - found.e
     noise = noise - noise.mean(axis=0)
     exact = np.einsum("ij,jk,ik->", noise, dense, noise) / (noise**2).sum()
     examples = join(pairs).examples

@@ -7,7 +7,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import check_identity, join
 from bvpo_stats.gradients.marginal import select_traces
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.references import check_stored_log_probs, stored_log_probs
+from bvpo_stats.gradients.reference import check_stored_log_probs, stored_log_probs
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle
 from tests.gradients.conftest import SMALL
 

@@ -6,7 +6,8 @@ from scipy import stats
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective
-from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
+from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import pair_gradients
 from bvpo_stats.lab.oracle import (
     OracleConfig,
     build_oracle,
@@ -23,7 +24,6 @@ from bvpo_stats.lab.oracle import (
 from bvpo_stats.lab.oracle.draws import draw_posterior_traces, draw_prior_traces
 from bvpo_stats.model.batching import TokenSequence, collate
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
-from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.records import Completion, PreferencePair, TraceRecord, from_dict, to_dict
 
 OBJECTIVE = Objective(beta=0.7)
@@ -131,11 +131,12 @@ def test_estimators_run_on_the_records_unchanged(drifted, objective, reference):
     """g_t and g_e of drawn records through the package's estimator, against the table's vectors, example by example."""
     draws = draw_examples(drifted, 25, np.random.default_rng(12))
     t, e, _ = example_gradients(drifted, draws, objective)
-    model, options = drifted.policy.model, GradientOptions(objective, reference)
-    for pairs, vectors in zip(pair_records(drifted, draws), (t, e), strict=True):
-        rows, gradients = pair_gradients(model, lora_subset(model), pairs, options)
-        assert [row.prompt_id for row in rows] == [pair.prompt_id for pair in pairs]
-        np.testing.assert_allclose(gradients.numpy(), vectors, rtol=0, atol=1e-10 * np.abs(vectors).max())
+    trace_pairs, empty_pairs = pair_records(drifted, draws)
+    options = StreamOptions(objective=objective, method="none", reference=reference)
+    found = pair_gradients(drifted.policy, [*trace_pairs, *empty_pairs], options=options)
+    assert list(found.prompt_ids) == [pair.prompt_id for pair in trace_pairs]
+    for gradients, vectors in ((found.t, t), (found.e, e)):
+        np.testing.assert_allclose(gradients, vectors, rtol=0, atol=1e-10 * np.abs(vectors).max())
 
 
 def test_texts_are_what_the_template_makes_of_the_tokens(drifted):

@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import Joined
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.pair_gradients import GradientOptions, pair_gradients
-from bvpo_stats.gradients.stream import gradient_batches
+from bvpo_stats.gradients.stream import gradient_batches, pair_gradients
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
-from bvpo_stats.records import PreferencePair
 from bvpo_stats.store.tables import write_records
 from bvpo_stats.training import StepSums
-from bvpo_stats.training.gradient import mixed_gradient
-from bvpo_stats.training.scored import scored_gradient
+from bvpo_stats.training.gradient import mixed_gradient, scored_gradient
 from bvpo_stats.training.trainer import BVPOTrainer
 from tests.training.records import adapted, banks, both_sets, settings
 
@@ -45,12 +43,9 @@ def test_sums_and_gradient_of_a_step(random_model: Path, tmp_path: Path, max_tok
     assert float(found.loss) == pytest.approx(float(plain.loss), rel=1e-12)
     for ours, theirs in zip(found.gradients, plain.gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
-    options = GradientOptions(trainer.config.objective(), reference="adapter")
-    vectors = []
-    for side in (0, 1):
-        pairs: list[PreferencePair] = [prompt.both[side] for prompt in prompts]
-        vectors.append(pair_gradients(trainer.policy.model, trainer._subset, pairs, options)[1].numpy())
-    truth, step = StepSums.of_units(*vectors), sums.step_sums()
+    options = StreamOptions(trainer.config.objective(), method="none", reference="adapter")
+    g = pair_gradients(trainer.policy, Joined(prompts), subset=trainer._subset, options=options)
+    truth, step = StepSums.of_units(g.t, g.e), sums.step_sums()
     assert (step.examples, step.squares) == (7, 7)
     np.testing.assert_allclose(step.total, truth.total, rtol=1e-9)
     np.testing.assert_allclose(step.diagonal, truth.diagonal, rtol=1e-9)

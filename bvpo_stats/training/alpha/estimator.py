@@ -20,8 +20,8 @@ from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.training.alpha import AdaptiveOptions, Controller, Observation, StepSize, StepSums, from_state
 from bvpo_stats.training.config import AUTO, BVPOConfig
 from bvpo_stats.training.data import PromptSelection
+from bvpo_stats.training.gradient import PromptSums
 from bvpo_stats.training.probe import ProbeSet
-from bvpo_stats.training.sums import PromptSums
 
 _log = logging.getLogger(__name__)
 
