@@ -130,3 +130,39 @@ def test_draws_that_all_miss_the_posterior_are_a_red_flag():
     assert found.anchor_gap == pytest.approx(40)
     assert found.collapsed
     assert not aggregate([diagnostics(np.full(8, -1.0), anchor=0.0)]).collapsed
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("temperature", "the temperature of D_t is not recorded"),
+        ("top_p", "the top-p of D_t is not recorded"),
+        ("model", "the model that sampled D_t is not recorded"),
+        ("chosen_answer_start", "where the chosen answers of D_t begin is not recorded"),
+    ],
+)
+def test_unknown_provenance_rules_out_the_reference_point(plain, field, words):
+    """What is not recorded is never taken for a default; other rungs still bear where they do not depend on it."""
+    unknown = [replace(pair, **{field: None}) if pair.mode == "thinking" else pair for pair in plain.pairs]
+    choice = choose_marginal(plain.oracle.policy, join(unknown).examples, AUTO)
+    assert choice.rung != "reference point"
+    assert words in choice.reason[0].lower() + choice.reason[1:]
+    with pytest.raises(UserError, match="is not recorded"):
+        choose_marginal(plain.oracle.policy, join(unknown).examples, replace(AUTO, method="reference-point"))
+    if field in ("temperature", "top_p", "model"):
+        bank = plain.bank(6, "prior")
+        assert choose_marginal(plain.oracle.policy, join(unknown, bank).examples, AUTO).method == "prior"
+
+
+def test_an_unknown_temperature_leaves_the_pairs_own_traces_out(plain):
+    unknown = [replace(pair, temperature=None) for pair in plain.pairs]
+    for method in ("posterior", "jackknife"):
+        with pytest.raises(UserError, match="fewer than"):
+            choose_marginal(plain.oracle.policy, join(unknown).examples, StreamOptions(method=method))
+
+
+def test_other_missing_fields_rule_nothing_out(plain):
+    missing = ("chosen_reward", "rejected_reward", "chosen_index", "rejected_index", "chosen_answer", "template")
+    pairs = [replace(pair, **dict.fromkeys(missing)) for pair in plain.pairs]
+    examples = join(pairs).examples
+    assert choose_marginal(plain.oracle.policy, examples, AUTO).method == "reference-point"
