@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 Mode = Literal["thinking", "nothinking"]
 FinishReason = Literal["stop", "length"]
+Side = Literal["chosen", "rejected"]
 TraceSource = Literal["anchor", "same-answer", "mh", "prior"]
 
 MODES: tuple[Mode, Mode] = ("thinking", "nothinking")
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 UNKNOWN = "unknown"
 """How reports call a model or template that no record names."""
 
@@ -184,7 +186,7 @@ class TraceRecord:
     """
 
     prompt_id: str
-    side: Literal["chosen", "rejected"]
+    side: Side
     source: TraceSource
     index: int
     prompt_ids: tuple[int, ...]

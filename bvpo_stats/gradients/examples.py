@@ -14,10 +14,8 @@ from typing import Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
+from bvpo_stats.records import MODES, Mode, PreferencePair, Side, TraceRecord
 
-Side = Literal["chosen", "rejected"]
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
 Unmatched = Literal["error", "drop"]
 SETS: dict[Mode, str] = {"thinking": "D_t", "nothinking": "D_e"}
 

@@ -76,18 +76,14 @@ def sample(
         UserError: A setting out of its range, no prompts, a prompt that is too long, or NaN logits.
     """
     from bvpo_stats.model.policy import load_policy
-    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
 
     policy = load_policy(policy) if isinstance(policy, str) else policy
     check_modes(modes)
     questions = list(load_prompts(prompts))
-    longest = max(len(policy.template.prompt_ids(prompt.prompt, mode)) for prompt in questions for mode in modes)
     max_new_tokens = options.max_new_tokens(max_new_tokens, policy.identity.partition("@")[0])
     drawing = SamplingOptions(n, temperature, top_p, max_new_tokens, seed)
-    rows = automatic_batch_size(
-        None if batch_size == "auto" else batch_size, longest + max_new_tokens, policy.device.type != "cpu"
-    )
-    run = SamplingRun(TransformersEngine(policy), policy.template, drawing, policy.identity, rows, tuple(modes))
+    size = None if batch_size == "auto" else batch_size
+    run = local_run(policy, drawing, modes, [prompt.prompt for prompt in questions], size)
     nothing = KeySet(())
     found: list[Completion] = []
     with progress("Sampling", len(questions) * len(modes) * n, "responses") as advance:
@@ -98,6 +94,26 @@ def sample(
     order = {prompt.prompt_id: place for place, prompt in enumerate(questions)}
     found.sort(key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index))
     return Samples(found, policy.template)
+
+
+def local_run(
+    policy: Policy, options: SamplingOptions, modes: Sequence[Mode], questions: Iterable[str], batch_size: int | None
+) -> SamplingRun:
+    """A run that draws with a policy in memory.
+
+    Args:
+        policy: The policy.
+        options: How to draw.
+        modes: Which of Thinking and NoThinking.
+        questions: Texts among which the longest prompt is.
+        batch_size: Most responses drawn at once; None for what :func:`automatic_batch_size` gives.
+    """
+    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
+
+    template = policy.template
+    longest = max(len(template.prompt_ids(question, mode)) for question in questions for mode in modes)
+    rows = automatic_batch_size(batch_size, longest + options.max_new_tokens, policy.device.type != "cpu")
+    return SamplingRun(TransformersEngine(policy), template, options, policy.identity, rows, tuple(modes))
 
 
 def check_modes(modes: Sequence[Mode]) -> None:

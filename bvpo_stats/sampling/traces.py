@@ -22,7 +22,7 @@ from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.progress import progress
-from bvpo_stats.records import Completion, PreferencePair, Prompt, TraceRecord, TraceSource
+from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, uniforms
 from bvpo_stats.store.sample_index import check_sampling_model
@@ -30,8 +30,6 @@ from bvpo_stats.store.sample_index import check_sampling_model
 SOURCES: tuple[TraceSource, ...] = get_args(TraceSource)
 _PRIOR_ROUNDS = 4  # times a prior trace that does not close is drawn again before it is given up
 _BURN_IN = 10  # moves to move away from anchors that were sampled at another temperature than the target's
-Side = Literal["chosen", "rejected"]
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
 Trace = tuple[int, ...]
 """Token ids of a trace, closing tag included."""
 

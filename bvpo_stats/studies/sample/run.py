@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_policy, load_served_policy
-from bvpo_stats.model.templates import Template
 from bvpo_stats.records import UNKNOWN, Completion
-from bvpo_stats.sampling.engines.base import Engine
 from bvpo_stats.sampling.prompts import PromptSurvey, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
     SET_ASIDE_FILE,
     SamplingRun,
     SamplingTally,
-    automatic_batch_size,
     count_set_aside,
+    local_run,
     sample_into,
     summarise,
 )
@@ -72,14 +70,8 @@ def _open(config: SampleConfig, output: Path, identity: dict[str, Any]) -> Abstr
 
 
 def _local_run(config: SampleConfig, survey: PromptSurvey, loaded: Policy | None) -> tuple[SamplingRun, dict[str, Any]]:
-    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
-
     policy = loaded or load_policy(config.policy or PolicyOptions())
-    longest = max(len(policy.template.prompt_ids(text, mode)) for text in survey.longest for mode in config.modes)
-    rows = automatic_batch_size(
-        config.batch_size, longest + config.sampling.max_new_tokens, policy.device.type != "cpu"
-    )
-    run = _run(config, TransformersEngine(policy), policy.template, policy.identity, rows)
+    run = local_run(policy, config.sampling, config.modes, survey.longest, config.batch_size)
     return run, {"model": policy.identity, "template": policy.template.name, "dtype": str(policy.model.dtype)}
 
 
@@ -90,12 +82,8 @@ def _server_run(config: SampleConfig) -> tuple[SamplingRun, dict[str, Any]]:
     assert config.server is not None
     policy = load_served_policy(config.policy)
     engine = OpenAIEngine(policy, config.server, config.modes)
-    run = _run(config, engine, policy.template, engine.model, config.server.concurrency)
+    run = SamplingRun(engine, policy.template, config.sampling, engine.model, config.server.concurrency, config.modes)
     return run, {"model": engine.model, "template": policy.template.name}
-
-
-def _run(config: SampleConfig, engine: Engine, template: Template, model: str, rows: int) -> SamplingRun:
-    return SamplingRun(engine, template, config.sampling, model, batch_size=rows, modes=config.modes)
 
 
 def _adopt(config: SampleConfig, output: Path) -> SampleReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,17 +13,16 @@ from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.file_engine import adopt_completions
-from bvpo_stats.sampling.prompts import load_prompts
+from bvpo_stats.sampling.prompts import load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
-    SamplingRun,
-    automatic_batch_size,
     check_one_source,
+    local_run,
     sample_into,
 )
 from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.tables import read_records
+from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.published import APPENDIX_B, published_name
 from bvpo_stats.studies.variance.config import VarianceConfig
 from bvpo_stats.studies.variance.report import (
@@ -56,7 +54,7 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
         "model": policy.identity,
         "template": policy.template.name,
         "dtype": str(policy.model.dtype),
-        "prompts": prompts_fingerprint(prompts),
+        "prompts": survey_prompts(prompts).fingerprint,
         **asdict(config.sampling),
     }
     with open_run(output, "variance", identity) as folder:
@@ -85,13 +83,7 @@ def sample_both_modes(
         path: ``samples.jsonl`` of the run's folder.
         batch_size: Responses drawn at once, None for automatic.
     """
-    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
-
-    longest = max(len(policy.template.prompt_ids(p.prompt, "nothinking")) for p in prompts)
-    rows = automatic_batch_size(batch_size, longest + sampling.max_new_tokens, policy.device.type != "cpu")
-    run = SamplingRun(
-        TransformersEngine(policy), policy.template, sampling, policy.identity, batch_size=rows, modes=MODES
-    )
+    run = local_run(policy, sampling, MODES, [prompt.prompt for prompt in prompts], batch_size)
     sample_into(path.parent, prompts, run, n_prompts=len(prompts))
 
 
@@ -116,7 +108,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     unscored = [c for c in completions if c.logprobs is None]
     if unscored and policy is None:
         policy = load_policy(config.policy)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = fingerprint(path)
     identity = {
         "samples_from": digest,
         "limit": config.limit,
@@ -130,14 +122,6 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
         report = _analyse(config, completions, folder / LOGPROBS_FILE, model)
         report.write(folder)
     return report
-
-
-def prompts_fingerprint(prompts: list[Prompt]) -> str:
-    """A short hash of ids and texts, in order, with the count in front."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}\x1e".encode())
-    return f"{len(prompts)}:{digest.hexdigest()[:16]}"
 
 
 def _scored(completions: list[Completion], logprobs_path: Path, profile: PositionProfile) -> Iterator[ScoredSample]:
