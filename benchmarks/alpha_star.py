@@ -114,14 +114,14 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star.config import AlphaInputs
-    from bvpo_stats.studies.alpha_star.run import PassState, SubsetOptions, alpha_star, load_examples, prepare_subset
+    from bvpo_stats.studies.alpha_star.run import PassState, alpha_star, load_examples, prepare_subset
 
     torch.set_num_threads(1)
     inputs = AlphaInputs(limit=prompts)
     examples = load_examples(inputs).examples
     pairs = [pair for example in examples for pair in example.pairs]
     traces = [trace for example in examples for trace in example.traces]
-    policy, subset, _ = prepare_subset(load_policy(PolicyOptions(device="cpu")), SubsetOptions())
+    policy, subset, _ = prepare_subset(load_policy(PolicyOptions(device="cpu")))
     generator = torch.Generator().manual_seed(0)
     for key, weight in subset.parameters.items():
         if "lora_B" in key and drift:

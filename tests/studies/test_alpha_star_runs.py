@@ -17,7 +17,7 @@ from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.model.subset import LoraOptions, read_second_moments
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
-from bvpo_stats.studies.alpha_star.run import SubsetOptions, prepare_subset, run_alpha_star
+from bvpo_stats.studies.alpha_star.run import prepare_subset, run_alpha_star
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24
@@ -235,7 +235,7 @@ def test_swapped_files_too_few_prompts_and_an_empty_folder(files, tmp_path):
 @pytest.fixture(scope="module")
 def subset(files):
     policy = load_policy(PolicyOptions(model=str(files["model"])))
-    return prepare_subset(policy, SubsetOptions(lora=LORA))[1]
+    return prepare_subset(policy, lora=LORA)[1]
 
 
 def test_adam_state_from_torch_and_safetensors(subset, tmp_path):

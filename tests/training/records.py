@@ -16,7 +16,7 @@ from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair, TraceRecord
 from bvpo_stats.studies.alpha_star.config import AlphaInputs
-from bvpo_stats.studies.alpha_star.run import SubsetOptions, prepare_subset
+from bvpo_stats.studies.alpha_star.run import prepare_subset
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
 from tests.studies.alpha_inputs import write_rows
@@ -35,7 +35,7 @@ def adapted(model: Path, dtype: str = "float32", drift: float = 1.0) -> Policy:
     policy = load_policy(PolicyOptions(model=str(model), dtype=dtype))
     if dtype == "float64":
         replace_norms(policy.model)  # theirs round to float32
-    policy = prepare_subset(policy, SubsetOptions(lora=LORA))[0]
+    policy = prepare_subset(policy, lora=LORA)[0]
     generator = torch.Generator().manual_seed(5)
     for name, weight in policy.model.named_parameters():
         if "lora_B" in name:

@@ -97,10 +97,10 @@ def _measured(policy: object, responses: list[Completion]) -> Iterator[tuple[flo
     from bvpo_stats.model.policy import Policy
     from bvpo_stats.model.scores import score_pass
     from bvpo_stats.model.sinks import Dots
-    from bvpo_stats.studies.alpha_star.run import SubsetOptions, prepare_subset
+    from bvpo_stats.studies.alpha_star.run import prepare_subset
 
     assert isinstance(policy, Policy)
-    policy, subset, _ = prepare_subset(policy, SubsetOptions())
+    policy, subset, _ = prepare_subset(policy)
     questions: dict[str, dict[Mode, list[Completion]]] = {}
     for response in responses:
         questions.setdefault(response.prompt_id, {mode: [] for mode in MODES})[response.mode].append(response)

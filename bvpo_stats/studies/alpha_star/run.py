@@ -25,8 +25,8 @@ from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template, on_own_device
-from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, linear_subset, lora_subset, read_second_moments
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template, on_own_device, with_lora
+from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import as_pairs, read_pairs
@@ -46,20 +46,6 @@ _SAVE_SHARE = 20.0  # a save may take one part in so many of the time
 
 Pairs: TypeAlias = str | Path | Iterable[Any]
 """Pairs in memory, in any layout of `bvpo_stats.sampling.layouts.as_pairs`, or where they lie."""
-
-
-@dataclass(frozen=True)
-class SubsetOptions:
-    """Which parameters theta is.
-
-    Attributes:
-        params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
-            has one, else of the Linear weights of the model itself.
-        lora: The new adapter, where the policy has none and no patterns are given.
-    """
-
-    params: tuple[str, ...] = ()
-    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 @dataclass(frozen=True)
@@ -102,23 +88,18 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         identity = fingerprints(config.inputs)
         joined = load_examples(config.inputs, config.policy)
         _check_groups(joined.prompts, config.groups)
-        policy, subset, words = prepare_subset(
-            load_policy(on_own_device(config.policy, world.local_rank, world.size)), _subset_options(config)
-        )
+        policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
+        lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
+        policy, subset, words = prepare_subset(policy, config.params, lora)
         options = _options(config)
         if config.optimizer_state is not None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
-        identity |= _identity(config, policy, words)
+        identity |= _identity(config, lora, options.stream, policy, words)
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
             report = _estimate(policy, subset, joined, options, words, folder, world)
             if world.leads:
                 report.write(folder)
         return report if world.leads else None
-
-
-def _subset_options(config: AlphaConfig) -> SubsetOptions:
-    lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
-    return SubsetOptions(params=config.params, lora=lora)
 
 
 def _options(config: AlphaConfig) -> AlphaOptions:
@@ -160,7 +141,7 @@ def alpha_star(
     objective: Objective | None = None,
     marginal: MarginalMethod | None = None,
     groups: int | Literal["auto"] = "auto",
-    lora: LoraOptions | None = None,
+    lora: int | LoraOptions | None = None,
     subset: Subset | None = None,
     curvature: CurvatureOptions | None = None,
     second_moments: dict[str, NDArray] | None = None,
@@ -186,14 +167,14 @@ def alpha_star(
         objective: The loss; None for that of ``stream``, DPO unless it says otherwise.
         marginal: Estimator of the marginal gradient; None for ``stream``'s, by default the best that the data allow.
         groups: Jackknife groups: a number, or ``auto`` (single prompts up to 256, then twenty).
-        lora: The fresh adapter that stands for theta where the policy has none and no ``subset`` is given; the policy
-            itself stays as it is.
+        lora: The fresh adapter that stands for theta where the policy has none and no ``subset`` is given, or its rank;
+            the policy itself stays as it is.
         subset: The parameters theta; None for the LoRA adapter.
         curvature: Measure eta L with this instead of taking ``eta_l``.
         second_moments: Adam's second moments by parameter name, for alpha in Adam's metric.
         epsilon: Adam's epsilon.
         seed: Decides every draw; None for ``stream``'s.
-        stream: Budgets and whatever else decides how prompts become gradients.
+        stream: Budgets and whatever else decides how prompts become gradients; None for what the command does.
 
     Raises:
         UserError: Anything wrong with the input; see the message.
@@ -205,11 +186,13 @@ def alpha_star(
         At batch size 128 and eta L = 1, alpha* = 0.9... (95% interval 0.9... to 1.000). ...
     """
     said = {"objective": objective, "method": marginal, "seed": seed}
-    stream = replace(stream or StreamOptions(), **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
+    stream = replace(stream or _options(AlphaConfig()).stream, **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
     settings = AlphaSettings(batch_size, eta_l, level, method)
     options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon)
     if subset is None:
-        policy, subset, words = prepare_subset(policy, SubsetOptions(lora=lora or LoraOptions(seed=stream.seed)))
+        if not isinstance(lora, LoraOptions):
+            lora = LoraOptions(seed=stream.seed) if lora is None else LoraOptions(r=lora, seed=stream.seed)
+        policy, subset, words = prepare_subset(policy, lora=lora)
     else:
         words = "given parameters"
     joined = join(_all_pairs(policy, pairs, empty_pairs), traces, unmatched="drop")
@@ -341,16 +324,17 @@ def objective_words(objective: Objective) -> dict[str, Any]:
     return words | ({"gamma": objective.gamma} if objective.name == "simpo" else {})
 
 
-def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]:
+def _identity(
+    config: AlphaConfig, lora: LoraOptions, stream: StreamOptions, policy: Policy, words: str
+) -> dict[str, Any]:
     """What decides the moments; batch size, step size and level do not."""
-    stream, state = _options(config).stream, config.optimizer_state
     return {
         "model": policy.identity,
         "template": policy.template.name,
         "dtype": str(policy.model.dtype),
         "theta": words,
         "params": list(config.params),
-        "lora": None if config.policy.adapter else asdict(_subset_options(config).lora),
+        "lora": None if config.policy.adapter else asdict(lora),
         "objective": asdict(stream.objective),
         "marginal": stream.method,
         "traces_per_answer": stream.traces_per_answer,
@@ -359,7 +343,7 @@ def _identity(config: AlphaConfig, policy: Policy, words: str) -> dict[str, Any]
         "groups": config.groups,
         "limit": config.inputs.limit,
         "seed": stream.seed,
-        "optimizer_state": None if state is None else str(state),
+        "optimizer_state": None if config.optimizer_state is None else str(config.optimizer_state),
     }
 
 
@@ -377,10 +361,18 @@ def _check_groups(n_prompts: int, groups: int | Literal["auto"]) -> None:
         )
 
 
-def prepare_subset(policy: Policy, options: SubsetOptions) -> tuple[Policy, Subset, str]:
+def prepare_subset(
+    policy: Policy, params: Sequence[str] = (), lora: LoraOptions | None = None
+) -> tuple[Policy, Subset, str]:
     """The policy with its parameters selected: a loaded adapter's, named weights, or those of a fresh LoRA adapter.
 
     A fresh adapter has B = 0, hence theta = theta_ref.
+
+    Args:
+        policy: The policy; it stays as it is.
+        params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
+            has one, else of the Linear weights of the model itself.
+        lora: The new adapter, where the policy has none and no patterns are given.
 
     Returns:
         The policy (wrapped, where an adapter was added), the subset, and the choice in words.
@@ -388,16 +380,15 @@ def prepare_subset(policy: Policy, options: SubsetOptions) -> tuple[Policy, Subs
     Raises:
         UserError: The selection is empty or not supported.
     """
-    model: Any = policy.model
-    if hasattr(model, "disable_adapter"):
-        subset = lora_subset(model, options.params or None)
-        return policy, subset, f"loaded adapter{_chosen(options.params)}"
-    if options.params:
-        return policy, linear_subset(model, options.params), f"weights of {', '.join(options.params)}"
-    model = create_lora(model, options.lora)
-    targets = options.lora.targets if isinstance(options.lora.targets, str) else ", ".join(options.lora.targets)
-    words = f"fresh LoRA adapter, rank {options.lora.r}, on {targets}"
-    return replace(policy, model=model), lora_subset(model), words
+    if hasattr(policy.model, "disable_adapter"):
+        layers = f", layers {', '.join(params)}" if params else ""
+        return policy, lora_subset(policy.model, params or None), f"loaded adapter{layers}"
+    if params:
+        return policy, linear_subset(policy.model, params), f"weights of {', '.join(params)}"
+    lora = lora or LoraOptions()
+    policy = with_lora(policy, lora)
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    return policy, lora_subset(policy.model), f"fresh LoRA adapter, rank {lora.r}, on {targets}"
 
 
 def theta_words(policy: Policy, subset: Subset, words: str) -> str:
@@ -411,10 +402,6 @@ def theta_words(policy: Policy, subset: Subset, words: str) -> str:
     if policy.at_reference and any(".lora_A." in name for name in subset.parameters):
         return f"{words} (with B = 0, so that only the B half has a gradient yet and A has none)"
     return words
-
-
-def _chosen(params: Sequence[str]) -> str:
-    return f", layers {', '.join(params)}" if params else ""
 
 
 def load_examples(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Joined:
