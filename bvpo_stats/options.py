@@ -62,10 +62,10 @@ class Group:
     """A field that is a dataclass with options of its own, some of which read differently here.
 
     Attributes:
-        options: Field of the group to the option that replaces its own.
+        options: Field of the group to the option that replaces its own; None for none.
     """
 
-    options: dict[str, Option]
+    options: dict[str, Option | None]
 
 
 @functools.cache
@@ -107,12 +107,20 @@ def _check(name: str, value: Any, kind: Any, option: Option) -> None:
         return
     choices = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
     plain = [each for each in kinds if each in _WORDS]
-    if value in choices or (isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds)):
+    if value in choices:
+        return
+    if isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds):
+        for each in value:
+            _check_bounds(name, each, option)
         return
     if plain and not any(_is(value, each) for each in plain):
         raise UserError(f"`{name}={value!r}`: must be {' or '.join([*(_WORDS[each] for each in plain), *choices])}.")
     if choices and not plain:
         raise UserError(f"`{name}={value!r}`: unknown. Choose one of {', '.join(map(str, choices))}.")
+    _check_bounds(name, value, option)
+
+
+def _check_bounds(name: str, value: Any, option: Option) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         problem = _out_of_bounds(value, option)
         if problem:
@@ -141,7 +149,7 @@ def _out_of_bounds(value: float, option: Option) -> str | None:
         return None
     least = f"at least {low:g}" if low is not None else f"above {above:g}" if above is not None else ""
     most = f"at most {high:g}" if high is not None else f"below {below:g}" if below is not None else ""
-    return " and ".join(f"be {words}" for words in (least, most) if words)
+    return "be " + " and ".join(words for words in (least, most) if words)
 
 
 def number_or_auto(words: str) -> int | None:

@@ -18,20 +18,6 @@ from typer.core import TyperCommand, TyperOption
 from bvpo_stats.errors import UserError
 from bvpo_stats.options import Group, Option, field_types, members
 
-_LEGACY = {
-    "adapters": "--adapter",
-    "loss_type": "--loss",
-    "lr_scheduler_type": "--scheduler",
-    "method": "--marginal",
-    "modes": "--mode",
-    "num_train_epochs": "--epochs",
-    "precompute_ref_log_probs": "--precompute-ref-logps",
-    "r": "--lora-r",
-    "simpo_gamma": "--gamma",
-    "targets": "--target-modules",
-    "unmatched_prompts": "--unmatched",
-    "warmup_steps": "--warmup",
-}
 _FIELD = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
@@ -103,6 +89,8 @@ def _parameters(
             )
         elif isinstance(note, Option):
             option = note if group is None else group.options.get(name, note)
+            if option is None:
+                continue
             default = entries[name].default
             yield _Parameter((*path, name), kind, option, None if optional and default is MISSING else default)
 
@@ -191,7 +179,7 @@ def _common(output: str) -> Iterator[inspect.Parameter]:
 class Command(TyperCommand):
     """A command whose errors name its options, where those of the package name fields."""
 
-    names: Mapping[str, str] = _LEGACY
+    names: Mapping[str, str] = {}
     """Fields whose options have names of their own."""
 
     def invoke(self, ctx: typer.Context) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli import options as o
 
 EXAMPLES = """Examples:
 
@@ -19,8 +18,10 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first impression in a minute, with wide intervals.")
     ] = False,
-    seed: o.Seed = 0,
-    output: o.Output = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the results; the same folder again resumes the run.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """Tell the whole story on the embedded model, in a few minutes on two cores, and write one HTML page of it.
 

@@ -57,7 +57,7 @@ add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMP
 add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES)
 add_command(app, "alpha-star", alpha_star.alpha_star, output="runs/alpha-star", examples=alpha_star.EXAMPLES)
 add_command(app, "train", train.train, output="runs/train", examples=train.EXAMPLES)
-app.command("evaluate", cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+add_command(app, "evaluate", evaluate.evaluate, output="runs/evaluate", examples=evaluate.EXAMPLES)
 add_command(
     app,
     "oracle-training",

@@ -13,7 +13,6 @@ import pytest
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Completion, to_dict
 from bvpo_stats.statistics.proportions import difference_interval, length_controlled_rate, proportion_interval
-from bvpo_stats.studies.evaluate.config import JudgeOptions
 from bvpo_stats.studies.evaluate.report import EvaluationReport
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
 from tests.sampling.samples import sample, truncated, unclosed
@@ -110,8 +109,8 @@ def judged(prompts: str, tmp_path: Path, **changes: Any) -> EvaluateConfig:
         write(tmp_path / f"{name}.jsonl", [answered(p, text) for p, text in zip(NAMES, texts, strict=True)])
         for name, texts in (("old", old), ("new", new))
     ]
-    judge = JudgeOptions("rewards_by_length:length", baseline)
-    return settings(prompts, *files, judge=judge, **changes)
+    judge = {"judge": "reward", "reward": "rewards_by_length:length", "baseline": baseline}
+    return settings(prompts, *files, **judge, **changes)
 
 
 def test_win_rates_by_hand(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +145,9 @@ def test_rewards_are_kept_for_each_judge(prompts: str, tmp_path: Path, monkeypat
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "judged").rglob("*.jsonl")}
     assert len(before) == 3
     assert run(config, tmp_path / "run").scores == first.scores
-    unjudged = run(replace(config, judge=None), tmp_path / "run")  # another judge, or none, needs no new responses
+    unjudged = run(
+        replace(config, judge=None, reward=None, baseline=None), tmp_path / "run"
+    )  # another judge, or none, needs no new responses
     assert unjudged.columns == ()
     assert {path: path.read_bytes() for path in before} == before
 
@@ -156,15 +157,15 @@ def test_baselines_and_score_files_that_do_not_fit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = judged(prompts, tmp_path)
-    assert config.judge is not None
+    assert config.baseline is not None
     short = tmp_path / "short.json"
-    short.write_text(json.dumps(json.loads(config.judge.baseline.read_text())[:5]))
+    short.write_text(json.dumps(json.loads(config.baseline.read_text())[:5]))
     with pytest.raises(UserError, match=r"short\.json'` has no answer to 3 of the 8 prompts, e\.g\. p5"):
-        evaluate(replace(config, judge=replace(config.judge, baseline=short)), tmp_path / "run")
+        evaluate(replace(config, baseline=short), tmp_path / "run")
     with pytest.raises(UserError, match="scores of one model"):
-        evaluate(replace(config, judge=replace(config.judge, reward="file:scores.jsonl")), tmp_path / "run")
+        evaluate(replace(config, reward="file:scores.jsonl"), tmp_path / "run")
     with pytest.raises(UserError, match="unknown"):
-        evaluate(replace(config, judge=replace(config.judge, reward="gpt-4o")), tmp_path / "run")
+        evaluate(replace(config, reward="gpt-4o"), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # all of it is found before anything is read or drawn
 
 
@@ -176,7 +177,7 @@ def test_scores_from_a_file_name_the_baseline_minus_one(prompts: str, tmp_path: 
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps([{"uid": name, "output": "four"} for name in NAMES]))
     responses = write(tmp_path / "r.jsonl", [answered(name, "x" * (1 + n % 3)) for n, name in enumerate(NAMES)])
-    judge = JudgeOptions(f"file:{scores}", baseline)
-    report = run(settings(prompts, responses, judge=judge), tmp_path / "run")
+    config = settings(prompts, responses, judge="reward", reward=f"file:{scores}", baseline=baseline)
+    report = run(config, tmp_path / "run")
     assert report.scores["base"]["thinking"]["win_rate"].value == 0.5  # 4, 5, 6 and 7 beat 3.5
     assert report.columns[0].metric == "against baseline"

@@ -172,8 +172,10 @@ def evaluate_folder(
     Raises:
         UserError: The folder holds no such model, or an option is out of range.
     """
-    if n_samples < 2 or temperature <= 0 or (limit is not None and limit < 2):
+    if n_samples < 2 or not 0 < temperature < float("inf") or (limit is not None and limit < 2):
         raise UserError("`samples` and `limit` must be at least 2 and `temperature` above 0.")
+    if seed < 0:
+        raise UserError(f"`seed={seed}`: must be at least 0.")
     try:
         # local_files_only: a mistyped folder must not be looked up on the hub.
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()

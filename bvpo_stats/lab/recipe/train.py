@@ -282,6 +282,8 @@ def train(output: Path, recipe: Recipe | None = None, *, show_progress: bool = T
     recipe = recipe or Recipe()
     if recipe.steps < 1:
         raise UserError(f"`steps={recipe.steps}` is too few; use at least 1.")
+    if recipe.seed < 0:
+        raise UserError(f"`seed={recipe.seed}`: must be at least 0.")
     state = _load_checkpoint(output, recipe)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()

@@ -147,6 +147,7 @@ class AlphaConfig:
         int | Literal["auto"],
         o.Option(
             "Groups of the jackknife. `auto`: single prompts, beyond 256 of them 20 groups.",
+            low=2,
             read=o.whole_or_word,
             spelled="auto",
         ),

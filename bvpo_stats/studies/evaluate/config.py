@@ -6,35 +6,33 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
+from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import EMBEDDED, PolicyOptions
-from bvpo_stats.records import MODES, Mode
+from bvpo_stats.model.options import EMBEDDED, PolicyOptions
+from bvpo_stats.records import MODES
 from bvpo_stats.sampling.engines.server import ServerOptions
-from bvpo_stats.store.run_folder import WHOLE, Shard
-from bvpo_stats.studies.evaluate.report import BASE
-from bvpo_stats.studies.sample.config import EngineName
+from bvpo_stats.store.run_folder import WHOLE
+from bvpo_stats.studies.sample.config import Engine, ShardOption
 
 Task = Literal["math", "alpaca-eval", "arena-hard"]
-TASKS: tuple[Task, ...] = get_args(Task)
+BASE = "base"
+"""Label of the model that the others are compared with."""
+
+_BasePolicy = Annotated[
+    PolicyOptions | None,
+    o.Group(
+        {
+            "model": o.Option("Model folder or hub id; for a server, the model that it serves.", shown="embedded"),
+            "adapter": None,  # `adapters` lists those to compare
+        }
+    ),
+]
 
 # Appendix C.2: 32,768 tokens for mathematics, 8,192 for the alignment benchmarks.
 _MAX_NEW_TOKENS: dict[Task, int] = {"math": 32_768, "alpaca-eval": 8_192, "arena-hard": 8_192}
 _EMBEDDED_MAX_NEW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Judging answers by a reward model.
-
-    Attributes:
-        reward: What scores the answers, see :func:`~bvpo_stats.sampling.rewards.load_reward`.
-        baseline: File of the answers to beat: AlpacaEval's or Arena-Hard's format.
-    """
-
-    reward: str
-    baseline: Path
 
 
 @dataclass(frozen=True)
@@ -62,39 +60,94 @@ class EvaluateConfig:
         samples_from: The files of the ``file`` engine; the first is the base, the others are compared with it.
         batch_size: Responses drawn at once, None for automatic.
         shard: Which part of the sampling this process does.
-        judge: Judges the answers of the alignment tasks; None leaves that to the benchmarks' own tools.
+        judge: ``reward`` judges the answers of the alignment tasks; None leaves that to the benchmarks' own tools.
+        reward: What scores them, see :func:`~bvpo_stats.sampling.rewards.load_reward`.
+        baseline: File of the answers to beat: AlpacaEval's or Arena-Hard's format.
     """
 
-    policy: PolicyOptions | None = field(default_factory=PolicyOptions)
-    adapters: tuple[str, ...] = ()
-    task: Task = "math"
-    data: tuple[str, ...] = ()
-    split: str | None = None
-    instruction: str | None = None
-    samples: int | None = None
-    temperature: float = 0.6
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    seed: int = 0
-    modes: tuple[Mode, ...] = MODES
-    limit: int | None = None
-    level: float = 0.95
-    engine: EngineName = "transformers"
+    policy: _BasePolicy = field(default_factory=PolicyOptions)
+    adapters: Annotated[
+        tuple[str, ...],
+        o.Option(
+            "PEFT adapter (or a fully fine-tuned model) to compare with the model: folder or hub id, NAME=PATH to name "
+            "it; for a server, its name there. Repeatable.",
+            name="adapter",
+        ),
+    ] = ()
+    task: Annotated[Task, o.Option("math, alpaca-eval or arena-hard.")] = "math"
+    data: Annotated[
+        tuple[str, ...],
+        o.Option(
+            "Problems: embedded, aime24, aime25, amc, math-500, minerva, olympiadbench, paper (these six), or a file "
+            "or dataset with the fields `problem` and `answer`. Repeatable. Alignment: a file or dataset of prompts "
+            '("instruction", "prompt").',
+            shown="embedded; alignment: the benchmark's own prompts",
+        ),
+    ] = ()
+    split: Annotated[str | None, o.Option("Split of a dataset given as `data`.", shown="test")] = None
+    instruction: Annotated[
+        str | None,
+        o.Option(
+            "Put under each problem; '' for nothing.",
+            shown="to reason step by step and answer in a box; nothing for the embedded model",
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        o.Option(
+            "k, responses per problem and mode.",
+            low=1,
+            high=10**6,
+            shown="32 for AIME and AMC, 8 embedded, else 1",
+        ),
+    ] = None
+    temperature: o.Temperature = 0.6
+    top_p: o.TopP = 1.0
+    max_new_tokens: Annotated[
+        int | None,
+        o.Option(
+            "Cut responses at this many tokens.",
+            low=1,
+            shown="32768 math, 8192 alignment, 256 for the embedded model",
+        ),
+    ] = None
+    seed: o.Seed = 0
+    modes: o.Modes = MODES
+    limit: o.Limit = None
+    level: o.Level = 0.95
+    engine: Engine = "transformers"
     server: ServerOptions | None = None
-    samples_from: tuple[Path, ...] = ()
-    batch_size: int | None = None
-    shard: Shard = WHOLE
-    judge: JudgeOptions | None = None
+    samples_from: Annotated[
+        tuple[Path, ...],
+        o.Option("JSONL file of responses generated elsewhere (file engine); further ones are compared."),
+    ] = ()
+    batch_size: o.BatchSize = None
+    shard: ShardOption = WHOLE
+    judge: Annotated[
+        Literal["reward"] | None,
+        o.Option(
+            "Judge alignment answers here: reward compares rewards with `baseline`.",
+            shown="the benchmark's own tools judge the answer files",
+        ),
+    ] = None
+    reward: Annotated[
+        str | None,
+        o.Option("For `judge='reward'`: model:PATH, embedded, file:SCORES.jsonl or module:function."),
+    ] = None
+    baseline: Annotated[
+        Path | None,
+        o.Option("For `judge='reward'`: answers to beat, in AlpacaEval's or Arena-Hard's form."),
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UserError(f"`task={self.task!r}`: unknown. Choose one of {', '.join(TASKS)}.")
-        if self.engine not in get_args(EngineName):
-            raise UserError(f"`engine={self.engine!r}`: unknown. Choose one of {', '.join(get_args(EngineName))}.")
-        if not 0 < self.level < 1:
-            raise UserError(f"`level={self.level}`: must lie between 0 and 1, e.g. 0.95.")
+        o.check_options(self)
+        if self.judge is None:
+            if self.reward is not None or self.baseline is not None:
+                raise UserError("`reward` and `baseline` are for `judge='reward'`; add it.")
+        elif self.reward is None or self.baseline is None:
+            raise UserError("`judge='reward'` needs `reward` (who scores) and `baseline` (the answers to beat).")
         if self.policy is None and self.engine != "file":
-            raise UserError(f"`engine={self.engine!r}` needs `model`.")
+            raise UserError(f"`engine={self.engine!r}` needs `model`: whose answers, or whose tokenizer.")
         if self.policy is not None and self.policy.adapter is not None:
             raise UserError("The base of an evaluation is a model without an adapter; list adapters as `adapters`.")
         if self.engine == "file":

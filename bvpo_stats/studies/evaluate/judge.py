@@ -257,16 +257,16 @@ def load_judge(config: EvaluateConfig, benchmark: Benchmark, models: int) -> Jud
         UserError: No such reward or baseline, a baseline without an answer to some prompt, or a file of scores for
             several models.
     """
-    if config.judge is None:
+    if config.judge is None or config.reward is None or config.baseline is None:
         return None
-    path = config.judge.baseline
+    path = config.baseline
     answers = read_answer_file(path)
-    if config.judge.reward.startswith("file:") and models > 1:
+    if config.reward.startswith("file:") and models > 1:
         raise UserError("`reward='file:...'` holds the scores of one model. Evaluate one model at a time with it.")
     texts = answers.answers_to(benchmark.problems, path)
     options = config.policy
     reward = load_reward(
-        config.judge.reward,
+        config.reward,
         device=options.device if options else "auto",
         dtype=options.dtype if options else "auto",
         trust_remote_code=options.trust_remote_code if options else False,

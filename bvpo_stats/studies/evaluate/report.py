@@ -19,6 +19,7 @@ from bvpo_stats.statistics.proportions import (
 )
 from bvpo_stats.studies.base import REPORT_FILE, Finding, Mark, Presentation, Report, ResultTable
 from bvpo_stats.studies.evaluate.benchmarks import PRESETS
+from bvpo_stats.studies.evaluate.config import BASE
 
 MODE_NAMES = {"thinking": "Thinking", "nothinking": "NoThinking"}
 _COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed", "empty": "Empty",
@@ -26,9 +27,6 @@ _COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed",
 _ALWAYS = ("responses", "truncated")
 _DASH = "-"
 _MANY_CUT = 0.1
-BASE = "base"
-"""Label of the model that the others are compared with."""
-
 Scores = dict[str, dict[str, dict[str, Interval]]]
 """By label of the model, mode and name of the column."""
 

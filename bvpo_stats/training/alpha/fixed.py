@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,8 +51,10 @@ class FixedController:
                 f"alpha {alpha!r}: give a number, `adaptive`, or a schedule such as 0:0.2,100:0.8."
             ) from error
         steps = [step for step, _ in knots]
-        if sorted(set(steps)) != steps:
-            raise UserError("an alpha schedule needs at least one step:alpha, with steps rising, e.g. 0:0.2,100:0.8.")
+        if sorted(set(steps)) != steps or not all(0 <= step < math.inf for step in steps):
+            raise UserError(
+                "an alpha schedule needs at least one step:alpha, with steps rising from 0 on, e.g. 0:0.2,100:0.8."
+            )
         for _, value in knots:
             check_alpha(value)
         return cls(knots, AlphaRecord(-1, _at(knots, 0), _why(knots)))
