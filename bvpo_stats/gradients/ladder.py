@@ -64,33 +64,33 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
     Raises:
         UserError: A method was asked for that this data or objective rules out.
     """
-    probe = Probe(policy, examples, options)
+    ladder = Ladder(policy, examples, options)
     if options.method == "none":
-        return MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False, probe.drift)
+        return MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False, ladder.drift)
     if options.method != "auto":
-        return _asked_for(probe, options.method)
-    if (obstacle := probe.obstacle("reference-point")) is None:
-        reason = (
-            "theta = theta_ref and all pairs were sampled at temperature 1 without top-p, so b_t = 0 exactly and "
-            "mu = E g_t: no marginal gradient is needed."
-        )
-        return MarginalChoice("reference-point", "reference point", reason, True)
-    reasons = [obstacle]
-    rungs: list[tuple[MarginalMethod, Rung]] = [("posterior", "posterior traces"), ("prior", "prior traces")]
-    if probe.at_reference and options.objective.needs_reference and not probe.has_further_posterior_traces:
-        rungs.insert(0, ("anchored", "posterior traces"))
-    for method, rung in rungs:
-        verdict = probe.verdict(method)
+        return _asked_for(ladder, options.method)
+    reasons: list[str] = []
+    for method, rung in ladder.rungs():
+        if method == "reference-point":
+            if (obstacle := ladder.obstacle(method)) is None:
+                reason = (
+                    "theta = theta_ref and all pairs were sampled at temperature 1 without top-p, so b_t = 0 exactly "
+                    "and mu = E g_t: no marginal gradient is needed."
+                )
+                return MarginalChoice(method, rung, reason, True)
+            reasons.append(obstacle)
+            continue
+        verdict = ladder.verdict(method)
         if verdict.bears:
-            return MarginalChoice(method, rung, _sentence([*reasons, verdict.reason]), True, probe.drift)
+            return MarginalChoice(method, rung, _sentence([*reasons, verdict.reason]), True, ladder.drift)
         reasons.append(verdict.reason)
-    small = probe.plain and options.objective.name == "dpo" and probe.drift <= SMALL_DRIFT
+    small = ladder.plain and options.objective.name == "dpo" and ladder.drift <= SMALL_DRIFT
     reasons.append(
-        f"the largest log-ratio to the reference is {probe.drift:.2g} nats"
+        f"the largest log-ratio to the reference is {ladder.drift:.2g} nats"
         + (", so g_t's bias is small and an interval of alpha can be given" if small else "")
         + "; mu is not estimable: make a bank with more traces, or pairs whose answers are the final answers alone"
     )
-    return MarginalChoice("none", "small drift" if small else "not estimable", _sentence(reasons), False, probe.drift)
+    return MarginalChoice("none", "small drift" if small else "not estimable", _sentence(reasons), False, ladder.drift)
 
 
 def reference_of(policy: Policy, options: StreamOptions) -> Reference:
@@ -112,7 +112,7 @@ class Verdict:
     reason: str
 
 
-class Probe:
+class Ladder:
     """What the ladder looks at: theta, the law of the records, and the weights of a few prompts' traces."""
 
     def __init__(self, policy: Policy, examples: Sequence[Example], options: StreamOptions) -> None:
@@ -123,6 +123,46 @@ class Probe:
         self._reference = reference_of(policy, options)
         step = max(1, len(examples) // PROBED_PROMPTS)
         self._probed = examples[::step][:PROBED_PROMPTS]
+
+    def rungs(self, *, off_reference: bool = False) -> list[tuple[MarginalMethod, Rung]]:
+        """Methods from the best to the last resort.
+
+        Args:
+            off_reference: Those for a theta that has left theta_ref, wherever it is now.
+        """
+        rungs: list[tuple[MarginalMethod, Rung]] = [("posterior", "posterior traces"), ("prior", "prior traces")]
+        if off_reference:
+            return rungs
+        if self.at_reference and self.options.objective.needs_reference and not self.has_further_posterior_traces:
+            rungs.insert(0, ("anchored", "posterior traces"))
+        return [("reference-point", "reference point"), *rungs]
+
+    def by_records(self, *, off_reference: bool = False) -> tuple[MarginalMethod, list[str]]:
+        """The first method that the records allow, and what rules out those before it.
+
+        What the weights say is left to whoever runs the method (`MarginalDiagnostics.failure`).
+
+        Args:
+            off_reference: As in :meth:`rungs`.
+
+        Returns:
+            ``none`` where all are ruled out.
+        """
+        reasons = []
+        for method, _ in self.rungs(off_reference=off_reference):
+            obstacle = self.obstacle(method) or self._too_few(method, off_reference=off_reference)
+            if obstacle is None:
+                return method, reasons
+            reasons.append(obstacle)
+        return "none", reasons
+
+    def _too_few(self, method: MarginalMethod, *, off_reference: bool = False) -> str | None:
+        """One posterior trace of an answer is enough where log-ratios are 0, nowhere else."""
+        exact = self.at_reference and not off_reference and self.plain and self.options.objective.needs_reference
+        if method != "posterior" or exact:
+            return None
+        counts = [len(select_traces(bank, method, self.options.traces_per_answer)) for bank in self._banks()]
+        return "the bank has fewer than two posterior traces for some answers" if min(counts) < 2 else None
 
     @functools.cached_property
     def drift(self) -> float:
@@ -168,10 +208,8 @@ class Probe:
         """Whether a method bears, by its weights on the probed prompts."""
         if (obstacle := self.obstacle(method)) is not None:
             return Verdict(False, obstacle)
-        counts = [len(select_traces(bank, method, self.options.traces_per_answer)) for bank in self._banks()]
-        off_reference = not (self.at_reference and self.plain and self.options.objective.needs_reference)
-        if method == "posterior" and off_reference and min(counts) < 2:
-            return Verdict(False, "the bank has fewer than two posterior traces for some answers")
+        if (obstacle := self._too_few(method)) is not None:
+            return Verdict(False, obstacle)
         found = self.diagnostics(method)
         summary = f"{method} traces: effective size {found.effective_size:.3g} of {found.traces:.3g}"
         if found.failure is not None:
@@ -208,26 +246,26 @@ def check_method(policy: Policy, examples: Sequence[Example], options: StreamOpt
     Raises:
         UserError: Says why.
     """
-    _check(Probe(policy, examples, options), options.method)
+    _check(Ladder(policy, examples, options), options.method)
 
 
-def _check(probe: Probe, method: MarginalMethod) -> None:
-    if method not in ("auto", "none") and (obstacle := probe.obstacle(method)) is not None:
+def _check(ladder: Ladder, method: MarginalMethod) -> None:
+    if method not in ("auto", "none") and (obstacle := ladder.obstacle(method)) is not None:
         raise UserError(f"`method={method!r}` is ruled out: {obstacle}. Use `method='auto'`.")
 
 
-def _asked_for(probe: Probe, method: MarginalMethod) -> MarginalChoice:
-    _check(probe, method)
+def _asked_for(ladder: Ladder, method: MarginalMethod) -> MarginalChoice:
+    _check(ladder, method)
     if method == "reference-point":
         return MarginalChoice(method, "asked for", "mu = E g_t was asked for, and holds exactly here.", True)
-    found = probe.diagnostics(method)
+    found = ladder.diagnostics(method)
     reason = f"{method} was asked for; effective size {found.effective_size:.3g} of {found.traces:.3g} traces"
     if found.failure is not None:
         reason += f"; {found.failure}, so mu is not estimable"
-        return MarginalChoice(method, "not estimable", f"{reason}.", False, probe.drift)
-    if method == "anchored" and not probe.at_reference:
+        return MarginalChoice(method, "not estimable", f"{reason}.", False, ladder.drift)
+    if method == "anchored" and not ladder.at_reference:
         reason += "; off theta_ref the anchor is a draw of pi_ref's posterior, so a bias of order drift / K remains"
-    return MarginalChoice(method, "asked for", f"{reason}.", True, probe.drift)
+    return MarginalChoice(method, "asked for", f"{reason}.", True, ladder.drift)
 
 
 def _sentence(reasons: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bvpo_stats.distributed import World
 from bvpo_stats.gradients.examples import Example, check_identity
-from bvpo_stats.gradients.ladder import Probe
+from bvpo_stats.gradients.ladder import Ladder
 from bvpo_stats.gradients.marginal import SideDiagnostics, aggregate, select_traces
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.reference import check_stored_log_probs
@@ -15,9 +16,6 @@ from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.statistics.moments import Moments
-
-Merge = Callable[[Any], list[Any]]
-"""Every process's value, in the order of ranks, at the first process; an empty list elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -87,55 +85,36 @@ class ProbeSet:
                 total += sum(len(t.prompt_ids) + len(t.completion_ids) for t in used if t is not bank.own)
         return total
 
-    def look(self, share: tuple[int, int] = (0, 1), merge: Merge = lambda value: [value]) -> ProbeResult:
-        """Gradients of the probe prompts at the present theta, as moments.
-
-        Args:
-            share: (rank, processes): which prompts are this process's.
-            merge: Gathers a value of every process at the first.
-        """
+    def look(self, world: World | None = None) -> ProbeResult:
+        """Gradients of the probe prompts at the present theta, as moments; processes share the prompts."""
+        world = world or World()
         method, reason = self._method()
         if method == "none":
             return ProbeResult(method, reason, None)
         prompts = list(dict.fromkeys(example.prompt_id for example in self._examples))
-        mine = set(prompts[share[0] :: share[1]])
+        mine = set(prompts[world.rank :: world.size])
         moments: Moments | None = None
         diagnostics: list[SideDiagnostics] = []
         if mine:
-            batches = gradient_batches(
-                self._policy,
-                self._subset,
-                [example for example in self._examples if example.prompt_id in mine],
-                replace(self._options, method=method),
-            )
-            for batch in batches:
+            examples = [example for example in self._examples if example.prompt_id in mine]
+            options = replace(self._options, method=method)
+            for batch in gradient_batches(self._policy, self._subset, examples, options):
                 moments = moments or Moments.init(tuple(batch.vectors), tuple(batch.vectors["t"]))
                 moments = moments.update(batch.vectors, batch.prompt_ids, trace2=batch.trace2)
                 diagnostics += batch.diagnostics
-        parts = merge((None if moments is None else moments.to_arrays(), diagnostics))
+        parts = world.gather((None if moments is None else moments.to_arrays(), diagnostics))
         return _together(method, reason, parts)
 
     def _method(self, off_reference: bool = False) -> tuple[MarginalMethod, str]:
         """The first rung of the ladder that the records allow; what their weights say is seen after the pass."""
-        ladder = Probe(self._policy, self._examples, self._options)
-        reasons = []
-        methods: tuple[MarginalMethod, ...] = ("reference-point", "posterior", "prior")
-        for method in methods[1:] if off_reference else methods:
-            obstacle = ladder.obstacle(method)
-            if obstacle is None and method == "posterior" and self._fewest(method) < 2:
-                obstacle = "some answers have fewer than two posterior traces"
-            if obstacle is None:
-                return method, _WORDS[method]
-            reasons.append(obstacle)
-        return "none", f"mu is not estimable here: {'; '.join(reasons)}"
-
-    def _fewest(self, method: MarginalMethod) -> int:
-        banks = [bank for example in self._examples for _, bank in example.sides]
-        return min(len(select_traces(bank, method, self._options.traces_per_answer)) for bank in banks)
+        ladder = Ladder(self._policy, self._examples, self._options)
+        method, reasons = ladder.by_records(off_reference=off_reference)
+        return method, f"mu is not estimable here: {'; '.join(reasons)}" if method == "none" else _WORDS[method]
 
 
 _WORDS: dict[str, str] = {
     "reference-point": "mu = E g_t exactly, at the reference point and temperature 1",
+    "anchored": "mu from each pair's own trace and draws regardless of the answer",
     "posterior": "mu from posterior traces of each answer",
     "prior": "mu from traces drawn regardless of the answer",
 }
@@ -148,6 +127,7 @@ def _together(method: MarginalMethod, reason: str, parts: Sequence[Any]) -> Prob
             found = Moments.from_arrays(arrays)
             moments = found if moments is None else moments.merge(found)
     diagnostics = [side for _, found in parts for side in found]
-    if diagnostics and aggregate(diagnostics).collapsed:
-        return ProbeResult(method, f"{reason}, whose weights have collapsed: mu is not estimable", None)
+    failure = aggregate(diagnostics).failure if diagnostics else None
+    if failure is not None:
+        return ProbeResult(method, f"{reason}, but {failure}: mu is not estimable", None)
     return ProbeResult(method, reason, moments)

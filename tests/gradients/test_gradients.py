@@ -25,7 +25,7 @@ from bvpo_stats.model.scores import ScoreMismatchError
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, lora_subset
 from bvpo_stats.records import Mode, PreferencePair
 from bvpo_stats.statistics import alpha_from_gradients
-from bvpo_stats.studies.alpha_star.run import estimate_alpha_star
+from bvpo_stats.studies.alpha_star.run import alpha_star
 from tests.model.shapes import WORDS, tiny_model
 
 
@@ -164,7 +164,7 @@ def test_alpha_of_the_matrices_is_that_of_the_stream() -> None:
     assert g.t.shape == g.e.shape == (40, lora_subset(oracle.policy.model).size)
     assert [block.stop - block.start for block in g.blocks.values()] == [g.t.shape[1] // 2] * 2
     matrix = alpha_from_gradients(g.t, g.e, batch_size=128, clusters=g.prompt_ids)
-    streamed = estimate_alpha_star(oracle.policy, [*thinking, *nothinking])
+    streamed = alpha_star(oracle.policy, [*thinking, *nothinking])
     assert matrix.unclipped == pytest.approx(streamed.alpha_star.unclipped, rel=1e-9)
 
 

@@ -138,7 +138,7 @@ class AlphaEstimator:
         moments = None
         if look and self._probe is not None:
             with self._timed():
-                found = self._probe.look((self._world.rank, self._world.size), self._world.gather)
+                found = self._probe.look(self._world)
             self.mu, moments = found.reason, found.moments
         observation = Observation(
             step=step,
