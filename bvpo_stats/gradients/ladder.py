@@ -148,7 +148,7 @@ class Ladder:
         Returns:
             ``none`` where all are ruled out.
         """
-        reasons = []
+        reasons: list[str] = []
         for method, _ in self.rungs(off_reference=off_reference):
             obstacle = self.obstacle(method) or self._too_few(method, off_reference=off_reference)
             if obstacle is None:

@@ -7,7 +7,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import join
-from bvpo_stats.gradients.ladder import choose_marginal
+from bvpo_stats.gradients.ladder import Ladder, choose_marginal
 from bvpo_stats.gradients.marginal import SideDiagnostics, SideTraces, aggregate, diagnose_side
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
@@ -166,3 +166,24 @@ def test_other_missing_fields_rule_nothing_out(plain):
     pairs = [replace(pair, **dict.fromkeys(missing)) for pair in plain.pairs]
     examples = join(pairs).examples
     assert choose_marginal(plain.oracle.policy, examples, AUTO).method == "reference-point"
+
+
+def test_training_climbs_the_same_rungs(plain, drifted):
+    """By the records alone the ladder stops where the choice does, as long as the weights bear; else one rung early."""
+    cases = [
+        (plain, (), AUTO),
+        (plain, plain.bank(4, "prior"), IPO),
+        (plain, plain.bank(4, "prior"), SIMPO),
+        (plain, plain.bank(4, "same-answer"), SIMPO),
+        (drifted, drifted.bank(4, "same-answer"), AUTO),
+        (drifted, drifted.bank(6, "prior"), AUTO),
+        (drifted, (), AUTO),
+    ]
+    for case, bank, options in cases:
+        ladder = Ladder(case.oracle.policy, join(case.pairs, bank).examples, options)
+        assert ladder.by_records()[0] == choose(case, bank, options).method
+    late = collapsed(drifted.bank(6, "prior"))
+    ladder = Ladder(drifted.oracle.policy, join(drifted.pairs, late).examples, AUTO)
+    assert (ladder.by_records()[0], choose(drifted, late).method) == ("prior", "none")
+    ladder = Ladder(plain.oracle.policy, join(plain.pairs, plain.bank(4, "same-answer")).examples, AUTO)
+    assert [ladder.by_records(off_reference=away)[0] for away in (False, True)] == ["reference-point", "posterior"]
