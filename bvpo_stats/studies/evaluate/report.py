@@ -98,9 +98,20 @@ class ResponseCounts:
     mean_answer_characters: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskResults:
-    """The part of a report that the task decides; see :class:`EvaluationReport`."""
+    """The part of a report that the task decides.
+
+    Attributes:
+        benchmarks: What was asked.
+        columns: The figures of merit, in order; none where judging is left to others.
+        scores: Value and interval by model, mode and column.
+        differences: The same for each model minus ``base``, paired by problem.
+        counts: What became of the responses, by model, mode and benchmark.
+        answer_files: Answer files written, by model and mode (alignment tasks).
+        reward: Identity of the reward behind a judgement.
+        notes: What a reader should know.
+    """
 
     benchmarks: tuple[BenchmarkFacts, ...]
     columns: tuple[Column, ...]
@@ -194,9 +205,9 @@ def _paired(column: ColumnValues, label: str, mode: str) -> tuple[Series, Series
     return new[both], old[both]
 
 
-@dataclass(frozen=True)
-class EvaluationReport(Report):
-    """One evaluation.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(TaskResults, Report):
+    """One evaluation: the results of its task, and how they came about.
 
     Attributes:
         task: ``math``, ``alpaca-eval`` or ``arena-hard``.
@@ -205,15 +216,7 @@ class EvaluationReport(Report):
         template: Name of the prompt protocol.
         sampling: Temperature, top-p, cut-off and seed; None for responses from elsewhere.
         level: Confidence level of the intervals.
-        benchmarks: What was asked.
-        columns: The figures of merit, in order; none where judging is left to others.
-        scores: Value and interval by model, mode and column.
-        differences: The same for each model minus ``base``, paired by problem.
-        counts: What became of the responses, by model, mode and benchmark.
-        answer_files: Answer files written, by model and mode (alignment tasks).
-        reward: Identity of the reward behind a judgement.
         published: The paper's rows, where the base model is one of its three.
-        notes: What a reader should know.
     """
 
     study: ClassVar[str] = "evaluate"
@@ -225,15 +228,7 @@ class EvaluationReport(Report):
     template: str
     sampling: dict[str, float] | None
     level: float
-    benchmarks: tuple[BenchmarkFacts, ...]
-    columns: tuple[Column, ...]
-    scores: Scores
-    differences: Scores
-    counts: dict[str, dict[str, dict[str, ResponseCounts]]]
-    answer_files: dict[str, dict[str, str]]
-    reward: str | None
     published: dict[str, Any] | None
-    notes: tuple[str, ...]
 
     def present(self) -> Presentation:
         """Tables like the paper's Tables 1 and 2, differences from the base, and what became of the responses."""

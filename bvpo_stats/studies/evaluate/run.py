@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,18 @@ def evaluate(config: EvaluateConfig, output: Path) -> EvaluationReport | None:
         UserError: Anything wrong with the input; see the message. What was drawn is kept.
     """
     entrants = contestants(config)
-    task = _math(config, entrants) if config.task == "math" else _alignment(config, entrants)
-    with open_run(output, "evaluate", _identity(config, entrants, task.benchmarks), shard=config.shard) as folder:
-        runs = draw_responses(config, entrants, task.benchmarks, folder)
+    benchmarks, results = (_math if config.task == "math" else _alignment)(config, entrants)
+    with open_run(output, "evaluate", _identity(config, entrants, benchmarks), shard=config.shard) as folder:
+        runs = draw_responses(config, entrants, benchmarks, folder)
         if not config.shard.whole:
             return None
-        report = _report(config, runs, task.results(folder))
+        report = _report(config, runs, results(folder))
         report.write(folder)
     return report
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A task whose input has been checked: what to ask, and how to make results of the responses in a folder."""
-
-    benchmarks: list[Benchmark]
-    results: Callable[[Path], TaskResults]
+_Prepared = tuple[list[Benchmark], Callable[[Path], TaskResults]]
+"""A task whose input has been checked: what to ask, and how to make results of the responses in a folder."""
 
 
 def _math(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
@@ -67,7 +63,7 @@ def _math(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
         sources, samples=config.samples, split=config.split, instruction=instruction, limit=config.limit
     )
     unreadable = {benchmark.name: unreadable_golds(benchmark) for benchmark in benchmarks}
-    return _Prepared(benchmarks, lambda folder: math_results(config, entrants, benchmarks, unreadable, folder))
+    return benchmarks, lambda folder: math_results(config, entrants, benchmarks, unreadable, folder)
 
 
 def _alignment(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
@@ -76,7 +72,7 @@ def _alignment(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepa
     source = config.data[0] if config.data else EMBEDDED if config.model == EMBEDDED else config.task
     asked = load_instructions(config.task, source, split=config.split, limit=config.limit)
     judge = load_judge(config, asked.benchmark, len(entrants))
-    return _Prepared([asked.benchmark], lambda folder: alignment_results(config, entrants, asked, judge, folder))
+    return [asked.benchmark], lambda folder: alignment_results(config, entrants, asked, judge, folder)
 
 
 def _identity(
@@ -121,5 +117,5 @@ def _report(config: EvaluateConfig, runs: dict[str, SampleReport], results: Task
         sampling=None if config.engine == "file" else _sampling(config),
         level=config.level,
         published={"model": published_name(base.model), "scores": rows} if rows else None,
-        **{part.name: getattr(results, part.name) for part in fields(results)},
+        **vars(results),
     )
