@@ -338,7 +338,8 @@ def _own_trace(pair: PreferencePair, side: Side) -> TraceRecord:
         answer_start=(pair.chosen_answer_start if chosen else pair.rejected_answer_start) or 0,
         trace_logp=math.nan,
         joint_logp=math.nan if reference is None else reference,
-        temperature=pair.temperature,
+        # without model and nucleus, a temperature does not say of which law the trace is a draw
+        temperature=None if pair.model is None or pair.top_p is None else pair.temperature,
         model=pair.model,
         template=pair.template,
     )

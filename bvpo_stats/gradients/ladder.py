@@ -202,7 +202,11 @@ class Ladder:
         except UserError as error:
             return str(error).partition(";")[0]
         needed = {"jackknife": 2, "multilevel": 2}.get(method, 1)
-        return None if min(counts) >= needed else f"some answers have fewer than {needed} traces"
+        if min(counts) >= needed:
+            return None
+        lawless = (e.not_plain for e in self.examples if any(bank.own.temperature is None for _, bank in e.sides))
+        unknown = next((f", not counting the pairs' own: {reason}" for reason in lawless if reason), "")
+        return f"some answers have fewer than {needed} traces{unknown}"
 
     def verdict(self, method: MarginalMethod) -> Verdict:
         """Whether a method bears, by its weights on the probed prompts."""

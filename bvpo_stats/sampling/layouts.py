@@ -52,7 +52,10 @@ def read_pairs(
 def as_pairs(
     rows: Iterable[Any], template: TemplateSource, mode: Mode | None = None, *, name: str = "row"
 ) -> list[PreferencePair]:
-    """Pairs from rows in any of these layouts; further columns are ignored.
+    """Pairs from rows in any of these layouts.
+
+    Of further columns, those with the names of a record's other fields (``temperature``, ``top_p``, ``model``,
+    ``chosen_reward``, ...) are kept and all others ignored: what no column says is unknown.
 
     - Records (:class:`~bvpo_stats.records.PreferencePair`), or rows with all their fields, keep their own mode.
     - ``prompt_ids``, ``chosen_ids``, ``rejected_ids``: taken as they are.

@@ -78,6 +78,8 @@ def sample(
     from bvpo_stats.model.policy import load_policy
 
     policy = load_policy(policy) if isinstance(policy, str) else policy
+    if n < 1:
+        raise UserError(f"`n={n}`: at least 1 response per prompt is needed.")
     check_modes(modes)
     questions = list(load_prompts(prompts))
     max_new_tokens = options.max_new_tokens(max_new_tokens, policy.identity.partition("@")[0])

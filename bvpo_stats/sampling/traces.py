@@ -131,6 +131,8 @@ def make_traces(
         UserError: No pairs of D_t, pairs sampled at several or unknown temperatures or with a nucleus, samples of
             another model, or a pair that is not among the samples.
     """
+    if k < 1:
+        raise UserError(f"`k={k}`: at least 1 trace for each answer.")
     options = BankOptions(traces_per_answer=k, sources=tuple(sources), temperature=temperature)
     thinking = [pair for pair in pairs if pair.mode == "thinking"]
     if not thinking:

@@ -79,8 +79,10 @@ def read_records(
             continue
         found: Any = kind or record_kind(dict(row))
         if found is None:
+            hint = " TRL's columns become pairs by `as_pairs`." if {"chosen", "rejected"} <= row.keys() else ""
             raise UserError(
                 f"{where}: neither a pair, a trace, a completion nor a prompt (fields: {', '.join(row) or 'none'})."
+                + hint
             )
         yield from_dict(found, dict(row), where)
 

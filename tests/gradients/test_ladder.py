@@ -154,11 +154,13 @@ def test_unknown_provenance_rules_out_the_reference_point(plain, field, words):
         assert choose_marginal(plain.oracle.policy, join(unknown, bank).examples, AUTO).method == "prior"
 
 
-def test_an_unknown_temperature_leaves_the_pairs_own_traces_out(plain):
-    unknown = [replace(pair, temperature=None) for pair in plain.pairs]
+@pytest.mark.parametrize("field", ["temperature", "top_p", "model"])
+def test_an_unknown_law_leaves_the_pairs_own_traces_out(plain, field):
+    unknown = [replace(pair, **{field: None}) for pair in plain.pairs]
     for method in ("posterior", "jackknife"):
-        with pytest.raises(UserError, match="fewer than"):
+        with pytest.raises(UserError, match=r"not counting the pairs' own: .* is not recorded"):
             choose_marginal(plain.oracle.policy, join(unknown).examples, StreamOptions(method=method))
+    assert choose_marginal(plain.oracle.policy, join(unknown).examples, IPO).method == "none"
 
 
 def test_other_missing_fields_rule_nothing_out(plain):

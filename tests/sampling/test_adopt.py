@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import MODES, Completion, to_dict
 from bvpo_stats.sampling.engines.file_engine import adopt_completions, adopt_into
-from bvpo_stats.store.tables import fingerprint, read_records
+from bvpo_stats.store.tables import fingerprint, read_records, write_records
 from tests.sampling.samples import sample, template
 
 TEMPLATE = template()
@@ -45,6 +46,23 @@ def test_our_own_records_come_back_unchanged(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", list(map(to_dict, ours)))
     assert list(adopt_completions(path, None)) == ours
     assert list(adopt_completions(path, TEMPLATE, EOS)) == ours
+    for name in ("x.parquet", "y.jsonl.gz"):
+        write_records(tmp_path / name, ours)
+        assert list(adopt_completions(tmp_path / name, None)) == ours
+
+
+def test_what_no_line_says_is_unknown(tmp_path: Path) -> None:
+    """A table fills missing values with nulls; unknown temperatures and models are never taken for a default."""
+    table = datasets.Dataset.from_list(
+        [
+            {"prompt_id": "q", "mode": "thinking", "prompt": "1+1?", "text": "1+1=2</think>2", "temperature": None},
+            {"prompt_id": "q", "mode": "nothinking", "prompt": "1+1?", "text": "2", "temperature": 0.8},
+        ]
+    )
+    table.to_parquet(tmp_path / "x.parquet")
+    first, second = adopt_completions(tmp_path / "x.parquet", TEMPLATE, EOS)
+    assert (first.temperature, first.top_p, first.model, first.max_new_tokens) == (None, None, None, None)
+    assert (second.temperature, second.answer, first.answer) == (0.8, "2", "2")
 
 
 def test_texts_are_tokenised_as_the_model_would_have_seen_them(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_prompts_in_every_form(policy: Policy) -> None:
 
 def test_wrong_settings_are_named(policy: Policy) -> None:
     for settings, words in (
-        ({"n": 0}, "at least 1 response"),
+        ({"n": 0}, "n=0"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"modes": ("dreaming",)}, "modes="),
         ({"modes": "thinking"}, "modes="),

@@ -16,14 +16,15 @@ from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Completion, Mode, from_dict, to_dict
 from bvpo_stats.sampling.sample import SAMPLES_FILE, SamplingTally
 from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
+from bvpo_stats.store.tables import read_rows
 
 _LENGTH_REASONS = ("length", "max_tokens")
 
 
 def adopt_completions(path: Path, template: Template | None, eos_id: int | None = None) -> Iterator[Completion]:
-    """Streams the completions of a JSONL file, filling in what a foreign writer left out.
+    """Streams the completions of a JSONL or Parquet file, filling in what a foreign writer left out.
 
-    Needed in each line: ``prompt_id``, ``mode`` (thinking or nothinking), and ``prompt_ids`` + ``completion_ids``, or
+    Needed in each row: ``prompt_id``, ``mode`` (thinking or nothinking), and ``prompt_ids`` + ``completion_ids``, or
     ``prompt`` + ``text``, which are then tokenised here. ``sample_index`` is counted where missing, ``finish_reason``
     defaults to ``stop``, the trace/answer boundary is found through the template. Temperature, model and the like stay
     unknown where no line gives them.
@@ -38,9 +39,9 @@ def adopt_completions(path: Path, template: Template | None, eos_id: int | None 
     """
     counts: dict[int, int] = {}
     seen: set[int] = set()
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        completion = adopt_row(row, where, template, eos_id, counts)
+    for where, row in read_rows(path, Completion, name="samples_from"):
+        known = {name: value for name, value in row.items() if value is not None}  # tables fill up with nulls
+        completion = adopt_row(known, where, template, eos_id, counts)
         key = _digest(completion.key)
         if key in seen:
             raise UserError(f"{where}: the response {completion.key} occurs twice. Remove one of them.")
@@ -143,6 +144,8 @@ def adopt_into(
 
 
 def _count_lines(path: Path) -> int:
+    if path.suffix != ".jsonl":
+        return sum(1 for _ in read_rows(path, Completion))
     with path.open("rb") as handle:
         return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 16), b""))
 

@@ -16,7 +16,7 @@ from typing import Any
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES
 from bvpo_stats.sampling.rewards.base import Answer
-from bvpo_stats.store.jsonl import read_jsonl
+from bvpo_stats.store.tables import fingerprint, read_rows
 
 
 class FunctionReward:
@@ -123,18 +123,18 @@ class FileReward:
         self._path = path
         if not path.is_file():
             raise UserError(f"`reward='file:{path}'`: no such file. Give a JSONL file of scores.")
-        self.identity = f"file:{path.name}@{_digest(path)}"
+        self.identity = f"file:{path.name}@{fingerprint(path)[:12]}"
         self._folder = tempfile.TemporaryDirectory(prefix="bvpo-scores-")  # removed with this object
         self._database = sqlite3.connect(Path(self._folder.name) / "scores.sqlite", isolation_level=None)
         for pragma in ("journal_mode = off", "synchronous = off"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute("CREATE TABLE scores (key TEXT PRIMARY KEY, reward REAL) WITHOUT ROWID")
         self._database.execute("BEGIN")
-        for number, key, score in self._rows():
+        for where, key, score in self._rows():
             try:
                 self._database.execute("INSERT INTO scores VALUES (?, ?)", (key, score))
             except sqlite3.IntegrityError as error:
-                raise UserError(f"{path}:{number}: a second score for the sample {key}. Remove one of them.") from error
+                raise UserError(f"{where}: a second score for the sample {key}. Remove one of them.") from error
         self._database.execute("COMMIT")
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
@@ -145,9 +145,8 @@ class FileReward:
         )
         return [None if row is None else row[0] for row in found]
 
-    def _rows(self) -> Iterator[tuple[int, str, float | None]]:
-        for number, row in read_jsonl(self._path):
-            where = f"{self._path}:{number}"
+    def _rows(self) -> Iterator[tuple[str, str, float | None]]:
+        for where, row in read_rows(self._path):
             missing = [name for name in ("prompt_id", "mode", "sample_index", "reward") if name not in row]
             if missing:
                 raise UserError(
@@ -161,12 +160,4 @@ class FileReward:
                 raise UserError(
                     f"{where}: the reward of {row['prompt_id']}/{row['mode']}/{row['sample_index']} is NaN."
                 )
-            yield number, f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}", reward
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:12]
+            yield where, f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}", reward
