@@ -76,15 +76,15 @@ def test_the_probe_set_is_held_out_and_looked_at_as_alpha_star_does(random_model
     assert (len(probe), len(train), len(probe & train)) == (12, PROMPTS - 12, 0)
     again = adaptive(random_model, tmp_path)
     assert {p.prompt_id for p in again.selection.probe} == probe  # the seed decides
-    found = trainer.estimator._probe.look()
-    assert found.method == "posterior"
+    moments, reason = trainer.estimator._probe.look()
+    assert reason == "mu from posterior traces of each answer"
     policy = trainer.policy
     options = StreamOptions(Objective("dpo", 0.1), method="posterior", traces_per_answer=4)
     sums: dict[str, float] = {}
     for batch in gradient_batches(policy, trainer._subset, trainer.selection.probe, options):
         for member, blocks in batch.vectors.items():
             sums[member] = sums.get(member, 0.0) + sum(float((block**2).sum()) for block in blocks.values())
-    summary = found.moments.finalize()
+    summary = moments.finalize()
     for member, total in sums.items():
         index = summary.index(member)
         absolute = (summary.M + summary.shift)[0, :, index, index].sum()

@@ -138,8 +138,7 @@ def _steps(trainer: BVPOTrainer) -> int:
     args = trainer.config
     if args.max_steps > 0:
         return args.max_steps
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    per_epoch = len(trainer.selection.train) // batch if args.dataloader_drop_last else 1
+    per_epoch = len(trainer.selection.train) // args.prompts_per_step if args.dataloader_drop_last else 1
     return max(1, int(per_epoch * args.num_train_epochs))
 
 
@@ -180,7 +179,7 @@ def train_report(trainer: BVPOTrainer, method: Method) -> TrainReport:
     objective = args.objective()
     constants = {"beta": args.beta} | ({"simpo_gamma": args.simpo_gamma} if objective.name == "simpo" else {})
     trained = sum(int(w.numel()) for w in trainer.policy.model.parameters() if w.requires_grad)
-    adapter = hasattr(trainer.policy.model, "disable_adapter")
+    adapter = trainer.policy.has_adapter
     return TrainReport(
         method=method,
         model=trainer.policy.identity,
