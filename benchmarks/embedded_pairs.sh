@@ -7,7 +7,7 @@ set -eu
 PROMPTS=${PROMPTS:-400}
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
-DATA=bvpo_stats/tiny/data
+DATA=bvpo_stats/embedded/data
 
 "$PYTHON" - "$PROMPTS" > "$WORK/prompts.jsonl" <<'EOF'
 import json

@@ -25,7 +25,7 @@ from bvpo_stats.gradients.marginal import snis
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import Oracle
 from bvpo_stats.lab.oracle.draws import Draws, draw_examples, draw_posterior_traces
-from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, PairWeights, Scored, pair_weights
+from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, PairWeights, Scored, pair_weights, without_scores
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
@@ -207,9 +207,8 @@ def _weights(objective: Objective, log_prob: Array, log_ref: Array, tokens: Arra
     """All pairs of responses of a prompt: ``[copies, prompts, r, a, s, b]``, (r, a) chosen and (s, b) rejected."""
     shape = log_prob.shape
     ref, length = (np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (log_ref, tokens))
-    nothing = np.zeros((1, 1))  # weights need no scores
     later, earlier = (Ellipsis, None, None), (slice(None), slice(None), None, None)
-    chosen, rejected = (Scored(log_prob[k], ref[k], length[k], nothing) for k in (later, earlier))
+    chosen, rejected = (without_scores(log_prob[k], ref[k], length[k]) for k in (later, earlier))
     return pair_weights(objective, chosen, rejected)
 
 
@@ -385,7 +384,12 @@ def noise_curvature(
     return curved, np.einsum("njd,njd->n", noise, noise)
 
 
-def _marginal_sides(oracle: Oracle, copies: Copies, probe: Probe, traces: tuple[Array, Array]) -> tuple[Scored, Scored]:
+def _marginal_sides(
+    oracle: Oracle,
+    copies: Copies,
+    probe: Probe,
+    traces: tuple[Int[np.ndarray, "copies examples K"], Int[np.ndarray, "copies examples K"]],
+) -> tuple[Scored, Scored]:
     """Log pi(y | x) and S(y) of both answers of every pair, estimated from one set of traces."""
     table, x = oracle.table, probe.pairs.prompt
     rows = np.arange(len(x))[:, None, None]

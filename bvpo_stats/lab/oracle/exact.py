@@ -52,6 +52,11 @@ class Scored:
         return Scored(*(np.asarray(field[index]) for field in fields))  # type: ignore[call-overload]
 
 
+def without_scores(log_prob: Array, log_ref: Array, tokens: Array) -> Scored:
+    """Responses for `pair_weights`, which needs no scores."""
+    return Scored(log_prob, log_ref, tokens, np.zeros((*log_prob.shape, 0)))
+
+
 @dataclass(frozen=True)
 class PairWeights:
     """An objective on pairs: grad loss = chosen * s(chosen) + rejected * s(rejected).

@@ -24,7 +24,15 @@ from scipy.special import expit, gammaln, logsumexp
 from bvpo_stats.gradients.marginal import level_probabilities
 from bvpo_stats.lab.oracle.build import Oracle, shortened
 from bvpo_stats.lab.oracle.draws import categorical, draw_posterior_traces, draw_prior_traces
-from bvpo_stats.lab.oracle.exact import ExactMoments, Objective, Scored, exact_moments, pair_weights, trace_responses
+from bvpo_stats.lab.oracle.exact import (
+    ExactMoments,
+    Objective,
+    Scored,
+    exact_moments,
+    pair_weights,
+    trace_responses,
+    without_scores,
+)
 from bvpo_stats.statistics.estimates import Estimates
 
 
@@ -237,7 +245,7 @@ class TraceSets:
         level = 1 + rng.choice(_LEVELS, size=len(x), p=probabilities)
         n_traces = self.oracle.grammar.n_traces
         plus, minus = np.zeros((2, len(x), n_traces))
-        for depth in np.unique(level):
+        for depth in np.unique(level).tolist():
             rows, size = np.flatnonzero(level == depth), 2**depth
             here, sides = x[rows], (answers[0][rows], answers[1][rows])
             traces = [draw_prior_traces(self.oracle, here, size, rng) for _ in sides]
@@ -281,7 +289,7 @@ class TraceSets:
 
 def _coefficients(objective: Objective, where: list[tuple[Array, Array, Array]], responses: Scored) -> Array:
     """-beta sigmoid(-m) of each pair: the weight of its chosen score."""
-    light = [Scored(responses.log_prob[w], responses.log_ref[w], responses.tokens[w], np.zeros((1, 1))) for w in where]
+    light = [without_scores(responses.log_prob[w], responses.log_ref[w], responses.tokens[w]) for w in where]
     return pair_weights(objective, light[0], light[1]).chosen
 
 
