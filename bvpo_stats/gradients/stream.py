@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.engine import (
     BlockLayout,
     BlockRows,
@@ -35,7 +34,7 @@ from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.reference import batch_of, check_stored_log_probs, to_numpy
 from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import ScoreOptions, check_scores, score_pass
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
@@ -256,8 +255,7 @@ def pair_gradients(
         >>> g = pair_gradients(policy, pairs)  # doctest: +SKIP
         >>> print(alpha_from_gradients(g.t, g.e, g.m, batch_size=128, clusters=g.prompt_ids))  # doctest: +SKIP
     """
-    if not isinstance(policy, Policy):
-        raise UserError(f"`policy` must be a Policy, not a {type(policy).__name__}: make one with load_policy(...).")
+    policy = as_policy(policy)
     options = options or StreamOptions()
     if objective is not None:
         options = replace(options, objective=objective)

@@ -142,6 +142,10 @@ def load_policy(
             )
         policy = _load(options)
     else:
+        if not hasattr(model, "parameters"):
+            raise UserError(
+                f"`model` must be a name, a folder or a transformers causal LM, not a {type(model).__name__}."
+            )
         policy = _wrap(model, tokenizer, template, empty_trace)
         if dtype != "auto":
             policy.model.to(_dtype(dtype, device))  # type: ignore[arg-type]
@@ -154,6 +158,19 @@ def load_policy(
     if lora is None:
         return policy
     return with_lora(policy, LoraOptions(r=lora) if isinstance(lora, int) else lora)
+
+
+def as_policy(policy: Policy | str) -> Policy:
+    """A policy as it is, or the one of that name.
+
+    Raises:
+        UserError: Neither, or as in `load_policy`.
+    """
+    if isinstance(policy, str):
+        return load_policy(policy)
+    if not isinstance(policy, Policy):
+        raise UserError(f"`policy` must be a Policy, not a {type(policy).__name__}: make one with load_policy(...).")
+    return policy
 
 
 def with_lora(policy: Policy, options: LoraOptions | None = None) -> Policy:

@@ -237,13 +237,14 @@ def _completion_ids(
                 break
         if "<think>" in body or close in body:
             raise UserError(f"{where} has a think tag in it, but a pair of D_e has an empty trace.")
-    elif (prompt.rstrip().endswith("<think>") and body.lstrip().startswith("<think>")) or (
-        body.count("<think>") > 1 or body.count(close) > 1
-    ):
-        raise UserError(
-            f"{where} has a doubled think tag: the prompt of template {template.name} ends in "
-            f"{template.protocol.thinking_opening!r}, and a response opens and closes its trace once."
-        )
+    elif (prompt + opening).rstrip().endswith("<think>") and body.lstrip().startswith("<think>"):
+        # the text holds the whole turn, whose opening tag the prompt has already: it is the same tag
+        body = body.lstrip().removeprefix("<think>")
+        if prompt.endswith("\n"):
+            body = body.removeprefix("\n")
+    openings = body.count("<think>") + prompt.rstrip().endswith("<think>")
+    if mode == "thinking" and (openings > 1 or body.count(close) > 1):
+        raise UserError(f"{where} has a doubled think tag; a response opens and closes its trace once.")
     inside = next((token for token in _special_tokens(template) if token in body), None)
     if inside is not None:
         raise UserError(f"{where} has the special token {inside} inside, so it is unclear where the response ends.")

@@ -75,9 +75,9 @@ def sample(
     Raises:
         UserError: A setting out of its range, no prompts, a prompt that is too long, or NaN logits.
     """
-    from bvpo_stats.model.policy import load_policy
+    from bvpo_stats.model.policy import as_policy
 
-    policy = load_policy(policy) if isinstance(policy, str) else policy
+    policy = as_policy(policy)
     if n < 1:
         raise UserError(f"`n={n}`: at least 1 response per prompt is needed.")
     check_modes(modes)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import TokenSequence
-from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.progress import progress
 from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource
@@ -131,6 +131,7 @@ def make_traces(
         UserError: No pairs of D_t, pairs sampled at several or unknown temperatures or with a nucleus, samples of
             another model, or a pair that is not among the samples.
     """
+    policy = as_policy(policy)
     if k < 1:
         raise UserError(f"`k={k}`: at least 1 trace for each answer.")
     options = BankOptions(traces_per_answer=k, sources=tuple(sources), temperature=temperature)

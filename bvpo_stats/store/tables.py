@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
-from bvpo_stats.embedded.assets import EMBEDDED, embedded_records
+from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts, embedded_records
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import (
     Completion,
@@ -31,9 +31,6 @@ from bvpo_stats.records import (
 )
 from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, write_error
 from bvpo_stats.store.run_folder import run_files
-
-if TYPE_CHECKING:
-    pass
 
 Source = str | os.PathLike[str] | Iterable[Any]
 """A path, the word ``embedded``, a ``datasets.Dataset``, or any iterable of rows and records."""
@@ -73,6 +70,9 @@ def read_records(
     Raises:
         UserError: Nothing there, a row that is no such record; file, line and field are named.
     """
+    if kind is not None and kind not in _STEMS:
+        known = ", ".join(sorted(known.__name__ for known in _STEMS))
+        raise UserError(f"`kind` must be a record type ({known}), not {kind!r}.")
     for where, row in read_rows(source, kind, mode=mode, name=name):
         if not isinstance(row, Mapping):
             yield row  # a record already
@@ -99,6 +99,9 @@ def read_rows(
         # NumPy's and torch's formats of a dataset round to float32
         rows: Iterable[Any] = source.with_format(None) if hasattr(source, "with_format") else source
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    if str(source) == EMBEDDED and kind is Prompt:
+        yield from ((f"{name}, prompt {number}", prompt) for number, prompt in enumerate(embedded_prompts(), start=1))
         return
     for path in record_paths(source, kind, mode=mode, name=name):
         yield from _path_rows(path, name)

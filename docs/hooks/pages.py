@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bvpo_stats"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARTS = ("statistics", "model", "store", "sampling", "gradients", "training", "studies", "lab", "pages", "embedded")
-DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Changelog": "CHANGELOG.md"}
+DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md"}
 _NOTEBOOK_LINK = re.compile(r"\]\((\w+)\.ipynb")
+_BENCHMARK = re.compile(r"\[[^\]]+\]\(\.\./(benchmarks/[\w.]+)\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -31,7 +32,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav = list(config.nav or [])
     nav.append({"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]})
     nav.append({"Commands": "commands.md"})
-    nav.append({"API": [{name: f"api/{name}.md"} for name in _parts()]})
+    nav.append({"API": ["api/bvpo_stats.md", *({name: f"api/{name}.md"} for name in _parts())]})
     nav.append({"Project": [{title: name.lower()} for title, name in DOCUMENTS.items()]})
     config.nav = nav
     return config
@@ -40,13 +41,19 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the made pages themselves."""
     pages: dict[str, str | bytes] = {"commands.md": commands()}
-    pages |= {f"api/{name}.md": api_page(name) for name in _parts()}
+    pages |= {"api/bvpo_stats.md": front_door(), **{f"api/{name}.md": api_page(name) for name in _parts()}}
+    pages |= {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "figures").rglob("*.png")}
     pages |= {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS.values()}
     for path in NOTEBOOKS:
         pages |= notebook(path)
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Pictures beside the package are pictures of the site; benchmark tables, which are no pages, are named alone."""
+    return _BENCHMARK.sub(r"`\1`", markdown.replace("](../figures/", "](figures/"))
 
 
 def on_page_content(html: str, **_: object) -> str:
@@ -60,6 +67,16 @@ def _mathml(found: re.Match[str]) -> str:
 
 def _parts() -> list[str]:
     return [name for name in PARTS if (PACKAGE / name / "__init__.py").is_file()]
+
+
+def front_door() -> str:
+    """The names at the top level, each from where it lives."""
+    import bvpo_stats
+
+    lines = ["# bvpo_stats", "", "The front door: see [From Python](../from-python.md).", ""]
+    for name in bvpo_stats.__all__:
+        lines += [f"::: bvpo_stats.{bvpo_stats._HOMES[name]}.{name}", ""]
+    return "\n".join(lines)
 
 
 def api_page(name: str) -> str:

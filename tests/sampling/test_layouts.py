@@ -123,6 +123,17 @@ def test_what_is_known_of_the_sampling_is_kept() -> None:
     assert (pair.prompt_id, pair.temperature, pair.model, pair.chosen_reward) == ("7", 1.0, "m", 2.0)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_opening_tag_that_the_prompt_has_is_the_same_tag(name: str) -> None:
+    """People's texts hold the whole turn; templates of the R1 kind end their prompts in its opening tag."""
+    rendered = TEMPLATES[name]
+    rows = [{"prompt": QUESTION, "chosen": f"{tag}{TRACE}</think>{GOOD}", "rejected": f"{tag}{TRACE}</think>{BAD}"}
+            for tag in ("<think>", rendered.protocol.thinking_opening or "<think>")]  # fmt: skip
+    first, second = as_pairs(rows, rendered, "thinking")
+    assert first == second
+    assert rendered.tokenizer.decode([*first.prompt_ids, *first.chosen_ids]).count("<think>") == 1
+
+
 def test_a_trace_that_never_closes_has_no_answer() -> None:
     (pair,) = as_pairs([{"prompt": QUESTION, "chosen": "17", "rejected": "16"}], template(), "thinking")
     assert (pair.chosen_answer_start, pair.chosen_answer) == (None, None)
@@ -155,7 +166,8 @@ BASE = {"prompt": QUESTION, "chosen": f"{TRACE}</think>{GOOD}", "rejected": f"{T
         ({"prompt": " "}, "not empty"),
         ({"prompt": None}, "no column `prompt`"),
         ({"chosen": ""}, "`chosen` is empty"),
-        ({"chosen": f"<think>{TRACE}</think>{GOOD}"}, "`chosen` has a doubled think tag"),
+        ({"chosen": f"<think><think>{TRACE}</think>{GOOD}"}, "`chosen` has a doubled think tag"),
+        ({"chosen": f"{TRACE}<think></think>{GOOD}"}, "`chosen` has a doubled think tag"),
         ({"chosen": f"{TRACE}</think>{GOOD}</think>"}, "doubled think tag"),
         ({"chosen": f"{TRACE}</think><｜User｜>{GOOD}"}, "special token <｜User｜> inside"),
         ({"rejected": BASE["chosen"]}, "chosen and rejected are the same"),

@@ -25,7 +25,15 @@ from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, load_template, on_own_device, with_lora
+from bvpo_stats.model.policy import (
+    Policy,
+    PolicyOptions,
+    as_policy,
+    load_policy,
+    load_template,
+    on_own_device,
+    with_lora,
+)
 from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
@@ -185,6 +193,7 @@ def alpha_star(
         >>> print(report)  # doctest: +SKIP
         At batch size 128 and eta L = 1, alpha* = 0.9... (95% interval 0.9... to 1.000). ...
     """
+    policy = as_policy(policy)
     said = {"objective": objective, "method": marginal, "seed": seed}
     stream = replace(stream or _options(AlphaConfig()).stream, **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
     settings = AlphaSettings(batch_size, eta_l, level, method)
