@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.statistics.calibration import Mask
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
@@ -137,7 +137,7 @@ def minimiser(numerator: Array | float, denominator: Array | float) -> Array:
 
     An unbiased estimate of A can be negative at small tau; then the estimated parabola opens downwards.
 
-    >>> minimiser([0.3, 2.0, 0.1, 0.1], [1.0, 1.0, -1.0, 0.3])
+    >>> minimiser(np.array([0.3, 2.0, 0.1, 0.1]), np.array([1.0, 1.0, -1.0, 0.3]))
     array([0.3       , 1.        , 1.        , 0.33333333])
     """
     B, A = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
@@ -292,7 +292,7 @@ class AlphaCurve:
     unclipped: Array
     low: Array
     high: Array
-    identified: NDArray[np.bool_]
+    identified: Mask
 
 
 def alpha_curve(

@@ -65,12 +65,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    Array = NDArray[np.float64]
+    Mask = NDArray[np.bool_]
+else:  # numpy makes scalars of arrays without axes, with all that an array has
+    Array = NDArray[np.float64] | np.float64
+    Mask = NDArray[np.bool_] | np.bool_
 
 MIN_GROUPS = 8
 """With fewer groups k12 is noise."""
@@ -116,7 +122,7 @@ def u_centred(products: Float[np.ndarray, "*lead groups groups"]) -> Float[np.nd
 
 
 def interaction_variance(
-    interactions: Float[np.ndarray, "*lead pairs"], group_sizes: Float[np.ndarray, "*lead groups"]
+    interactions: Float[np.ndarray, "*lead pairs"], group_sizes: Float[np.ndarray, "... groups"]
 ) -> Float[np.ndarray, "*lead"]:
     """``E r^2`` of single examples, unbiased.
 
@@ -132,7 +138,7 @@ def interaction_variance(
     n_groups = group_sizes.shape[-1]
     first, second = np.triu_indices(n_groups, 1)
     expected = (1 / (group_sizes[..., first] * group_sizes[..., second])).sum(axis=-1)
-    return (interactions**2).sum(axis=-1) / (expected * (n_groups - 3) / (n_groups - 1))
+    return np.asarray((interactions**2).sum(axis=-1) / (expected * (n_groups - 3) / (n_groups - 1)))
 
 
 def shrunk(value: Array, noise: Array) -> tuple[Array, Array]:
@@ -273,7 +279,7 @@ class DifferenceSecondOrder:
         cls,
         influences: Float[np.ndarray, "*lead two groups"],
         interactions: Float[np.ndarray, "*lead two pairs"],
-        group_sizes: Float[np.ndarray, "*lead groups"],
+        group_sizes: Float[np.ndarray, "... groups"],
     ) -> DifferenceSecondOrder:
         """From the influences of every group (jackknife pseudo-values less their centre) and the interactions."""
         n_groups = influences.shape[-1]
@@ -351,7 +357,7 @@ def corrected_difference(
     return hall_transform(studentised, raw * np.sqrt(n * (n - 1)) / (n - 2), n)
 
 
-def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], NDArray[np.bool_]]) -> tuple[Array, Array]:
+def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], Mask]) -> tuple[Array, Array]:
     """Ends of the part of a confidence set that holds the estimate; infinite where it has no end on that side.
 
     Searches outward from the estimate, then bisects.
@@ -366,7 +372,7 @@ def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], NDArray[np.
     ends = []
     for side in (-1, 1):
 
-        def outside(angle: Array, side: int = side) -> NDArray[np.bool_]:
+        def outside(angle: Array, side: int = side) -> Mask:
             return ~inside(ratio + side * unit * np.tan(angle))
 
         crossed = outside(grid)
@@ -392,7 +398,7 @@ def corrected_ends(
         spread = deviations[..., 0, :] - ratio[..., None] * deviations[..., 1, :]
         unit = np.sqrt((weights * spread**2).sum(axis=-1)) / np.abs(denominator)
 
-    def inside(candidate: Array) -> NDArray[np.bool_]:
+    def inside(candidate: Array) -> Mask:
         return np.abs(corrected_difference(candidate, numerator, denominator, deviations, weights)) <= q
 
     return search_ends(ratio, unit, inside)

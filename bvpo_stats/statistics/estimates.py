@@ -224,7 +224,7 @@ def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str 
         Two examples each, in one dimension, where the truth is easy to see.
 
         >>> from bvpo_stats.statistics.moments import summary_of_arrays
-        >>> t, e, m = ([[1.0], [3.0], [2.0]], [[1.0], [1.0], [1.0]], [[2.0], [2.0], [2.0]])
+        >>> t, e, m = (np.array(x)[:, None] for x in ([1.0, 3.0, 2.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]))
         >>> out = estimates(summary_of_arrays({"t": t, "e": e, "m": m})).select(0)
         >>> round(float(out.bias_empty_sq), 12), round(float(out.var_trace), 12)
         (1.0, 1.0)

@@ -41,6 +41,7 @@ from bvpo_stats.statistics.calibration import (
     MIN_GROUPS,
     DifferenceSecondOrder,
     DifferenceSkew,
+    Mask,
     corrected_ends,
     interaction_variance,
     search_ends,
@@ -147,13 +148,13 @@ class RatioSets:
     high: Array
     shape: NDArray[np.int64]
 
-    def contains(self, value: float | Array) -> NDArray[np.bool_]:
+    def contains(self, value: float | Array) -> Mask:
         """Whether the sets hold a value."""
         inside = (self.low <= value) & (value <= self.high)
         outside = (value <= self.low) | (value >= self.high)
         return np.where(self.shape == BOUNDED, inside, np.where(self.shape == COMPLEMENT, outside, True))
 
-    def clipped(self) -> tuple[Array, Array, NDArray[np.bool_]]:
+    def clipped(self) -> tuple[Array, Array, Mask]:
         """Smallest interval in [0, 1] that holds the clipped set, and whether the sample identifies the clipped ratio.
 
         Clipping is monotone, so the clip of a set that holds ``alpha_unc`` holds ``alpha*``: coverage can only grow.
@@ -243,7 +244,7 @@ def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: 
         v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
         return np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
 
-    def inside(candidate: Array) -> NDArray[np.bool_]:
+    def inside(candidate: Array) -> Mask:
         standard_error, k12 = error(candidate), skew.at(candidate)
         bound = second.quantile(candidate, standard_error**2, k12, n_groups, q)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -268,7 +269,7 @@ def ratio_sets(
     denominator: Array,
     group_sizes: Array,
     level: float = 0.95,
-    method: Method = "fieller",
+    method: str = "fieller",
     interactions: tuple[Array, Array] | None = None,
     extra: Array | None = None,
 ) -> RatioSets:
@@ -283,6 +284,9 @@ def ratio_sets(
         interactions: Those of B and A, ``[..., I]`` each, where both are linear in U and M; ``fieller`` uses them.
         extra: ``[..., 2, 2]``, covariance that independent data add to (B, A), such as averages over training steps;
             for plain ``fieller``.
+
+    Raises:
+        UserError: No such method.
     """
     values = np.stack([numerator, denominator], axis=-2)
     q = t_quantile(level, group_sizes.shape[-1])

@@ -93,8 +93,8 @@ def group_of(prompt: Hashable, groups: int = DEFAULT_GROUPS) -> int:
 def group_labels(prompts: Sequence[Hashable], groups: int | None) -> Int[np.ndarray, " prompts"]:
     """Group ``0 .. G - 1`` of different prompts, groups without any left out; None: each is its own.
 
-    >>> group_labels(["a", "b", "c", "d"], 2).tolist(), group_labels(["a", "b", "c", "d"], None).tolist()
-    ([0, 1, 1, 0], [0, 1, 2, 3])
+    >>> group_labels(["a", "b", "c", "d"], 20).tolist(), group_labels(["a", "b", "c", "d"], None).tolist()
+    ([0, 1, 2, 2], [0, 1, 2, 3])
     """
     if groups is None:
         return np.arange(len(prompts))
