@@ -166,6 +166,10 @@ def undo_interaction(studentised: Array, skew: Array, n_groups: int) -> Array:
     return studentised + c * (1 + studentised**2) + c**2 * studentised**3 / 3
 
 
+def _through(matrix: Array, vector: Array) -> Array:
+    return np.matmul(matrix, vector[..., None])[..., 0]
+
+
 @dataclass(frozen=True)
 class DifferenceSkew:
     """k12 of ``B - a A`` as a function of a, for two statistics B and A.
@@ -189,10 +193,10 @@ class DifferenceSkew:
         b, a = influences[..., 0, :], influences[..., 1, :]
         matrices = pair_matrix(interactions, n_groups)
 
-        def projected(kernel: int, influence: Array) -> Array:
-            return np.matmul(matrices[..., kernel, :, :], influence[..., None])[..., 0] / (n_groups - 1)
-
-        bb, ba, ab, aa = projected(0, b), projected(0, a), projected(1, b), projected(1, a)
+        bb, ba, ab, aa = (
+            _through(matrices[..., kernel, :, :], influence) / (n_groups - 1)
+            for kernel, influence in ((0, b), (0, a), (1, b), (1, a))
+        )
         # (psi_B - a psi_A) (r_B - a r_A) (psi_B - a psi_A), by powers of a.
         terms = 2 * np.stack([b * bb, -(a * bb + b * (ba + ab)), b * aa + a * (ba + ab), -a * aa], axis=-1)
         mean = terms.mean(axis=-2)
@@ -287,11 +291,8 @@ class DifferenceSecondOrder:
         matrices = pair_matrix(interactions, n_groups)
         r_b, r_a = matrices[..., 0, :, :], matrices[..., 1, :, :]
 
-        def through(matrix: Array, vector: Array) -> Array:
-            return np.matmul(matrix, vector[..., None])[..., 0]
-
         # sum_h r_kh psi_h by powers of a; its square holds the products of a group with itself, which go.
-        reached = (through(r_b, b), -through(r_b, a) - through(r_a, b), through(r_a, a))
+        reached = (_through(r_b, b), -_through(r_b, a) - _through(r_a, b), _through(r_a, a))
         squares = ((r_b**2).sum(axis=-1), -2 * (r_b * r_a).sum(axis=-1), (r_a**2).sum(axis=-1))
         selves = (b**2, -2 * a * b, a**2)
         chain = np.zeros((*b.shape[:-1], 5))
@@ -365,28 +366,22 @@ def search_ends(ratio: Array, unit: Array, inside: Callable[[Array], Mask]) -> t
     Args:
         ratio: The estimate, ``[...]``.
         unit: Scale of the search, such as the delta method's standard error; 0 where there is nothing to search.
-        inside: Whether candidates ``[...]`` or ``[C, ...]`` lie in the set.
+        inside: Whether candidates ``[...]``, or with further axes before, lie in the set.
     """
     angles = np.linspace(0, np.pi / 2, GRID + 1)[1:-1]
-    grid = angles.reshape(-1, *(1,) * np.ndim(ratio))
-    ends = []
-    for side in (-1, 1):
-
-        def outside(angle: Array, side: int = side) -> Mask:
-            return ~inside(ratio + side * unit * np.tan(angle))
-
-        crossed = outside(grid)
-        first = crossed.argmax(axis=0)
-        high = angles[first]
-        low = np.where(first == 0, 0.0, angles[np.maximum(first - 1, 0)])
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            out = outside(middle)
-            low, high = np.where(out, low, middle), np.where(out, middle, high)
-        end = ratio + side * unit * np.tan(low)
-        # Without spread there is nothing to search: the set is the ratio itself.
-        ends.append(np.where(unit == 0, ratio, np.where(crossed.any(axis=0), end, side * np.inf)))
-    return ends[0], ends[1]
+    sides = np.array([-1.0, 1.0]).reshape(2, *(1,) * np.ndim(ratio))
+    crossed = ~inside(ratio + sides * unit * np.tan(angles.reshape(-1, *(1,) * sides.ndim)))
+    first = crossed.argmax(axis=0)
+    high = angles[first]
+    low = np.where(first == 0, 0.0, angles[np.maximum(first - 1, 0)])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        out = ~inside(ratio + sides * unit * np.tan(middle))
+        low, high = np.where(out, low, middle), np.where(out, middle, high)
+    ends = np.where(crossed.any(axis=0), ratio + sides * unit * np.tan(low), sides * np.inf)
+    # Without spread there is nothing to search: the set is the ratio itself.
+    below, above = np.where(unit == 0, ratio, ends)
+    return below, above
 
 
 def corrected_ends(

@@ -211,6 +211,11 @@ class LinearRatio:
         return LinearRatio(self.numerator[..., k], self.denominator[..., k], pairs)
 
 
+def _pick(per_block: bool, products: Array, a: int, b: int) -> Array:
+    chosen = products[..., a, b]
+    return chosen if per_block else chosen.sum(axis=-1)
+
+
 def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str = "m") -> Estimates:
     """Unbiased estimates from a summary of moments.
 
@@ -231,27 +236,23 @@ def estimates(summary: MomentSummary, *, per_block: bool = False, marginal: str 
     """
     t, e, m = (summary.index(name) for name in ("t", "e", marginal))
 
-    def pick(array: Array, a: int, b: int) -> Array:
-        chosen = array[..., a, b]
-        return chosen if per_block else chosen.sum(axis=-1)
-
     U, C, absolute = summary.U, summary.covariance, summary.U + summary.shift
-    tt, ee, mm, te, tm, em = (pick(U, a, b) for a, b in ((t, t), (e, e), (m, m), (t, e), (t, m), (e, m)))
+    tt, ee, mm, te, tm, em = (_pick(per_block, U, a, b) for a, b in ((t, t), (e, e), (m, m), (t, e), (t, m), (e, m)))
     sampling, within = summary.trace_sampling, summary.within_prompt
     return Estimates(
         bias_trace_sq=tt - 2 * tm + mm,
         bias_empty_sq=ee - 2 * em + mm,
         bias_cross=te - tm - em + mm,
-        var_trace=pick(C, t, t),
-        var_empty=pick(C, e, e),
-        var_cross=pick(C, t, e),
-        marginal_sq=pick(absolute, m, m),
-        trace_dot_marginal=pick(absolute, t, m),
-        empty_dot_marginal=pick(absolute, e, m),
-        trace_sq=pick(absolute, t, t),
-        empty_sq=pick(absolute, e, e),
-        trace_dot_empty=pick(absolute, t, e),
+        var_trace=_pick(per_block, C, t, t),
+        var_empty=_pick(per_block, C, e, e),
+        var_cross=_pick(per_block, C, t, e),
+        marginal_sq=_pick(per_block, absolute, m, m),
+        trace_dot_marginal=_pick(per_block, absolute, t, m),
+        empty_dot_marginal=_pick(per_block, absolute, e, m),
+        trace_sq=_pick(per_block, absolute, t, t),
+        empty_sq=_pick(per_block, absolute, e, e),
+        trace_dot_empty=_pick(per_block, absolute, t, e),
         var_trace_sampling=None if sampling is None else (sampling if per_block else sampling.sum(axis=-1)),
-        within_trace=None if within is None else pick(within, t, t),
-        within_empty=None if within is None else pick(within, e, e),
+        within_trace=None if within is None else _pick(per_block, within, t, t),
+        within_empty=None if within is None else _pick(per_block, within, e, e),
     )

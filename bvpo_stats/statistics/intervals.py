@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -221,6 +222,24 @@ def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
     return RatioSets(plain.ratio, low, high, np.where(bounded, BOUNDED, WHOLE_LINE))
 
 
+def _holds(
+    estimate: Array,
+    covariance: Array,
+    calibration: tuple[DifferenceSkew, DifferenceSecondOrder],
+    n_groups: int,
+    q: float,
+    candidate: Array,
+) -> Mask:
+    """Whether ``|h(T(a))| <= q(a)`` at candidates a; see `interaction_sets`."""
+    v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
+    standard_error = np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
+    k12 = calibration[0].at(candidate)
+    bound = calibration[1].quantile(candidate, standard_error**2, k12, n_groups, q)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        studentised = (estimate[..., 0] - candidate * estimate[..., 1]) / standard_error
+        return np.abs(undo_interaction(studentised, shrunk(*k12)[0], n_groups)) <= bound
+
+
 def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: float) -> RatioSets:
     """Fieller's set with the studentised difference freed of its dependence on its own standard error.
 
@@ -240,17 +259,7 @@ def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: 
     skew = DifferenceSkew.of(deviations, interactions)
     second = DifferenceSecondOrder.of(deviations, interactions, group_sizes)
 
-    def error(candidate: Array) -> Array:
-        v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
-        return np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
-
-    def inside(candidate: Array) -> Mask:
-        standard_error, k12 = error(candidate), skew.at(candidate)
-        bound = second.quantile(candidate, standard_error**2, k12, n_groups, q)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            studentised = (numerator - candidate * denominator) / standard_error
-            return np.abs(undo_interaction(studentised, shrunk(*k12)[0], n_groups)) <= bound
-
+    inside = partial(_holds, values[..., 0], covariance, (skew, second), n_groups, q)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = numerator / denominator
         b, a = deviations[..., 0, :], ratio[..., None] * deviations[..., 1, :]
@@ -305,6 +314,11 @@ BIAS_EMPTY = {"e": 1.0, "m": -1.0}
 MARGINAL = {"m": 1.0}
 
 
+def _form(weights: Array, products: Array) -> Array:
+    """``sum_ab w_a w_b x_ab``, summed over blocks."""
+    return np.einsum("...ab,a,b->...", products, weights, weights).sum(axis=-1)
+
+
 def squared_norm(summary: MomentSummary, combination: Mapping[str, float], level: float = 0.95) -> SimpleInterval:
     """``norm(E sum_a w_a a)^2``, unbiased, with Wilson's interval clipped at 0 (endpoints only).
 
@@ -321,17 +335,14 @@ def squared_norm(summary: MomentSummary, combination: Mapping[str, float], level
     for member, weight in combination.items():
         weights[summary.index(member)] += weight
 
-    def form(x: Array) -> Array:
-        return np.einsum("...ab,a,b->...", x, weights, weights).sum(axis=-1)
-
-    values = form(summary.U + (summary.shift if weights.sum() else 0))
+    values = _form(weights, summary.U + (summary.shift if weights.sum() else 0))
     if summary.interactions is None:
         return jackknife_normal(values, summary.group_sizes, level, floor=0.0)
     sizes = summary.group_sizes
     n = sizes.sum(axis=-1)
     variance = jackknife_covariance(values[..., None, :], sizes)[..., 0, 0]
-    plug_in = values[..., 0] + form(summary.covariance)[..., 0] / n
-    second_order = 2 * interaction_variance(form(summary.interactions), sizes) / (n * (n - 1))
+    plug_in = values[..., 0] + _form(weights, summary.covariance)[..., 0] / n
+    second_order = 2 * interaction_variance(_form(weights, summary.interactions), sizes) / (n * (n - 1))
     low, high = wilson_ends(values[..., 0], variance, plug_in, second_order, t_quantile(level, summary.n_groups))
     return SimpleInterval(values[..., 0], np.sqrt(variance), np.maximum(low, 0.0), np.maximum(high, 0.0), level)
 
