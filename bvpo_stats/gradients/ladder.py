@@ -80,10 +80,10 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
                 return MarginalChoice(method, rung, reason, True)
             reasons.append(obstacle)
             continue
-        verdict = ladder.verdict(method)
-        if verdict.bears:
-            return MarginalChoice(method, rung, _sentence([*reasons, verdict.reason]), True, ladder.drift)
-        reasons.append(verdict.reason)
+        bears, reason = ladder.verdict(method)
+        reasons.append(reason)
+        if bears:
+            return MarginalChoice(method, rung, _sentence(reasons), True, ladder.drift)
     small = ladder.plain and options.objective.name == "dpo" and ladder.drift <= SMALL_DRIFT
     reasons.append(
         f"the largest log-ratio to the reference is {ladder.drift:.2g} nats"
@@ -97,19 +97,6 @@ def reference_of(policy: Policy, options: StreamOptions) -> Reference:
     """The policy's reference at the present theta, as the options ask for it."""
     stored = options.reference == "record"
     return Reference(policy, policy.at_reference, stored, options.max_tokens, options.max_padding)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a method bears.
-
-    Attributes:
-        bears: Whether it does.
-        reason: Why, without a full stop.
-    """
-
-    bears: bool
-    reason: str
 
 
 class Ladder:
@@ -208,19 +195,19 @@ class Ladder:
         unknown = next((f", not counting the pairs' own: {reason}" for reason in lawless if reason), "")
         return f"some answers have fewer than {needed} traces{unknown}"
 
-    def verdict(self, method: MarginalMethod) -> Verdict:
-        """Whether a method bears, by its weights on the probed prompts."""
+    def verdict(self, method: MarginalMethod) -> tuple[bool, str]:
+        """Whether a method bears, by its weights on the probed prompts, and why (without a full stop)."""
         if (obstacle := self.obstacle(method)) is not None:
-            return Verdict(False, obstacle)
+            return False, obstacle
         if (obstacle := self._too_few(method)) is not None:
-            return Verdict(False, obstacle)
+            return False, obstacle
         found = self.diagnostics(method)
         summary = f"{method} traces: effective size {found.effective_size:.3g} of {found.traces:.3g}"
         if found.failure is not None:
-            return Verdict(False, f"{summary}, but {found.failure}")
+            return False, f"{summary}, but {found.failure}"
         if found.anchor_gap is not None:
             summary += f", anchor gap {found.anchor_gap:.2g} against log K = {found.log_traces:.2g}"
-        return Verdict(True, summary)
+        return True, summary
 
     def diagnostics(self, method: MarginalMethod) -> MarginalDiagnostics:
         """Diagnostics of a method's weights on the probed prompts."""
