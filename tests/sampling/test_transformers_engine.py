@@ -148,7 +148,7 @@ def test_tokens_without_probability_are_never_drawn() -> None:
 def test_a_nan_is_reported() -> None:
     logits = torch.zeros(1, 5)
     logits[0, 2] = float("nan")
-    with pytest.raises(UserError, match=r"NaN logits.*--dtype float32"):
+    with pytest.raises(UserError, match=r"NaN logits.*dtype='float32'"):
         choose(logits, np.array([0.5]))
 
 
@@ -218,5 +218,5 @@ def test_positions_bound_the_length(policy: Policy) -> None:
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(changes)).replace('_', '-')}"):
+    with pytest.raises(UserError, match=f"`{next(iter(changes))}="):
         SamplingOptions(**changes)  # type: ignore[arg-type]
