@@ -7,7 +7,11 @@ import warnings
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli import (
+
+from bvpo_stats import __version__
+from bvpo_stats.errors import UserError
+
+from . import (
     alpha_star,
     demo,
     evaluate,
@@ -22,10 +26,7 @@ from bvpo_stats.cli import (
     train,
     variance,
 )
-from bvpo_stats.cli.build import Command, add_command
-
-from bvpo_stats import __version__
-from bvpo_stats.errors import UserError
+from .build import Command, add_command
 
 app = typer.Typer(
     name="bvpo-stats",

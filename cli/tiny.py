@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from bvpo_stats.cli.build import Command
+
+from .build import Command
 
 TRAIN_EXAMPLES = """Examples:
 
