@@ -182,7 +182,7 @@ class Command(TyperCommand):
     names: Mapping[str, str] = {}
     """Fields whose options have names of their own."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Runs the command."""
         options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)}
         try:

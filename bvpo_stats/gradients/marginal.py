@@ -252,7 +252,7 @@ def pareto_k_hat(log_weights: Float[np.ndarray, " traces"]) -> float | None:
     if len(values) < 25 or np.ptp(values) == 0:
         return None
     try:
-        from arviz_stats.base import array_stats
+        from arviz_stats.base import array_stats  # type: ignore[attr-defined]
     except ImportError:
         return None
     with warnings.catch_warnings():

@@ -111,7 +111,7 @@ def _lora_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
         _check_input(site.name, x, tape)
         tape.expect(site.name_a)
         tape.expect(site.name_b)
-        return _LoraScores.apply(tape.anchor, x, base.weight, base.bias, a.weight, b.weight, terms)
+        return _LoraScores.apply(tape.anchor, x, base.weight, base.bias, a.weight, b.weight, terms)  # type: ignore[no-untyped-call]
 
     return forward
 
@@ -122,7 +122,7 @@ def _linear_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
         _check_input(site.name, x, tape)
         tape.expect(site.name_weight)
-        return _LinearScores.apply(tape.anchor, x, layer.weight, layer.bias, site, tape, transposed)
+        return _LinearScores.apply(tape.anchor, x, layer.weight, layer.bias, site, tape, transposed)  # type: ignore[no-untyped-call]
 
     return forward
 

@@ -88,7 +88,7 @@ def head_logprobs(
     if chunk_tokens is None:
         itemsize = _softmax_dtype(hidden.dtype).itemsize
         chunk_tokens = max(1, CHUNK_BYTES // (head.weight.shape[0] * itemsize))
-    return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, chunk_tokens)
+    return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, chunk_tokens)  # type: ignore[no-untyped-call]
 
 
 def last_hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "sequences targets hidden"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from bvpo_stats.embedded.assets import EMBEDDED
+from bvpo_stats.embedded.assets import EMBEDDED as EMBEDDED
 from bvpo_stats.options import Option, check_options
 
 

@@ -35,14 +35,15 @@ import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations_with_replacement, product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.calibration import Array, u_centred
+from bvpo_stats.statistics.calibration import Array as Array
+from bvpo_stats.statistics.calibration import u_centred
 
 MEMBERS = ("t", "e", "m")
 WHOLE = "all"
@@ -184,12 +185,12 @@ class MomentSummary:
             interactions=None if self.interactions is None else self.interactions[..., keep, :, :],
         )
 
-    def to_arrays(self) -> dict[str, NDArray]:
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``; `from_arrays` reads them back."""
         return {f.name: np.asarray(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> MomentSummary:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> MomentSummary:
         """Read what `to_arrays` wrote."""
         names = ("trace_sampling", "within_prompt", "interactions")
         optional = {name: np.asarray(arrays[name]) for name in names if name in arrays}
@@ -328,10 +329,10 @@ class GroupMoments:
     trace_draws: tuple[float, Array]
     repeats: tuple[float, Array]
 
-    def to_arrays(self) -> dict[str, NDArray]:
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays, exact."""
         counts = [self.size, self.squares, self.prompts, self.trace_draws[0], self.repeats[0]]
-        arrays: dict[str, NDArray] = {
+        arrays: dict[str, NDArray[Any]] = {
             "counts": np.array(counts, dtype=np.float64),
             "scatter": self.scatter,
             "within": self.within,
@@ -342,7 +343,7 @@ class GroupMoments:
         return arrays | {f"uneven{k}": r for k, r in enumerate(self.uneven or ())}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray], blocks: int) -> GroupMoments:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], blocks: int) -> GroupMoments:
         """Read what `to_arrays` wrote for that number of parameter blocks."""
         size, squares, prompts, draws, repeats = (float(x) for x in arrays["counts"])
         return cls(
@@ -415,7 +416,7 @@ def _dense(group: GroupMoments) -> Sequence[Array | float]:
     return [0.0] * len(group.means) if group.uneven is None else group.uneven
 
 
-def prompt_moments(vectors: Sequence[Sequence[NDArray]], halved: Array | None) -> GroupMoments:
+def prompt_moments(vectors: Sequence[Sequence[NDArray[Any]]], halved: Array | None) -> GroupMoments:
     """Moments of the n >= 2 pairs of one prompt; ``vectors`` per block and member ``[n, d]``, ``halved`` ``[n, L]``."""
     blocks = [np.stack(block, dtype=np.float64) for block in vectors]
     members, n = blocks[0].shape[:2]
@@ -436,7 +437,9 @@ def prompt_moments(vectors: Sequence[Sequence[NDArray]], halved: Array | None) -
     )
 
 
-def add_singles(group: GroupMoments | None, vectors: Sequence[Sequence[NDArray]], halved: Array | None) -> GroupMoments:
+def add_singles(
+    group: GroupMoments | None, vectors: Sequence[Sequence[NDArray[Any]]], halved: Array | None
+) -> GroupMoments:
     """Adds n prompts with one pair each; ``vectors`` per block and member ``[n, d]``, ``halved`` ``[n, L]``.
 
     The same as merging them one by one, in one pass over the vectors. With ``delta = x - mean`` about the old mean,
@@ -640,9 +643,9 @@ class Moments:
         )
         return summarise(sums, self.members, self.blocks, self.n_prompts)
 
-    def to_arrays(self) -> dict[str, NDArray]:
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``, to resume from or to send to another process; `from_arrays` reads them."""
-        arrays: dict[str, NDArray] = {
+        arrays: dict[str, NDArray[Any]] = {
             "members": np.array(self.members),
             "blocks": np.array(self.blocks),
             "n_groups": np.array(self.n_groups or 0),
@@ -653,11 +656,11 @@ class Moments:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> Moments:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Moments:
         """Read what `to_arrays` wrote (an open ``.npz`` file will do)."""
         members, blocks, names = (tuple(str(x) for x in arrays[key]) for key in ("members", "blocks", "groups"))
         n_groups = int(arrays["n_groups"]) or None
-        found: list[dict[str, NDArray]] = [{} for _ in names]
+        found: list[dict[str, NDArray[Any]]] = [{} for _ in names]
         for key in arrays:
             prefix, _, name = key.partition("/")
             if name:
@@ -668,7 +671,7 @@ class Moments:
         }
         return cls(members, blocks, n_groups, groups)
 
-    def _split(self, name: str, value: Vectors, n: int) -> list[NDArray]:
+    def _split(self, name: str, value: Vectors, n: int) -> list[NDArray[Any]]:
         """One array ``[n, d]`` per block, checked, in the float type that it came in."""
         given = value if isinstance(value, Mapping) else {WHOLE: value}
         missing = [block for block in self.blocks if block not in given]
@@ -689,7 +692,7 @@ class Moments:
         return arrays
 
 
-def _half_square(first: NDArray, second: NDArray) -> Array:
+def _half_square(first: NDArray[Any], second: NDArray[Any]) -> Array:
     """``norm(x - y)^2 / 2`` row by row, in float64."""
     difference = np.subtract(first, second, dtype=np.float64)
     return np.asarray(np.einsum("ij,ij->i", difference, difference) / 2)

@@ -74,7 +74,7 @@ class BVPOConfig(TrainingArguments):
     eta_l: float | str = field(default=1.0, metadata={"help": "Learning rate times smoothness, or auto."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if isinstance(self.loss_type, (list, tuple)) and len(self.loss_type) == 1:
             (self.loss_type,) = self.loss_type  # as TRL spells a single loss
         if self.eta_l != AUTO:

@@ -332,7 +332,7 @@ def with_gradient(value: Tensor, weights: Sequence[Tensor], gradients: Sequence[
         weights: Parameters that require gradients.
         gradients: The derivative of the loss by each; None where the loss does not depend on one.
     """
-    return _Deposit.apply(value, list(gradients), *weights)
+    return _Deposit.apply(value, list(gradients), *weights)  # type: ignore[no-untyped-call]
 
 
 class _Deposit(torch.autograd.Function):

@@ -29,7 +29,7 @@ _NAMES = (
 )
 
 
-def pair_values(logps: PairLogps, terms: PairTerms) -> dict[str, Tensor]:
+def pair_values(logps: PairLogps[Tensor], terms: PairTerms[Tensor]) -> dict[str, Tensor]:
     """What is logged of pairs, by name, one value a pair."""
     found = (
         terms.chosen_reward,
@@ -51,7 +51,7 @@ class PairMetrics:
         self._keys += [f"{prefix}/{name}" for prefix in PREFIXES.values() for name in _NAMES]
         self._sums = torch.zeros(len(self._keys), 2, dtype=torch.float64)
 
-    def add(self, modes: list[Mode], weights: Tensor, logps: PairLogps, terms: PairTerms) -> None:
+    def add(self, modes: list[Mode], weights: Tensor, logps: PairLogps[Tensor], terms: PairTerms[Tensor]) -> None:
         """Adds pairs.
 
         Args:

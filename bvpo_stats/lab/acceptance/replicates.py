@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -154,7 +155,7 @@ class Population:
             yield self.summaries(self.draw(rng, min(chunk, replicates - start), size), labels)
 
 
-def _counts(indices: NDArray, outcomes: int) -> Array:
+def _counts(indices: NDArray[Any], outcomes: int) -> Array:
     """How often each outcome was drawn: ``[R, N] -> [R, P]``."""
     flat = (indices + outcomes * np.arange(len(indices))[:, None]).ravel()
     return np.bincount(flat, minlength=outcomes * len(indices)).reshape(len(indices), outcomes).astype(np.float64)

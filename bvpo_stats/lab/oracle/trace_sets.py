@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from scipy.special import expit, gammaln, logsumexp
 
 from bvpo_stats.gradients.marginal import level_probabilities
+from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import Oracle, shortened
 from bvpo_stats.lab.oracle.draws import categorical, draw_posterior_traces, draw_prior_traces
 from bvpo_stats.lab.oracle.exact import (
     ExactMoments,
-    Objective,
     Scored,
     exact_moments,
     pair_weights,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from bvpo_stats.lab.theorems.alpha import batch_scaling, proposition1, theorem2
 from bvpo_stats.lab.theorems.bias import drift, marginal_gradient, reference_point
+from bvpo_stats.lab.theorems.config import TheoremConfig
 from bvpo_stats.lab.theorems.convergence import theorem3, theorem4
-from bvpo_stats.lab.theorems.ground import Ground, TheoremConfig
+from bvpo_stats.lab.theorems.ground import Ground
 from bvpo_stats.lab.theorems.log_probabilities import appendix_b
 from bvpo_stats.lab.theorems.report import TheoremsReport, TopicReport
 from bvpo_stats.lab.theorems.variance import theorem1

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
-from bvpo_stats.records import Mode
-from bvpo_stats.sampling.engines.base import Draw, FinishReason, Outcome, Request, SamplingOptions, SetAside
+from bvpo_stats.records import FinishReason, Mode
+from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
 
 COMPLETIONS = "/v1/completions"

@@ -73,7 +73,7 @@ class AlphaOptions:
     settings: AlphaSettings = field(default_factory=AlphaSettings)
     groups: int | Literal["auto"] = "auto"
     curvature: CurvatureOptions | None = None
-    second_moments: dict[str, NDArray] | None = None
+    second_moments: dict[str, NDArray[Any]] | None = None
     epsilon: float = 1e-8
 
 
@@ -152,7 +152,7 @@ def alpha_star(
     lora: int | LoraOptions | None = None,
     subset: Subset | None = None,
     curvature: CurvatureOptions | None = None,
-    second_moments: dict[str, NDArray] | None = None,
+    second_moments: dict[str, NDArray[Any]] | None = None,
     epsilon: float = 1e-8,
     seed: int | None = None,
     stream: StreamOptions | None = None,
@@ -541,7 +541,7 @@ class PassState:
     diagnostics: tuple[SideDiagnostics, ...] = ()
 
     def add(
-        self, batch: GradientBatch, n_prompts: int, groups: Grouping, metric: dict[str, NDArray] | None = None
+        self, batch: GradientBatch, n_prompts: int, groups: Grouping, metric: dict[str, NDArray[Any]] | None = None
     ) -> PassState:
         """The state after one more batch.
 
@@ -582,9 +582,9 @@ class PassState:
             diagnostics=(*self.diagnostics, *other.diagnostics),
         )
 
-    def to_arrays(self) -> dict[str, NDArray]:
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays; `from_arrays` reads them."""
-        arrays: dict[str, NDArray] = {
+        arrays: dict[str, NDArray[Any]] = {
             "done": np.array(json.dumps(sorted(self.done))),
             "diagnostics": np.array(json.dumps([asdict(entry) for entry in self.diagnostics])),
         }
@@ -594,9 +594,9 @@ class PassState:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray]) -> PassState:
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> PassState:
         """Reads what `to_arrays` wrote."""
-        parts: dict[str, dict[str, NDArray]] = {"moments": {}, "adam": {}, "halves": {}}
+        parts: dict[str, dict[str, NDArray[Any]]] = {"moments": {}, "adam": {}, "halves": {}}
         for key, value in arrays.items():
             name, separator, rest = key.partition(":")
             if separator:
@@ -669,7 +669,9 @@ def merge_states(states: Iterable[PassState]) -> PassState:
     return replace(total, diagnostics=tuple(sorted(total.diagnostics, key=lambda d: (d.prompt_id, d.side))))
 
 
-def block_metric(subset: Subset, second_moments: dict[str, NDArray], epsilon: float = 1e-8) -> dict[str, NDArray]:
+def block_metric(
+    subset: Subset, second_moments: dict[str, NDArray[Any]], epsilon: float = 1e-8
+) -> dict[str, NDArray[Any]]:
     """Diagonal of Adam's metric for every block, its weights strung together as in the gradients.
 
     Args:
@@ -684,11 +686,11 @@ def block_metric(subset: Subset, second_moments: dict[str, NDArray], epsilon: fl
     return metric
 
 
-def _difference(first: dict[str, NDArray], second: dict[str, NDArray]) -> dict[str, NDArray]:
+def _difference(first: dict[str, NDArray[Any]], second: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {block: first[block] - second[block] for block in first}
 
 
-def _scaled(vectors: dict[str, NDArray], metric: dict[str, NDArray]) -> dict[str, NDArray]:
+def _scaled(vectors: dict[str, NDArray[Any]], metric: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {block: in_metric({"v": values}, metric[block])["v"] for block, values in vectors.items()}
 
 

@@ -23,9 +23,8 @@ from bvpo_stats.statistics.proportions import Interval, length_controlled_differ
 from bvpo_stats.store.jsonl import RowLog, encode_row, read_json_list, read_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run, run_files
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, InstructionSet
-from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig
+from bvpo_stats.studies.evaluate.config import BASE, Contestant, EvaluateConfig
 from bvpo_stats.studies.evaluate.report import (
-    BASE,
     BenchmarkFacts,
     Column,
     ColumnValues,

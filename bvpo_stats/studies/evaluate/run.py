@@ -13,13 +13,13 @@ from bvpo_stats.model.policy import content_identity, model_source
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks, load_instructions
-from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig, contestants
+from bvpo_stats.studies.evaluate.config import BASE, Contestant, EvaluateConfig, contestants
 from bvpo_stats.studies.evaluate.judge import alignment_results, load_judge
 from bvpo_stats.studies.evaluate.math import math_results, unreadable_golds
-from bvpo_stats.studies.evaluate.report import BASE, EvaluationReport, TaskResults
+from bvpo_stats.studies.evaluate.report import EvaluationReport, TaskResults
 from bvpo_stats.studies.evaluate.sampling import draw_responses
 from bvpo_stats.studies.published import published_name, published_scores
-from bvpo_stats.studies.sample.run import SampleReport
+from bvpo_stats.studies.sample.report import SampleReport
 
 
 def evaluate(config: EvaluateConfig, output: Path) -> EvaluationReport | None:

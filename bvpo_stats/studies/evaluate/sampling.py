@@ -14,7 +14,9 @@ from bvpo_stats.store.jsonl import encode_row, write_atomic
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, prompt_rows
 from bvpo_stats.studies.evaluate.config import Contestant, EvaluateConfig
-from bvpo_stats.studies.sample.run import SampleConfig, SampleReport, run_sample
+from bvpo_stats.studies.sample.config import SampleConfig
+from bvpo_stats.studies.sample.report import SampleReport
+from bvpo_stats.studies.sample.run import run_sample
 
 Draw = Callable[[Contestant, Policy | None], None]
 

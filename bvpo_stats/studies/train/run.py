@@ -118,7 +118,7 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
 
 
 def _check_trackers(report_to: Sequence[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
     installed = get_available_reporting_integrations()
     for name in report_to:
