@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import datasets
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import load_policy
+from bvpo_stats.model.policy import Policy, load_policy
 from bvpo_stats.training import BVPOTrainer
 from tests.training.records import settings
 
@@ -22,7 +24,9 @@ SIZE = 8
 def test_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = runpy.run_path(str(SCRIPT))["trainer"]
-    text, messages = (eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'eval_rewards"))
+    text, messages = (
+        ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'eval_rewards")
+    )
     assert text == messages  # the layouts say the same, so they train the same
     assert text["eval_trace/rewards/margins"] > 0.005
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -61,15 +65,9 @@ def ids(row: dict[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def load_policy_once() -> Any:
-    if "policy" not in _LOADED:
-        from bvpo_stats.model.policy import PolicyOptions
-
-        _LOADED["policy"] = load_policy(PolicyOptions(device="cpu"))
-    return _LOADED["policy"]
-
-
-_LOADED: dict[str, Any] = {}
+@functools.cache
+def load_policy_once() -> Policy:
+    return load_policy(device="cpu")
 
 
 @pytest.mark.parametrize("layout", [messages, implicit, ids])
