@@ -3,7 +3,7 @@
 from datasets import Dataset
 from peft import LoraConfig
 
-from bvpo_stats.training import BVPOConfig, BVPOTrainer
+import bvpo_stats as bvpo
 
 
 def rows(numbers: range, *, trace: bool, messages: bool) -> Dataset:
@@ -18,12 +18,12 @@ def rows(numbers: range, *, trace: bool, messages: bool) -> Dataset:
     return Dataset.from_list(found)
 
 
-args = BVPOConfig("runs/trl-user", alpha=0.5, max_steps=4, learning_rate=3e-3, per_device_train_batch_size=16,
-                  eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none")  # fmt: skip
+args = bvpo.BVPOConfig("runs/trl-user", alpha=0.5, max_steps=4, learning_rate=3e-3, per_device_train_batch_size=16,
+                       eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none")  # fmt: skip
 for messages in (False, True):
     d_t, d_e = (rows(range(2, 66), trace=trace, messages=messages) for trace in (True, False))
     held_out = {"trace": rows(range(66, 98), trace=True, messages=messages)}  # and "empty": D_e, where it matters
     lora = LoraConfig(r=8, target_modules="all-linear")
-    trainer = BVPOTrainer("embedded", args, d_t, d_e, eval_dataset=held_out, peft_config=lora)
+    trainer = bvpo.BVPOTrainer("embedded", args, d_t, d_e, eval_dataset=held_out, peft_config=lora)
     trainer.train()
     print({name: round(value, 4) for name, value in trainer.evaluate().items() if "rewards" in name})
