@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bvpo_stats.errors import UserError
 
 
@@ -225,6 +223,8 @@ class KeySet:
         digests = bytearray()
         for key in keys:
             digests += _digest(key)
+        import numpy as np  # a quarter of a second, which --help has not
+
         self._digests = np.unique(np.frombuffer(digests, dtype=f"S{_DIGEST_BYTES}"))
 
     def __len__(self) -> int:
@@ -233,6 +233,8 @@ class KeySet:
     def __contains__(self, key: str) -> bool:
         if not len(self._digests):
             return False
+        import numpy as np  # a quarter of a second, which --help has not
+
         wanted = np.frombuffer(_digest(key), dtype=f"S{_DIGEST_BYTES}")
         place = int(np.searchsorted(self._digests, wanted)[0])
         return place < len(self._digests) and bool(self._digests[place] == wanted[0])

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 from bvpo_stats import __version__
 from tests.cli.running import run
 
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "datasets",
+    "peft",
+    "accelerate",
+    "pyarrow",
+    "arviz_stats",
+}
+HEAVY |= {"jinja2", "beartype", "yaml"}
+COMMANDS = ("", "demo", "variance", "sample", "pairs", "traces", "alpha-star", "train", "evaluate", "oracle-training")
+COMMANDS += ("theorems", "figures", "report", "tiny", "tiny train", "tiny evaluate")
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom bvpo_stats.cli.main import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'matplotlib', 'datasets', 'peft'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
+
+def imported(code: str) -> set[str]:
+    """What a new interpreter has imported after some code."""
+    code += "\nimport sys, json\nprint('\\n' + json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_help_of_any_command_imports_nothing_heavy() -> None:
+    code = (
+        "from bvpo_stats.cli.main import main\n"
+        f"for command in {COMMANDS!r}:\n"
+        "    try: main([*command.split(), '--help'])\n"
+        "    except SystemExit: pass"
+    )
+    assert not HEAVY & imported(code)
+
+
+def test_the_package_imports_neither_models_nor_the_command_line() -> None:
+    assert not (HEAVY | {"typer", "rich", "click"}) & imported("import bvpo_stats")
 
 
 def test_version() -> None:
