@@ -266,7 +266,7 @@ def batch_scaling(ground: Ground) -> TopicReport:
     """
     exact = ground.exact
     measured = {batch: best_weight_of_batches(ground.sample, exact, batch) for batch in BATCHES}
-    z = {batch: _distance(*measured[batch], exact.alpha(1 / batch)) for batch in BATCHES}
+    z = {batch: (value - exact.alpha(1 / batch)) / error for batch, (value, error) in measured.items()}
     worst = max(BATCHES, key=lambda batch: abs(z[batch]))
     p0, p1, q0, q1 = exact.curve
     small, large = exact.alpha(1.0), exact.alpha(1 / LARGE)
@@ -330,7 +330,3 @@ def best_weight_of_batches(sample: Sample, exact: ExactMoments, batch: int) -> t
     assert found.value is not None  # some examples always differ
     assert found.high is not None
     return found.value, found.high - found.value
-
-
-def _distance(value: float, error: float, truth: float) -> float:
-    return (value - truth) / error

@@ -10,12 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bvpo_stats.embedded.assets import embedded_prompts
 from bvpo_stats.lab.oracle import Oracle
 from bvpo_stats.lab.theorems.convergence import TIGHT
 from bvpo_stats.lab.theorems.ground import COOL, Ground
 from bvpo_stats.lab.theorems.report import STANDARD_ERRORS, Check, Numbers, TopicReport, Verdict, judge
+from bvpo_stats.model.batching import TokenSequence, collate
+from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
+from bvpo_stats.model.scores import score_pass
+from bvpo_stats.model.sinks import Dots
 from bvpo_stats.records import MODES, Completion, Mode
+from bvpo_stats.sampling.engines.base import SamplingOptions
+from bvpo_stats.sampling.sample import SAMPLES_FILE
 from bvpo_stats.statistics.proportions import Interval, jackknife_interval
+from bvpo_stats.store.tables import read_records
+from bvpo_stats.studies.alpha_star.run import prepare_subset
+from bvpo_stats.studies.variance.run import sample_both_modes
 
 Array = NDArray[np.float64]
 SAMPLES = 5
@@ -76,13 +86,6 @@ def embedded_variances(n_prompts: int, seed: int) -> Array:
         n_prompts: Questions.
         seed: Decides the responses.
     """
-    from bvpo_stats.embedded.assets import embedded_prompts
-    from bvpo_stats.model.policy import PolicyOptions, load_policy
-    from bvpo_stats.sampling.engines.base import SamplingOptions
-    from bvpo_stats.sampling.sample import SAMPLES_FILE
-    from bvpo_stats.store.tables import read_records
-    from bvpo_stats.studies.variance.run import sample_both_modes
-
     policy, prompts = load_policy(PolicyOptions(model="embedded")), embedded_prompts(n_prompts)
     with TemporaryDirectory() as folder:
         path = Path(folder) / SAMPLES_FILE
@@ -92,14 +95,7 @@ def embedded_variances(n_prompts: int, seed: int) -> Array:
     return np.array(list(_measured(policy, responses)))
 
 
-def _measured(policy: object, responses: list[Completion]) -> Iterator[tuple[float, float, float, float]]:
-    from bvpo_stats.model.batching import TokenSequence, collate
-    from bvpo_stats.model.policy import Policy
-    from bvpo_stats.model.scores import score_pass
-    from bvpo_stats.model.sinks import Dots
-    from bvpo_stats.studies.alpha_star.run import prepare_subset
-
-    assert isinstance(policy, Policy)
+def _measured(policy: Policy, responses: list[Completion]) -> Iterator[tuple[float, float, float, float]]:
     policy, subset, _ = prepare_subset(policy)
     questions: dict[str, dict[Mode, list[Completion]]] = {}
     for response in responses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,13 +186,3 @@ def _shrinkage(ground: Ground) -> Check:
         verdict="holds with limits",
         note=f"So less variance alone proves little. MSE of single examples: {listed}.",
     )
-
-
-def mixed_variance_curve(ratio: float, alphas: Array) -> dict[str, Any]:
-    """Var(g_c | x) / Var(g_t | x) over alpha for a given Var(g_e | x) / Var(g_t | x), JSON-ready.
-
-    Args:
-        ratio: Var(g_e | x) / Var(g_t | x).
-        alphas: Mixing weights.
-    """
-    return {"alpha": alphas.tolist(), "value": (alphas**2 + (1 - alphas) ** 2 * ratio).tolist(), "ratio": ratio}
