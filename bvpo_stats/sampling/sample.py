@@ -110,12 +110,12 @@ def local_run(
         questions: Texts among which the longest prompt is.
         batch_size: Most responses drawn at once; None for what :func:`automatic_batch_size` gives.
     """
-    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine
+    from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, sampler_identity
 
     template = policy.template
     longest = max(len(template.prompt_ids(question, mode)) for question in questions for mode in modes)
     rows = automatic_batch_size(batch_size, longest + options.max_new_tokens, policy.device.type != "cpu")
-    return SamplingRun(TransformersEngine(policy), template, options, policy.identity, rows, tuple(modes))
+    return SamplingRun(TransformersEngine(policy), template, options, sampler_identity(policy), rows, tuple(modes))
 
 
 def check_modes(modes: Sequence[Mode]) -> None:

@@ -9,6 +9,7 @@ Two kinds of traces serve two kinds of estimators of the marginal gradient:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.progress import progress
 from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
-from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, uniforms
+from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, sampler_identity, uniforms
 from bvpo_stats.store.sample_index import check_sampling_model
 
 SOURCES: tuple[TraceSource, ...] = get_args(TraceSource)
@@ -139,9 +140,10 @@ def make_traces(
     if not thinking:
         raise UserError("There are no thinking pairs (D_t), so there is nothing to find traces for.")
     by_prompt: dict[str, list[Completion]] = {}
+    identity = sampler_identity(policy)
     for completion in samples:
         if completion.mode == "thinking":
-            check_sampling_model(completion.engine, completion.model, policy.identity)
+            check_sampling_model(completion.engine, completion.model, identity)
             by_prompt.setdefault(completion.prompt_id, []).append(completion)
     check_one_temperature(set(map(sampling_temperature, thinking)))
     drawer, tally = TraceDrawer(policy, temperature, seed, batch_size), BankTally()
@@ -361,6 +363,11 @@ class TraceDrawer:
     temperature: float
     seed: int
     batch_size: int
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The model's name in the records."""
+        return sampler_identity(self.policy)
 
     def score(
         self, sides: Sequence[PairSide], traces: Sequence[Trace], temperature: float | None = None
@@ -640,6 +647,6 @@ def _record(
         trace_logp=scored.trace_logp,
         joint_logp=scored.joint_logp,
         temperature=temperature,
-        model=drawer.policy.identity,
+        model=drawer.identity,
         template=drawer.policy.template.name,
     )

@@ -103,6 +103,16 @@ def test_prompts_in_every_form(policy: Policy) -> None:
     assert whole[0].max_new_tokens == 256
 
 
+def test_a_policy_that_has_moved_is_not_taken_for_the_reference() -> None:
+    moved = load_policy("embedded", lora=2, device="cpu")
+    assert sample(moved, ["What is 1+2?"], 1, max_new_tokens=4)[0].model == moved.identity
+    for name, weight in moved.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(1e-3)
+    drawn = sample(moved, ["What is 1+2?"], 1, max_new_tokens=4)
+    assert {completion.model for completion in drawn} == {f"{moved.identity}+adapter"}
+
+
 def test_wrong_settings_are_named(policy: Policy) -> None:
     for settings, words in (
         ({"n": 0}, "n=0"),

@@ -31,6 +31,12 @@ def uniforms(key: str, seed: int, count: int) -> Float[np.ndarray, " count"]:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
 
 
+def sampler_identity(policy: Policy) -> str:
+    """The model's name in what is drawn here: not the reference's, where an adapter in memory has moved the policy."""
+    moved = not policy.at_reference and "+" not in policy.identity
+    return f"{policy.identity}+adapter" if moved else policy.identity
+
+
 class InverseCdfSampler(LogitsProcessor):
     """Turns greedy ``generate`` into exact sampling with given uniform numbers.
 
