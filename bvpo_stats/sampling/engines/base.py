@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.options import Option, check_options
 from bvpo_stats.records import FinishReason, Mode, Prompt
 
 
@@ -42,6 +44,51 @@ class SamplingOptions:
             raise UserError(f"`max_new_tokens={self.max_new_tokens}`: must be at least 1.")
         if self.seed < 0:
             raise UserError(f"`seed={self.seed}`: must not be negative.")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to reach an OpenAI-compatible server.
+
+    Attributes:
+        base_url: Address, with or without the final ``/v1``.
+        api_key_env: Environment variable that holds the API key, None for no key. The key itself is never stored.
+        served_model: Name under which the server knows the model; None to ask the server.
+        endpoint: ``auto``, ``completions`` or ``chat``.
+        concurrency: Requests in flight at once.
+        timeout: Seconds after which an unfinished request counts as failed.
+        retries: How often a failed request is tried again before the run gives up.
+    """
+
+    base_url: Annotated[str, Option("Address of the server, e.g. http://localhost:8000/v1 (openai engine).")]
+    api_key_env: Annotated[
+        str | None, Option("Environment variable that holds the server's API key.", shown="no key is sent")
+    ] = None
+    served_model: Annotated[
+        str | None, Option("The server's name for the model.", shown="the one model that it lists")
+    ] = None
+    endpoint: Annotated[
+        Literal["auto", "completions", "chat"],
+        Option("auto, completions or chat (chat only where it gives exact prompts)."),
+    ] = "auto"
+    concurrency: Annotated[int, Option("Requests to the server in flight at once.", low=1, high=10_000)] = 16
+    timeout: Annotated[float, Option("Seconds for one answer of the server.", above=0)] = 600.0
+    retries: Annotated[int, Option("Repetitions of a failed request before the run gives up.", low=0)] = 6
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"`base_url={self.base_url!r}`: give an address such as http://localhost:8000/v1.")
+        if parts.username is not None or parts.password is not None:
+            raise UserError(
+                "`base_url` must not hold a password. Put the key in a variable and name it: `api_key_env`."
+            )
+        check_options(self)
+
+    @property
+    def root(self) -> str:
+        """The address without ``/v1``."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
 
 
 @dataclass(frozen=True)

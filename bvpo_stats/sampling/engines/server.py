@@ -16,12 +16,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.options import Option, check_options
+from bvpo_stats.sampling.engines.base import ServerOptions as ServerOptions
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 _FIRST_WAIT = 0.5
@@ -29,51 +28,6 @@ _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 300.0
 _JITTER = random.Random()  # of its own: waiting must not touch any seeded stream
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """How to reach an OpenAI-compatible server.
-
-    Attributes:
-        base_url: Address, with or without the final ``/v1``.
-        api_key_env: Environment variable that holds the API key, None for no key. The key itself is never stored.
-        served_model: Name under which the server knows the model; None to ask the server.
-        endpoint: ``auto``, ``completions`` or ``chat``.
-        concurrency: Requests in flight at once.
-        timeout: Seconds after which an unfinished request counts as failed.
-        retries: How often a failed request is tried again before the run gives up.
-    """
-
-    base_url: Annotated[str, Option("Address of the server, e.g. http://localhost:8000/v1 (openai engine).")]
-    api_key_env: Annotated[
-        str | None, Option("Environment variable that holds the server's API key.", shown="no key is sent")
-    ] = None
-    served_model: Annotated[
-        str | None, Option("The server's name for the model.", shown="the one model that it lists")
-    ] = None
-    endpoint: Annotated[
-        Literal["auto", "completions", "chat"],
-        Option("auto, completions or chat (chat only where it gives exact prompts)."),
-    ] = "auto"
-    concurrency: Annotated[int, Option("Requests to the server in flight at once.", low=1, high=10_000)] = 16
-    timeout: Annotated[float, Option("Seconds for one answer of the server.", above=0)] = 600.0
-    retries: Annotated[int, Option("Repetitions of a failed request before the run gives up.", low=0)] = 6
-
-    def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"`base_url={self.base_url!r}`: give an address such as http://localhost:8000/v1.")
-        if parts.username is not None or parts.password is not None:
-            raise UserError(
-                "`base_url` must not hold a password. Put the key in a variable and name it: `api_key_env`."
-            )
-        check_options(self)
-
-    @property
-    def root(self) -> str:
-        """The address without ``/v1``."""
-        return self.base_url.rstrip("/").removesuffix("/v1")
 
 
 class RefusedError(Exception):

@@ -10,8 +10,7 @@ from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.options import EMBEDDED, PolicyOptions
 from bvpo_stats.records import MODES
-from bvpo_stats.sampling.engines.base import SamplingOptions
-from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.sampling.engines.base import SamplingOptions, ServerOptions
 from bvpo_stats.store.run_folder import WHOLE, Shard, parse_shard
 
 EngineName = Literal["transformers", "openai", "file"]
