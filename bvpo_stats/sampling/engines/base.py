@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.options import Option, check_options
@@ -145,6 +145,7 @@ Outcome = Draw | SetAside
 """What becomes of a request."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Whoever draws completions.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import Mode
@@ -37,6 +37,7 @@ class Answer:
         return f"{self.prompt_id}/{self.mode}/{self.sample_index}"
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Whoever scores final answers.
 

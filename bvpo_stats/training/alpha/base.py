@@ -16,7 +16,7 @@ No controller knows a language model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -228,6 +228,7 @@ class AlphaRecord:
         return {"alpha": alpha} | {prefix + key: value for key, value in numbers.items() if key != "step"}
 
 
+@runtime_checkable
 class Controller(Protocol):
     """What a training loop needs of a controller."""
 
