@@ -252,7 +252,8 @@ class Report:
         """
         if folder is not None:
             return self.figures(Path(folder))
-        if "IPython" not in sys.modules:
+        shell = sys.modules.get("IPython")
+        if shell is None or shell.get_ipython() is None:
             raise UserError("`folder=None` shows figures in a notebook; elsewhere, give plot() a folder for them.")
         from IPython.display import Image, display
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -48,7 +50,7 @@ class Small(Report):
 
     def figures(self, folder: Path) -> list[Path]:
         assert not (folder.parent / "report.json").exists()
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "by_layer.png").write_bytes(b"png")
         return [folder / "by_layer.png"]
 
@@ -142,6 +144,16 @@ def test_printed_a_report_is_its_answer(tmp_path: Path, capsys: pytest.CaptureFi
     assert "<b>It holds" in SMALL._repr_html_()
     SMALL.print(tmp_path)
     assert "report.md, figures/" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_figures_are_shown_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bytes] = []
+    notebook = SimpleNamespace(get_ipython=object, display=SimpleNamespace(Image=lambda data, width: data))
+    notebook.display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook.display)
+    assert SMALL.plot() == []
+    assert shown == [b"png"]
 
 
 def test_figures_need_a_folder_outside_notebooks(tmp_path: Path) -> None:

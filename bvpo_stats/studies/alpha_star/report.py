@@ -494,7 +494,8 @@ class AlphaReport(Report):
                 "are likelier than the others'."
             )
         if self.curvature is not None:
-            parts = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in self.curvature.items())
+            words = {key: f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in self.curvature.items()}
+            parts = ", ".join(f"{key.replace('_', ' ')} {word}" for key, word in words.items())
             lines.append(f"eta L was measured: {parts}.")
         if self.layer_gain is not None and self.layer_gain.value is not None:
             gain = self.layer_gain
@@ -716,7 +717,3 @@ def _diagnostics(m: Marginal) -> list[Row]:
         interval = f"{number(split['low'])} to {number(split['high'])}: {agrees}"
         rows.append(("alpha_unc, one half of the traces less the other", number(split["difference"]), interval))
     return rows
-
-
-def _value(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

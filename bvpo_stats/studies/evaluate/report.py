@@ -235,7 +235,7 @@ class EvaluationReport(TaskResults, Report):
         return Presentation(
             title="How well does the model answer?" if self.task == "math" else "How good are the answers?",
             findings=tuple(self._findings()),
-            tables=(*self._score_tables(), self._count_table()),
+            tables=(*map(self._score_table, self.scores[BASE] if self.columns else ()), self._count_table()),
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
@@ -254,13 +254,8 @@ class EvaluationReport(TaskResults, Report):
                 for column in chosen:
                     yield _finding(f"{label}, {MODE_NAMES[mode]}, {column.title}", entries[column.name])
 
-    def _score_tables(self) -> list[ResultTable]:
-        """One table per mode: the models, their differences from the base, and the paper's rows."""
-        if not self.columns:
-            return []
-        return [self._score_table(mode) for mode in self.scores[BASE]]
-
     def _score_table(self, mode: str) -> ResultTable:
+        """The models in one mode, their differences from the base, and the paper's rows."""
         columns = self.columns
         base = self.models[BASE].partition("@")[0]
         rows = [

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
+from transformers.trainer_callback import PrinterCallback
+
 from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, load_policy, on_own_device, pick_device, with_lora
+from bvpo_stats.model.policy import load_policy, on_own_device, pick_device, with_lora
 from bvpo_stats.progress import progress
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import Shard, open_run
@@ -48,7 +52,10 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, config.policy))
     traces = load_traces(config.inputs) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
-    policy = _policy(config, world)
+    policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
+    if config.lora is not None and not policy.has_adapter:
+        policy = with_lora(policy, config.lora)
+    policy = trainable_policy(policy, None)
     weights = {name: tuple(w.shape) for name, w in policy.model.named_parameters() if w.requires_grad}
     identity = {"method": config.method, "limit": config.inputs.limit}
     identity |= run_identity(args, policy.identity, weights, joined.examples)
@@ -60,9 +67,10 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         if config.resume and checkpoint is None:
             raise UserError(f"`resume=True`: {output} has no checkpoint to go on from. Leave `resume` out to start.")
         trainer = BVPOTrainer(policy, args, joined)
-        _quieten(trainer)
-        with progress("Training", _steps(trainer), "steps", done=_done(checkpoint)) as advance:
-            trainer.add_callback(_progress_callback(advance))
+        trainer.remove_callback(PrinterCallback)  # our progress instead of a printed dictionary a step
+        done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        with progress("Training", _steps(trainer), "steps", done=done) as advance:
+            trainer.add_callback(_Progress(advance))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(folder / MODEL))
         if not world.leads:
@@ -118,20 +126,11 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
 
 
 def _check_trackers(report_to: Sequence[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
-
     installed = get_available_reporting_integrations()
     for name in report_to:
         if name not in ("none", "all", *installed):
             there = ", ".join(installed) or "none"
             raise UserError(f"`report_to={name!r}`: no such tracker is installed (there: {there}).")
-
-
-def _policy(config: TrainConfig, world: World) -> Policy:
-    policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
-    if config.lora is not None and not policy.has_adapter:
-        policy = with_lora(policy, config.lora)
-    return trainable_policy(policy, None)
 
 
 def _steps(trainer: BVPOTrainer) -> int:
@@ -142,25 +141,12 @@ def _steps(trainer: BVPOTrainer) -> int:
     return max(1, int(per_epoch * args.num_train_epochs))
 
 
-def _done(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+class _Progress(TrainerCallback):
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
 
-
-def _quieten(trainer: BVPOTrainer) -> None:
-    """Our progress instead of a printed dictionary a step."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-
-
-def _progress_callback(advance: Any) -> Any:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            advance(1)
-
-    return Progress()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._advance(1)
 
 
 _TIMING = ("train_", "total_flos", "alpha/time_share", "alpha/step")
