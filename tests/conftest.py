@@ -14,7 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; a hub lo
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Annotations are promises: shapes and types are checked at every call, from the first import of the package on.
-jaxtyping.install_import_hook("bvpo_stats.statistics", "tests.checked.checked")
+_CHECKED = (
+    "bvpo_stats.statistics",
+    "bvpo_stats.lab.oracle",
+    "bvpo_stats.lab.oracle_training",
+    "bvpo_stats.lab.recipe",
+    "bvpo_stats.lab.theorems",
+)
+jaxtyping.install_import_hook(_CHECKED, "tests.checked.checked")
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ class Numbers:
         if not math.isfinite(excess):
             return False
         missing = {"=": abs(excess), "<=": excess, ">=": -excess}[self.relation]
-        return missing <= self.tolerance
+        return bool(missing <= self.tolerance)
 
 
 def judge(
