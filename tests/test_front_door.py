@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +108,19 @@ def test_wrong_types_are_one_line(call: Any) -> None:
     with pytest.raises(bvpo.UserError) as told:
         call()
     assert "\n" not in str(told.value)
+
+
+def test_bad_input_is_one_line_in_fields() -> None:
+    """Several hundred wrong arguments, one at a time; in another process, where no type checker is in front of ours."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.front_door_bad_input"],
+        capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) > 900
+    wrong = {
+        name: outcome
+        for name, outcome in outcomes.items()
+        if outcome is None or outcome[0] != "UserError" or "\n" in outcome[1] or "--" in outcome[1] or not outcome[1]
+    }
+    assert not wrong

@@ -10,9 +10,9 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_choice, check_kind, rows_of
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.records import MODES, Mode, PreferencePair, Side, TraceRecord
 
@@ -179,7 +179,9 @@ def join(
             record is named.
     """
     sets: dict[Mode, dict[str, list[PreferencePair]]] = {mode: {} for mode in MODES if mode in needs}
-    for pair in pairs:
+    check_choice("unmatched", unmatched, get_args(Unmatched))
+    for number, pair in enumerate(rows_of("pairs", pairs), start=1):
+        check_kind(f"pairs, row {number}", pair, PreferencePair, "a PreferencePair")
         if pair.mode in sets:
             _check_pair(pair)
             sets[pair.mode].setdefault(pair.prompt_id, []).append(pair)
@@ -205,7 +207,8 @@ def join(
     shared, kept_prompts = set(common), set(kept)
     bank: dict[str, list[TraceRecord]] = {prompt: [] for prompt in kept}
     stray: set[str] = set()
-    for trace in traces:
+    for number, trace in enumerate(rows_of("traces", traces), start=1):
+        check_kind(f"traces, row {number}", trace, TraceRecord, "a TraceRecord")
         if trace.prompt_id in kept_prompts:
             bank[trace.prompt_id].append(trace)
         elif trace.prompt_id not in shared:

@@ -11,6 +11,7 @@ Conventions are TRL's (1.16): DPO (``sigmoid``) sums log-ratios over tokens, IPO
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 import numpy as np
 from scipy.special import expit
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,8 +99,12 @@ class Objective:
     gamma: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ObjectiveName):
+        if not isinstance(self.name, str) or self.name not in get_args(ObjectiveName):
             raise UserError(f"Unknown objective {self.name!r}; choose {', '.join(get_args(ObjectiveName))}.")
+        check_number("beta", self.beta)
+        check_number("gamma", self.gamma)
+        if not math.isfinite(self.beta + self.gamma):
+            raise UserError(f"beta and gamma must be finite, not {self.beta} and {self.gamma}.")
         if not self.beta > 0:
             raise UserError(f"beta must be positive, not {self.beta}.")
         if self.gamma and self.name != "simpo":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind, check_whole
 from bvpo_stats.gradients.objectives import Objective
 
 MarginalMethod = Literal["auto", "reference-point", "anchored", "posterior", "prior", "multilevel", "jackknife", "none"]
@@ -44,7 +44,9 @@ class StreamOptions:
     max_padding: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(MarginalMethod):
+        check_kind("objective", self.objective, Objective, "an Objective")
+        check_whole("seed", self.seed, low=0)
+        if not isinstance(self.method, str) or self.method not in get_args(MarginalMethod):
             raise UserError(f"`method={self.method!r}`: choose {', '.join(get_args(MarginalMethod))}.")
         if self.traces_per_answer is not None and self.traces_per_answer < 1:
             raise UserError(f"`traces_per_answer={self.traces_per_answer}`: at least 1.")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bvpo_stats.errors import check_kind
 from bvpo_stats.gradients.engine import (
     BlockLayout,
     BlockRows,
@@ -38,7 +39,9 @@ from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import ScoreOptions, check_scores, score_pass
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
-from bvpo_stats.records import PreferencePair, TraceRecord
+from bvpo_stats.records import TraceRecord
+from bvpo_stats.sampling.layouts import all_pairs
+from bvpo_stats.store.tables import Source
 
 _CHECKED_SEQUENCES = 4  # of the first microbatch, whose scores are compared with autograd
 _ROW_BYTES = 1 << 30  # memory for the gradients of one microbatch
@@ -223,7 +226,7 @@ class PairGradients:
 
 def pair_gradients(
     policy: Policy,
-    pairs: Iterable[PreferencePair] | Joined,
+    pairs: Source | Joined,
     traces: Iterable[TraceRecord] = (),
     *,
     objective: Objective | None = None,
@@ -237,7 +240,8 @@ def pair_gradients(
 
     Args:
         policy: The policy at theta, dropout off (`bvpo_stats.model.policy.load_policy`).
-        pairs: D_t and D_e records together, told apart by their ``mode``, or what `join` made of them.
+        pairs: D_t and D_e together, told apart by their ``mode``, in any layout that `alpha_star` takes; or what `join`
+            made of them.
         traces: Trace bank of the D_t pairs, where theta is not theta_ref.
         objective: The loss; None for that of ``options`` (DPO with beta 0.1).
         subset: The parameters theta; None for the policy's LoRA adapter.
@@ -256,11 +260,15 @@ def pair_gradients(
         >>> print(alpha_from_gradients(g.t, g.e, g.m, batch_size=128, clusters=g.prompt_ids))  # doctest: +SKIP
     """
     policy = as_policy(policy)
-    options = options or StreamOptions()
+    options = StreamOptions() if options is None else options
+    check_kind("options", options, StreamOptions, "StreamOptions")
     if objective is not None:
         options = replace(options, objective=objective)
-    subset = subset or lora_subset(policy.model)
-    examples = (pairs if isinstance(pairs, Joined) else join(pairs, traces, unmatched=unmatched)).examples
+    subset = lora_subset(policy.model) if subset is None else subset
+    check_kind("subset", subset, Subset, "a Subset")
+    if not isinstance(pairs, Joined):
+        pairs = join(all_pairs(pairs, None, policy.template), traces, unmatched=unmatched)
+    examples = pairs.examples
     choice = MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False)
     if options.method != "none":
         choice = choose_marginal(policy, examples, options)

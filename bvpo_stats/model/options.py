@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from bvpo_stats.embedded.assets import EMBEDDED as EMBEDDED
+from bvpo_stats.errors import check_kind
 from bvpo_stats.options import Option, check_options
 
 
@@ -42,3 +43,5 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.attention is not None:
+            check_kind("attention", self.attention, str, "a text")

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind
 from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.options import PolicyOptions as PolicyOptions
 from bvpo_stats.model.subset import LoraOptions, create_lora, sharing_copy
@@ -23,8 +23,6 @@ from bvpo_stats.model.templates import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 DTYPES = {
@@ -134,15 +132,16 @@ def load_policy(
         >>> policy.at_reference
         True
     """
+    named = isinstance(model, str)
+    options = PolicyOptions(  # complains about what cannot be, for a loaded model too
+        str(model) if named else EMBEDDED, adapter, device, dtype, template, empty_trace, trust_remote_code, attention
+    )
     if isinstance(model, (str, PolicyOptions)):
-        options = model
-        if isinstance(options, str):
-            options = PolicyOptions(
-                options, adapter, device, dtype, template, empty_trace, trust_remote_code, attention
-            )
-        policy = _load(options)
+        policy = _load(options if named else cast(PolicyOptions, model))
+        if tokenizer is not None:
+            policy = with_tokenizer(policy, tokenizer)
     else:
-        if not hasattr(model, "parameters"):
+        if not hasattr(model, "parameters") or not hasattr(model, "config"):
             raise UserError(
                 f"`model` must be a name, a folder or a transformers causal LM, not a {type(model).__name__}."
             )
@@ -157,6 +156,7 @@ def load_policy(
             policy = replace(policy, model=adapted.requires_grad_(False).eval(), identity=identity)
     if lora is None:
         return policy
+    check_kind("lora", lora, (int, LoraOptions), "a rank or LoraOptions")
     return with_lora(policy, LoraOptions(r=lora) if isinstance(lora, int) else lora)
 
 
@@ -238,11 +238,28 @@ def _wrap(
             "A model that is loaded already needs its tokenizer beside it (`tokenizer`; in a trainer "
             "`processing_class`)."
         )
+    _check_tokenizer(tokenizer)
     eos_ids = _eos_ids(model, tokenizer)
     model.generation_config = GenerationConfig()
     identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     protocol = find_template(tokenizer, name=template, empty_trace=empty_trace)
     return Policy(model.eval(), tokenizer, protocol, identity, eos_ids)
+
+
+def with_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """The policy with another tokenizer, and the template that belongs to it.
+
+    Raises:
+        UserError: It is no tokenizer, or has no usable template.
+    """
+    _check_tokenizer(tokenizer)
+    return replace(policy, tokenizer=tokenizer, template=find_template(tokenizer))
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a transformers tokenizer")
 
 
 @contextlib.contextmanager
@@ -339,7 +356,8 @@ def _add_adapter(model: Any, adapter: str) -> PreTrainedModel:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation = getattr(model, "generation_config", None)
+    configured = None if generation is None else generation.eos_token_id
     ids = [] if configured is None else ([configured] if isinstance(configured, int) else list(configured))
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)

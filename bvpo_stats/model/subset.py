@@ -90,6 +90,10 @@ class LoraOptions:
     targets: str | tuple[str, ...] = "all-linear"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise UserError(f"LoRA rank {self.r}: must be a whole number of at least 1.")
+
 
 def create_lora(model: nn.Module, options: LoraOptions) -> Any:
     """A model with a new LoRA adapter: no dropout, no biases, A random by the seed, B zero.
@@ -110,8 +114,6 @@ def create_lora(model: nn.Module, options: LoraOptions) -> Any:
 
     if isinstance(model, PeftModel):
         raise UserError("The model has an adapter already; use it, or start from the base model.")
-    if options.r < 1:
-        raise UserError(f"LoRA rank {options.r}: must be at least 1.")
     config = LoraConfig(
         r=options.r,
         lora_alpha=2 * options.r if options.alpha is None else options.alpha,

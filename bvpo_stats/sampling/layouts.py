@@ -7,10 +7,11 @@ and prompt and completion are tokenised together, as TRL does with text.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.model.templates import Template
 from bvpo_stats.records import MODES, Mode, PreferencePair, default_prompt_id, from_dict, missing_fields, record_fields
 from bvpo_stats.sampling.pairs import training_text
@@ -81,8 +82,22 @@ def as_pairs(
             trace and answer: tokens that merge across it, special tokens or a second think tag inside, several turns.
             The row is named.
     """
-    rows = rows.with_format(None) if hasattr(rows, "with_format") else rows
+    rows = rows_of(name, rows.with_format(None) if hasattr(rows, "with_format") else rows)
     return _pairs(((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)), template, mode)
+
+
+def all_pairs(source: Source, empty_source: Source | None, template: Template) -> list[PreferencePair]:
+    """D_t and D_e, from one source that holds both or from one each, in any layout of :func:`as_pairs`.
+
+    Raises:
+        UserError: As in `read_pairs`.
+    """
+    if empty_source is None:
+        if not isinstance(source, (str, os.PathLike)):
+            return as_pairs(source, template, name="pairs")
+        empty_source = source
+    found = read_pairs(source, template, "thinking", name="pairs")
+    return found + read_pairs(empty_source, template, "nothinking", name="empty_pairs")
 
 
 def _pairs(rows: Iterable[tuple[str, Any]], source: TemplateSource, mode: Mode | None) -> list[PreferencePair]:
@@ -158,9 +173,12 @@ def _from_ids(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
     fields = record_fields(PreferencePair)
     prompt, chosen, rejected = (fields[name].read(row[name], where) for name in _IDS)
+    words = len(template.tokenizer)
     for name, ids in zip(_IDS, (prompt, chosen, rejected), strict=True):
         if not ids:
             raise UserError(f"{where}: `{name}` is empty.")
+        if not 0 <= min(ids) <= max(ids) < words:
+            raise UserError(f"{where}: `{name}` holds an id outside of the tokenizer's 0 to {words - 1}.")
     closing = _closing(template) if mode == "nothinking" else ()
     if closing and prompt[-len(closing) :] == closing:  # the D_e prompt: its end opens the completions
         prompt, chosen, rejected = prompt[: -len(closing)], closing + chosen, closing + rejected

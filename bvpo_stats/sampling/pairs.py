@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind, rows_of
 from bvpo_stats.records import MODES, Completion, Mode, PreferencePair
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
 from bvpo_stats.sampling.sample import check_one_source
@@ -51,7 +51,10 @@ def make_pairs(
     from bvpo_stats.model.templates import Template
     from bvpo_stats.sampling.rewards import as_reward
 
+    if policy is not None:
+        check_kind("policy", policy, (Policy, Template), "a Policy or its Template")
     known = policy.template if isinstance(policy, Policy) else policy or getattr(samples, "template", None)
+    samples = samples if isinstance(samples, list) else list(rows_of("samples", samples))
     if not isinstance(known, Template):
         raise UserError("These samples do not bring their template; give the sampling model: `policy`.")
     if ref_logps and not isinstance(policy, Policy):

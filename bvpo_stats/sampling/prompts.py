@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.records import Prompt, default_prompt_id
 from bvpo_stats.store.tables import Source, source_rows
 
@@ -49,7 +49,7 @@ def load_prompts(source: Source, *, limit: int | None = None, split: str = "trai
 
 def _rows(source: Source, split: str) -> Iterator[tuple[str, Prompt]]:
     if not isinstance(source, (str, os.PathLike)):
-        for number, row in enumerate(source, start=1):
+        for number, row in enumerate(rows_of("prompts", source), start=1):
             where = f"`prompts`, row {number}"
             if isinstance(row, Prompt):
                 yield where, row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bvpo_stats import options
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind, check_whole
 from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Completion, Mode, Prompt, to_dict
@@ -78,8 +78,7 @@ def sample(
     from bvpo_stats.model.policy import as_policy
 
     policy = as_policy(policy)
-    if n < 1:
-        raise UserError(f"`n={n}`: at least 1 response per prompt is needed.")
+    check_whole("n", n)
     check_modes(modes)
     questions = list(load_prompts(prompts))
     max_new_tokens = options.max_new_tokens(max_new_tokens, policy.identity.partition("@")[0])
@@ -120,7 +119,8 @@ def local_run(
 
 def check_modes(modes: Sequence[Mode]) -> None:
     """Raises UserError where modes are none, unknown, or named twice."""
-    if isinstance(modes, str) or not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
+    named = list(modes) if isinstance(modes, Sequence) and not isinstance(modes, str) else []
+    if not named or any(mode not in MODES for mode in named) or any(named.count(mode) > 1 for mode in named):
         raise UserError(f"`modes={modes!r}`: give one or both of {', '.join(MODES)}, each once.")
 
 
@@ -303,8 +303,7 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
 def automatic_batch_size(requested: int | None, longest: int, on_accelerator: bool) -> int:
     """Responses per batch: what was asked for, else 1 to 256 for about 64k tokens (accelerator) or 16k (CPU)."""
     if requested is not None:
-        if requested < 1:
-            raise UserError(f"`batch_size={requested}`: at least 1.")
+        check_whole("batch_size", requested)
         return requested
     budget = 65_536 if on_accelerator else 16_384
     return max(1, min(256, budget // max(1, longest)))
@@ -312,6 +311,8 @@ def automatic_batch_size(requested: int | None, longest: int, on_accelerator: bo
 
 def check_one_source(completions: Sequence[Completion]) -> None:
     """Raises UserError when records of several models or templates are mixed."""
+    for number, completion in enumerate(completions, start=1):
+        check_kind(f"samples, row {number}", completion, Completion, "a Completion")
     for field in ("model", "template"):
         names = sorted({getattr(completion, field) for completion in completions})
         if len(names) > 1:

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind, check_positive, check_whole, rows_of
 from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import completion_logprobs
@@ -58,13 +58,11 @@ class BankOptions:
     prior: Literal["fresh", "samples"] = "fresh"
 
     def __post_init__(self) -> None:
-        if self.traces_per_answer < 1:
-            raise UserError(f"`traces_per_answer={self.traces_per_answer}`: at least 1.")
+        check_whole("traces_per_answer", self.traces_per_answer)
         unknown = [source for source in self.sources if source not in SOURCES]
         if unknown or not self.sources:
             raise UserError(f"`sources={self.sources!r}`: choose from {', '.join(SOURCES)}.")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"`temperature={self.temperature}`: must be positive.")
+        check_positive("temperature", self.temperature)
         if self.mh_moves < 1 or (self.burn_in or 0) < 0:
             raise UserError(
                 f"`mh_moves={self.mh_moves}` `burn_in={self.burn_in}`: at least 1 move, and no negative burn-in."
@@ -133,15 +131,21 @@ def make_traces(
             another model, or a pair that is not among the samples.
     """
     policy = as_policy(policy)
-    if k < 1:
-        raise UserError(f"`k={k}`: at least 1 trace for each answer.")
-    options = BankOptions(traces_per_answer=k, sources=tuple(sources), temperature=temperature)
-    thinking = [pair for pair in pairs if pair.mode == "thinking"]
+    check_whole("k", k)
+    check_whole("seed", seed, low=0)
+    check_whole("batch_size", batch_size)
+    options = BankOptions(k, tuple(rows_of("sources", sources)), temperature)
+    thinking = []
+    for number, pair in enumerate(rows_of("pairs", pairs), start=1):
+        check_kind(f"pairs, row {number}", pair, PreferencePair, "a PreferencePair")
+        if pair.mode == "thinking":
+            thinking.append(pair)
     if not thinking:
         raise UserError("There are no thinking pairs (D_t), so there is nothing to find traces for.")
     by_prompt: dict[str, list[Completion]] = {}
     identity = sampler_identity(policy)
-    for completion in samples:
+    for number, completion in enumerate(rows_of("samples", samples), start=1):
+        check_kind(f"samples, row {number}", completion, Completion, "a Completion")
         if completion.mode == "thinking":
             check_sampling_model(completion.engine, completion.model, identity)
             by_prompt.setdefault(completion.prompt_id, []).append(completion)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_choice
 from bvpo_stats.statistics.calibration import Mask
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
@@ -33,7 +33,7 @@ from bvpo_stats.statistics.intervals import (
     squared_norm,
     t_quantile,
 )
-from bvpo_stats.statistics.moments import Array, MomentSummary, summary_of_arrays
+from bvpo_stats.statistics.moments import Array, MomentSummary, as_array, summary_of_arrays
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,12 @@ def alpha_from_gradients(
         >>> print(alpha_from_gradients(t, e, m, batch_size=128))
         alpha* = 0.98... [0.9..., ...] at batch size 128, eta L = 1
     """
-    vectors = {"t": t, "e": e} if m is None else {"t": t, "e": e, "m": m}
+    given = {"t": t, "e": e} if m is None else {"t": t, "e": e, "m": m}
+    vectors = {name: as_array(name, value) for name, value in given.items()}
+    for name, value in vectors.items():
+        if value.ndim != 2:
+            raise UserError(f"`{name}` has the shape {list(value.shape)}, expected [examples, parameters].")
+    check_choice("method", method, get_args(Method))
     summary = summary_of_arrays(vectors, clusters=clusters, blocks=blocks)
     return alpha_from_summary(summary, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_number
 from bvpo_stats.statistics.moments import Array, MomentSummary
 
 
@@ -29,6 +29,8 @@ def noise_scale(batch_size: float = 1.0, eta_l: float = 1.0) -> float:
     Raises:
         UserError: The batch size or ``eta L`` is not positive and finite.
     """
+    check_number("batch_size", batch_size)
+    check_number("eta_l", eta_l)
     if not 0 < batch_size < math.inf:
         raise UserError(f"the batch size must be positive and finite, got {batch_size}.")
     if not 0 < eta_l < math.inf:

@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_kind, check_whole, rows_of
 from bvpo_stats.statistics.calibration import Array as Array
 from bvpo_stats.statistics.calibration import u_centred
 
@@ -515,6 +515,12 @@ class Moments:
         cls, members: Sequence[str] = MEMBERS, blocks: Sequence[str] = (WHOLE,), groups: int | None = DEFAULT_GROUPS
     ) -> Moments:
         """An empty accumulator with so many jackknife groups; None: every prompt is its own."""
+        members, blocks = tuple(rows_of("members", members)), tuple(rows_of("blocks", blocks))
+        for name, values in (("members", members), ("blocks", blocks)):
+            if not values:
+                raise UserError(f"`{name}` must name at least one.")
+        if groups is not None:
+            check_whole("groups", groups, low=0)
         if groups is not None and groups < 2:
             raise UserError(f"a delete-a-group jackknife needs at least 2 groups, got {groups}; use 20.")
         return cls(tuple(members), tuple(blocks), groups, {})
@@ -553,6 +559,8 @@ class Moments:
         Raises:
             UserError: Members or blocks are missing, shapes disagree, or a gradient is not finite.
         """
+        check_kind("vectors", vectors, Mapping, "a dictionary of gradients by member")
+        prompts = list(rows_of("prompts", prompts))
         missing = [name for name in self.members if name not in vectors]
         if missing:
             raise UserError(f"gradients of {', '.join(missing)} are missing; give all of {', '.join(self.members)}.")
@@ -677,7 +685,7 @@ class Moments:
         missing = [block for block in self.blocks if block not in given]
         if missing:
             raise UserError(f"gradient {name!r} lacks the parameter blocks {', '.join(missing)}; give every block.")
-        arrays = [np.asarray(given[block]) for block in self.blocks]
+        arrays = [as_array(f"gradient {name!r}", given[block]) for block in self.blocks]
         for block, array in zip(self.blocks, arrays, strict=True):
             if array.ndim != 2 or array.shape[0] != n:
                 raise UserError(f"gradient {name!r}, block {block!r}: shape {array.shape}, expected [{n} examples, d].")
@@ -696,6 +704,24 @@ def _half_square(first: NDArray[Any], second: NDArray[Any]) -> Array:
     """``norm(x - y)^2 / 2`` row by row, in float64."""
     difference = np.subtract(first, second, dtype=np.float64)
     return np.asarray(np.einsum("ij,ij->i", difference, difference) / 2)
+
+
+def as_array(name: str, values: Any) -> NDArray[Any]:
+    """Real numbers as an array: NumPy's, lists, tensors of any framework (off their graph, float16 and all).
+
+    Raises:
+        UserError: They are no real numbers.
+    """
+    values = values.detach() if hasattr(values, "detach") else values
+    if "bfloat16" in str(getattr(values, "dtype", "")) and hasattr(values, "float"):  # NumPy has none
+        values = values.float()
+    try:
+        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: not an array of numbers ({str(error).splitlines()[0]}).") from error
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{name}: an array of {array.dtype} where real numbers belong.")
+    return array
 
 
 MAX_GROUPS = 256
@@ -722,12 +748,26 @@ def summary_of_arrays(
     Raises:
         UserError: Shapes differ, or fewer than three prompts.
     """
-    named = {name: np.asarray(value, dtype=np.float64) for name, value in vectors.items()}
+    named = {name: np.asarray(as_array(name, value), dtype=np.float64) for name, value in vectors.items()}
     shapes = {value.shape for value in named.values()} | ({np.shape(trace2)} if trace2 is not None else set())
     if len(shapes) != 1 or len(next(iter(shapes))) < 2:
         raise UserError(f"per-example gradients must have one shape [examples, parameters], got {sorted(shapes)}.")
     shape = next(iter(shapes))
-    ids = range(shape[-2]) if clusters is None else clusters
+    if 0 in shape:
+        raise UserError(f"per-example gradients have the shape {list(shape)}; there is nothing to estimate from.")
+    for name, value in named.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = value.sum()  # quick, as in `Moments`
+        if not np.isfinite(total) and not np.isfinite(value).all():
+            row = int(np.argwhere(~np.isfinite(value))[0][-2])
+            raise UserError(f"gradient {name!r} of example {row} is not finite; check that example.")
+    ids = range(shape[-2]) if clusters is None else list(rows_of("clusters", clusters))
+    if blocks is not None:
+        check_kind("blocks", blocks, Mapping, "a dictionary of slices by name")
+        for name, block in blocks.items():
+            check_kind(f"blocks[{name!r}]", block, slice, "a slice of the parameters")
+        if not blocks:
+            raise UserError("`blocks` names no block; leave it out for one weight.")
     if len(ids) != shape[-2] or (clusters is not None and len(shape) != 2):
         raise UserError(f"clusters must name the prompt of each of the {shape[-2]} examples, got {len(ids)} names.")
     index: dict[Hashable, int] = {}

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts, embedded_records
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_choice, check_kind, rows_of
 from bvpo_stats.records import (
+    MODES,
     Completion,
     Mode,
     PreferencePair,
@@ -70,12 +71,14 @@ def read_records(
     Raises:
         UserError: Nothing there, a row that is no such record; file, line and field are named.
     """
-    if kind is not None and kind not in _STEMS:
+    if kind is not None and kind not in list(_STEMS):
         known = ", ".join(sorted(known.__name__ for known in _STEMS))
         raise UserError(f"`kind` must be a record type ({known}), not {kind!r}.")
     for where, row in read_rows(source, kind, mode=mode, name=name):
         if not isinstance(row, Mapping):
-            yield row  # a record already
+            expected: tuple[type, ...] = tuple(_STEMS) if kind is None else (kind,)
+            check_kind(where, row, expected, f"a {'record' if kind is None else kind.__name__} or a row of columns")
+            yield row
             continue
         found: Any = kind or record_kind(dict(row))
         if found is None:
@@ -95,9 +98,11 @@ def read_rows(
     Raises:
         UserError: Nothing there, or unreadable; a bad line is named.
     """
+    if mode is not None:
+        check_choice("mode", mode, MODES)
     if not isinstance(source, (str, os.PathLike)):
         # NumPy's and torch's formats of a dataset round to float32
-        rows: Iterable[Any] = source.with_format(None) if hasattr(source, "with_format") else source
+        rows = rows_of(name, source.with_format(None) if hasattr(source, "with_format") else source)
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
         return
     if str(source) == EMBEDDED and kind is Prompt:
@@ -256,23 +261,34 @@ def write_records(
     Raises:
         UserError: The file cannot be written, its name has another suffix, or no record says what it should hold.
     """
-    target, stream = Path(path).expanduser(), iter(records)
+    check_kind("path", path, (str, os.PathLike), "a path")
+    target, stream = Path(path).expanduser(), rows_of("records", records)
     if not target.name.endswith(SUFFIXES):
         raise UserError(f"Cannot write {target}: name a file that ends in {', '.join(SUFFIXES)}.")
     first = list(islice(stream, 1))
     kind = kind or (type(first[0]) if first else None)
+    known = ", ".join(sorted(each.__name__ for each in _STEMS))
+    if kind is not None and kind not in list(_STEMS):
+        raise UserError(f"`records` must be of one type of record ({known}), not {kind.__name__}.")
+
+    def checked() -> Iterator[Record]:
+        for number, record in enumerate(chain(first, stream), start=1):
+            if kind is not None:
+                check_kind(f"records, row {number}", record, kind, f"a {kind.__name__} like the rest")
+            yield record
+
     temporary = target.with_name(target.name + ".tmp")
     count = 0
     try:
         if target.suffix == ".parquet":
             if kind is None:
                 raise UserError(f"Cannot write {target}: there are no records, so its columns are unknown.")
-            count = _write_parquet(temporary, chain(first, stream), kind, without)
+            count = _write_parquet(temporary, checked(), kind, without)
         else:
             with temporary.open("wb") as raw:
                 compressed = gzip.GzipFile("", "wb", mtime=0, fileobj=raw) if target.suffix == ".gz" else None
                 handle = compressed or raw
-                for record in chain(first, stream):
+                for record in checked():
                     handle.write(f"{encode_row(to_dict(record))}\n".encode())
                     count += 1
                 if compressed is not None:

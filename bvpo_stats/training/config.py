@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_choice, check_number, check_whole
+from bvpo_stats.gradients.examples import Unmatched
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.records import MODES, Mode
-from bvpo_stats.training.alpha import ADAPTIVE, Controller, FixedController, make_controller
+from bvpo_stats.training.alpha import ADAPTIVE, AdaptiveOptions, Controller, FixedController, make_controller
 
 AUTO = "auto"
 
@@ -74,19 +76,26 @@ class BVPOConfig(TrainingArguments):
     eta_l: float | str = field(default=1.0, metadata={"help": "Learning rate times smoothness, or auto."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (TypeError, ValueError, AttributeError) as error:  # transformers' ways to say that a setting cannot be
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"transformers refuses these settings: {reason}") from error
+        self._check_inherited()
         if isinstance(self.loss_type, (list, tuple)) and len(self.loss_type) == 1:
             (self.loss_type,) = self.loss_type  # as TRL spells a single loss
         if self.eta_l != AUTO:
             self.eta_l = _positive("eta_l", self.eta_l)
         for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{name}={value}`: at least 1.")
-        if self.alpha_probe_prompts < 0:
-            raise UserError(f"`alpha_probe_prompts={self.alpha_probe_prompts}`: at least 0.")
-        if self.unmatched_prompts not in ("error", "drop"):
-            raise UserError(f"`unmatched_prompts={self.unmatched_prompts!r}`: choose error or drop.")
+            if value is not None or name not in ("alpha_update_steps", "max_length"):
+                check_whole(name, value)
+        check_whole("alpha_probe_prompts", self.alpha_probe_prompts, low=0)
+        check_choice("unmatched_prompts", self.unmatched_prompts, get_args(Unmatched))
+        for name in ("beta", "simpo_gamma", "alpha_prior", "alpha_level", "alpha_ema"):
+            if getattr(self, name) is not None or name != "alpha_ema":
+                check_number(name, getattr(self, name))
+        AdaptiveOptions(**self._adaptive_options())  # complains even where alpha is fixed
         self.objective(), self.controller()  # complain about their own settings
 
     @property
@@ -112,8 +121,26 @@ class BVPOConfig(TrainingArguments):
         Raises:
             UserError: An alpha that is no weight, or settings the controller cannot have.
         """
+        return make_controller(self.alpha, **self._adaptive_options())
+
+    def _adaptive_options(self) -> dict[str, Any]:
         options = {"prior": self.alpha_prior, "level": self.alpha_level}
-        return make_controller(self.alpha, **options, **({} if self.alpha_ema is None else {"decay": self.alpha_ema}))
+        return options if self.alpha_ema is None else options | {"decay": self.alpha_ema}
+
+    def _check_inherited(self) -> None:
+        """Refuses transformers' settings that would be ignored or fail later."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_whole(name, getattr(self, name))
+        check_whole("seed", self.seed, low=0)
+        check_number("learning_rate", self.learning_rate)
+        check_number("num_train_epochs", self.num_train_epochs)
+        check_whole("max_steps", self.max_steps, low=-1)
+        if not self.eval_do_concat_batches:
+            raise UserError("`eval_do_concat_batches=False`: not supported; the metrics are of all pairs together.")
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}`: not supported; the losses have no labels."
+            )
 
     def objective(self) -> Objective:
         """The loss of one pair.
@@ -129,8 +156,8 @@ class BVPOConfig(TrainingArguments):
 
 def _positive(field: str, value: float | str) -> float:
     try:
-        number = float(value)
-    except ValueError:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
         number = math.nan
     if not 0 < number < math.inf:
         raise UserError(f"`{field}={value}`: give a positive number, or auto.")

@@ -17,14 +17,13 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.gradients.reference import Reference, fill_reference
 from bvpo_stats.model.head import sequence_logprobs
-from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy
+from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy, with_tokenizer
 from bvpo_stats.model.scores import log_probabilities
 from bvpo_stats.model.subset import sharing_copy
-from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
@@ -91,6 +90,9 @@ class BVPOTrainer(Trainer):
     ) -> None:
         args = BVPOConfig() if args is None else args
         _check_arguments(args, train_dataset, empty_dataset, eval_dataset)
+        callbacks = None if callbacks is None else list(rows_of("callbacks", callbacks))
+        if not isinstance(optimizers, tuple) or len(optimizers) != 2:
+            raise UserError("`optimizers` must be a tuple (optimizer, scheduler); either may be None.")
         self.config = args
         self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
@@ -444,7 +446,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
     if not isinstance(model, (str, Path)):
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
     policy = load_policy(str(model), device=str(args.device))
-    return policy if tokenizer is None else replace(policy, tokenizer=tokenizer, template=find_template(tokenizer))
+    return policy if tokenizer is None else with_tokenizer(policy, tokenizer)
 
 
 def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> Policy:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_number, check_whole
 from bvpo_stats.options import Option, check_options
 from bvpo_stats.records import FinishReason, Mode, Prompt
 
@@ -31,8 +31,11 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"`samples={self.samples}`: at least 1 response per prompt is needed.")
+        check_whole("samples", self.samples)
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_whole("seed", self.seed, low=0)
         if not 0 < self.temperature < float("inf"):
             raise UserError(
                 f"`temperature={self.temperature}`: must be positive. At 0 every sample is the same, so there is "
@@ -40,10 +43,6 @@ class SamplingOptions:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"`top_p={self.top_p}`: must lie in (0, 1]; 1 switches nucleus sampling off.")
-        if self.max_new_tokens < 1:
-            raise UserError(f"`max_new_tokens={self.max_new_tokens}`: must be at least 1.")
-        if self.seed < 0:
-            raise UserError(f"`seed={self.seed}`: must not be negative.")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
@@ -55,8 +55,8 @@ def as_reward(reward: Callable[..., Any] | str | Reward) -> Reward:
     """
     if isinstance(reward, str):
         return load_reward(reward)
-    if hasattr(reward, "score") and hasattr(reward, "identity"):
-        return cast("Reward", reward)
-    if callable(reward):
+    if isinstance(reward, Reward) and not isinstance(reward, type):
+        return reward
+    if callable(reward) and not isinstance(reward, type):
         return FunctionReward(reward)
     raise UserError(f"`reward`: a {type(reward).__name__}. Give a function (question, answer) -> number, or a name.")

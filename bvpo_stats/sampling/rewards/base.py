@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -55,6 +56,12 @@ class Reward(Protocol):
         ...
 
 
+def in_words(error: BaseException) -> str:
+    """What a user's function raised, on one line."""
+    reason = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
 def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | None]:
     """Scores answers, equal ones once where the reward allows it, and refuses what is no number.
 
@@ -71,7 +78,15 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
     first: dict[object, Answer] = {}
     for name, answer in zip(names, answers, strict=True):
         first.setdefault(name, answer)
-    scores = reward.score(list(first.values()))
+    try:
+        scores = list(reward.score(list(first.values())))
+        wrong = next((score for score in scores if not (score is None or isinstance(score, numbers.Real))), None)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's program; whatever it raises is about that program
+        raise UserError(f"`reward={reward.identity!r}` fails with {in_words(error)}.") from error
+    if wrong is not None:
+        raise UserError(f"`reward={reward.identity!r}` gave a {type(wrong).__name__} where a number belongs.")
     if len(scores) != len(first):
         raise UserError(
             f"`reward={reward.identity!r}` gave {len(scores)} scores for {len(first)} answers. It must give "

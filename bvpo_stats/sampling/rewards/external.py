@@ -15,7 +15,7 @@ from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES
-from bvpo_stats.sampling.rewards.base import Answer
+from bvpo_stats.sampling.rewards.base import Answer, in_words
 from bvpo_stats.store.tables import fingerprint, read_rows
 
 
@@ -60,16 +60,16 @@ class FunctionReward:
             else:
                 scores = [self._function(answer.prompt, answer.text) for answer in answers]
             return [None if score is None else float(score) for score in scores]
-        except Exception as error:  # the function is the user's program; whatever it raises is about that program
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # the function is the user's program; whatever it raises is about that program
             call = (
                 "function(prompts=[...], completions=[...], gold=[...]) and must return a list of numbers or None"
                 if self._batched
                 else "function(question, answer) and must return a number or None"
             )
-            reason = next(iter(str(error).splitlines()), "")
-            raise UserError(
-                f"`reward={self._name!r}` fails with {type(error).__name__}: {reason}. It is called as {call}."
-            ) from error
+            raise UserError(f"`reward={self._name!r}` fails with {in_words(error)}. It is called as {call}.") from error
 
 
 def _takes_lists(function: Callable[..., Any]) -> bool:

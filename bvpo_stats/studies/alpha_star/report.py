@@ -86,7 +86,7 @@ class AlphaSettings:
     def __post_init__(self) -> None:
         noise_scale(self.batch_size, self.eta_l)
         t_quantile(self.level, 20)
-        if self.method not in get_args(Method):
+        if not isinstance(self.method, str) or self.method not in get_args(Method):
             raise UserError(f"`interval={self.method!r}`: choose {', '.join(get_args(Method))}.")
 
 

@@ -6,17 +6,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.distributed import World, joined_world
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_choice, check_kind, check_positive, check_whole
 from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
 from bvpo_stats.gradients.engine import BlockLayout
 from bvpo_stats.gradients.examples import Example, Joined, join
@@ -37,7 +37,7 @@ from bvpo_stats.model.policy import (
 from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
-from bvpo_stats.sampling.layouts import as_pairs, read_pairs
+from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.intervals import Method
@@ -194,32 +194,31 @@ def alpha_star(
         At batch size 128 and eta L = 1, alpha* = 0.9... (95% interval 0.9... to 1.000). ...
     """
     policy = as_policy(policy)
+    if stream is not None:
+        check_kind("stream", stream, StreamOptions, "StreamOptions")
+    if curvature is not None:
+        check_kind("curvature", curvature, CurvatureOptions, "CurvatureOptions")
+    if second_moments is not None:
+        check_kind("second_moments", second_moments, Mapping, "a dictionary of arrays by parameter name")
+    check_positive("epsilon", epsilon)
+    check_choice("method", method, get_args(Method))
+    if marginal is not None:
+        check_choice("marginal", marginal, get_args(MarginalMethod))
+    if groups != "auto":
+        check_whole("groups", groups, low=2)
     said = {"objective": objective, "method": marginal, "seed": seed}
     stream = replace(stream or _options(AlphaConfig()).stream, **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
     settings = AlphaSettings(batch_size, eta_l, level, method)
     options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon)
-    if subset is None:
+    if subset is not None:
+        check_kind("subset", subset, Subset, "a Subset")
+        words = "given parameters"
+    else:
         if not isinstance(lora, LoraOptions):
             lora = LoraOptions(seed=stream.seed) if lora is None else LoraOptions(r=lora, seed=stream.seed)
         policy, subset, words = prepare_subset(policy, lora=lora)
-    else:
-        words = "given parameters"
-    joined = join(_all_pairs(policy, pairs, empty_pairs), traces, unmatched="drop")
+    joined = join(all_pairs(pairs, empty_pairs, policy.template), traces, unmatched="drop")
     return _estimate(policy, subset, joined, options, words)
-
-
-def _all_pairs(policy: Policy, pairs: Pairs, empty_pairs: Pairs | None) -> list[PreferencePair]:
-    if empty_pairs is None:
-        if not isinstance(pairs, (str, Path)):
-            return as_pairs(pairs, policy.template, name="pairs")
-        empty_pairs = pairs
-    found = []
-    for source, mode, name in ((pairs, MODES[0], "pairs"), (empty_pairs, MODES[1], "empty_pairs")):
-        if isinstance(source, (str, Path)):
-            found += read_pairs(source, policy.template, mode, name=name)
-        else:
-            found += as_pairs(source, policy.template, mode, name=name)
-    return found
 
 
 def _estimate(
@@ -680,6 +679,9 @@ def block_metric(
         epsilon: Adam's epsilon.
     """
     layout = BlockLayout.of(subset)
+    lacking = [name for name in layout.places if name not in second_moments]
+    if lacking:
+        raise UserError(f"`second_moments` lacks {len(lacking)} of theta's parameters, e.g. {lacking[0]}.")
     metric = {block: np.empty(size) for block, size in layout.sizes.items()}
     for name, (block, offset, size) in layout.places.items():
         metric[block][offset : offset + size] = adam_metric(second_moments[name], epsilon)
