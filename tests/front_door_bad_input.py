@@ -131,7 +131,9 @@ def main() -> None:
     refuses("alpha_star one prompt", lambda x: bvpo.alpha_star(policy, x), [pairs[:2], pairs[:1]])
 
     refuses(
-        "alpha_from_gradients t", lambda x: bvpo.alpha_from_gradients(x, e), [*BAD, None, "x", t[:5], t[0], t[None]]
+        "alpha_from_gradients t",
+        lambda x: bvpo.alpha_from_gradients(x, e),
+        [*BAD, None, "x", t[:5], t[:, :2], t[0], t[None]],
     )
     refuses(
         "alpha_from_gradients both", lambda x: bvpo.alpha_from_gradients(x, x), [*BAD, t[:0], t[:1], t[:2], t[:, :0]]
