@@ -36,10 +36,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(value: bool) -> None:
+def _show_version(value: bool) -> bool:
     if value:
         print(f"bvpo-stats {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback(epilog="Any command takes --debug: on an error the full traceback is shown.")

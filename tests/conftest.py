@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Annotations are promises: shapes and types are checked at every call, from the first import of the package on.
 _CHECKED = (
+    "bvpo_stats.embedded",
+    "bvpo_stats.store",
     "bvpo_stats.statistics",
     "bvpo_stats.lab.oracle",
     "bvpo_stats.lab.oracle_training",

@@ -64,7 +64,7 @@ def normalised_weights(log_weights: Float[np.ndarray, "*batch traces"]) -> Float
 def log_mean_weight(log_weights: Float[np.ndarray, "*batch traces"]) -> Float[np.ndarray, "*batch"]:
     """``log((1 / K) sum_k w_k)``: log pi(y | x) from draws of q, its log-ratio to pi_ref from pi_ref's posterior."""
     log_weights = np.asarray(log_weights, dtype=np.float64)
-    return logsumexp(log_weights, axis=-1) - np.log(log_weights.shape[-1])
+    return np.asarray(logsumexp(log_weights, axis=-1) - np.log(log_weights.shape[-1]))
 
 
 def snis(
@@ -302,7 +302,7 @@ def half_split_cosine(
 
 
 Coefficients = tuple[Float[np.ndarray, " chosen_traces"], Float[np.ndarray, " rejected_traces"]]
-Rows = Int[np.ndarray, " traces"]
+Rows = Int[np.ndarray, " _"]
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 
 from bvpo_stats.errors import UserError, check_number
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
+    import torch
 
 ObjectiveName = Literal["dpo", "simpo", "ipo"]
 
 LOSSES: dict[str, ObjectiveName] = {"sigmoid": "dpo", "simpo": "simpo", "ipo": "ipo"}
 """TRL's names of the losses, which users give, and the package's."""
 
-A = TypeVar("A", "NDArray[np.floating]", "Tensor")
+A = TypeVar("A", NDArray[np.floating], "torch.Tensor")
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def difference_interval(new: Values, old: Values, *, level: float = 0.95) -> Int
     return found if len(differences) and np.ptp(differences) > 0 else Interval(found.value, None, None)
 
 
-def average_interval(groups: Sequence[Values], *, level: float = 0.95) -> Interval:
+def average_interval(groups: Sequence[Float[np.ndarray, " _"]], *, level: float = 0.95) -> Interval:
     """The plain average of several means, each over clusters of its own (Table 2's column Avg.).
 
     The groups are independent, so variances add: v = sum_b v_b / B^2 with v_b = s_b^2 / N_b, on Satterthwaite's degrees

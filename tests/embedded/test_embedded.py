@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bvpo_stats.embedded.assets import embedded_model_path, embedded_prompts
 from bvpo_stats.embedded.task import split_of
@@ -92,7 +92,7 @@ def test_measures_by_hand():
     assert "| Thinking accuracy | 50.0% ± 0.0% | 70% to 95% | no |" in render(m)
 
 
-class Scripted:
+class Scripted(PreTrainedModel):
     """Stands in for a model: writes the given texts, one per row, whatever it is asked."""
 
     device = torch.device("cpu")

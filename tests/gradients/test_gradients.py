@@ -23,6 +23,7 @@ from bvpo_stats.model import capture
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import ScoreMismatchError
 from bvpo_stats.model.subset import LoraOptions, Subset, create_lora, lora_subset
+from bvpo_stats.model.templates import PROTOCOLS, Template
 from bvpo_stats.records import Mode, PreferencePair
 from bvpo_stats.statistics import alpha_from_gradients
 from bvpo_stats.studies.alpha_star.run import alpha_star
@@ -51,7 +52,7 @@ def make_pair(rng: random.Random, prompt_id: str, mode: Mode, lengths: tuple[int
         temperature=1.0,
         top_p=1.0,
         model="tiny",
-        template="none",
+        template="embedded",
     )
 
 
@@ -68,8 +69,8 @@ def make_pairs(seed: int = 0) -> list[PreferencePair]:
 
 def policy_of(model: Any) -> Policy:
     """A policy of a model that has no tokenizer; made-up pairs need none."""
-    stand_in: Any = SimpleNamespace(pad_token_id=0, name="none")
-    return Policy(model, stand_in, stand_in, "tiny", (1,))
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    return Policy(model, tokenizer, Template(PROTOCOLS["embedded"], tokenizer), "tiny", (1,))
 
 
 def gradients_of(

@@ -165,10 +165,11 @@ def test_an_anchor_off_the_reference_leaves_a_bias_only_through_its_posterior_an
     assert np.linalg.norm(wrong - exact) > 1e-3 * np.linalg.norm(exact)
 
 
-class Level:
+class Level(np.random.Generator):
     """A generator that draws one level."""
 
     def __init__(self, level: int) -> None:
+        super().__init__(np.random.PCG64(0))
         self.level = level
 
     def choice(self, levels: int, p: np.ndarray) -> int:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.moments import Moments
@@ -69,7 +69,7 @@ class StepSums:
         cls,
         t: Float[np.ndarray, "units parameters"],
         e: Float[np.ndarray, "units parameters"],
-        sizes: Float[np.ndarray, " units"] | None = None,
+        sizes: Real[np.ndarray, " units"] | None = None,
     ) -> StepSums:
         """From the sums of each unit, all in memory.
 
