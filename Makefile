@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint docs format bench acceptance figures notebooks clean
+.PHONY: help setup setup-test demo quick test lint docs format bench acceptance figures notebooks clean
 
 help:
 	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
+	@echo "make quick       install, then the fast tests (under two minutes)"
 	@echo "make test        install, then run the tests"
 	@echo "make lint        install, then ruff, the type checker and a strict build of the documentation"
 	@echo "make docs        the documentation as web pages in site/"
@@ -39,6 +40,13 @@ setup-test: $(STAMP)-test
 
 demo: setup
 	$(BIN)/bvpo-stats demo --output $(DEMO)
+
+# What a contributor runs while working: the mathematics, the model's scores, gradients, files and the command line's door.
+QUICK := tests/statistics tests/store tests/model tests/gradients tests/embedded tests/test_architecture.py \
+	tests/test_documents.py tests/test_packaging.py tests/cli/test_help.py tests/cli/test_errors.py tests/cli/test_nonsense.py
+
+quick: setup-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 
 test: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

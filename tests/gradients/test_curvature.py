@@ -48,6 +48,7 @@ def dense_hessian(policy, subset, pairs, objective, step=1e-4):
 
 
 @pytest.mark.parametrize("objective", [Objective(beta=1.0), Objective("simpo", beta=2.0, gamma=0.3)])
+@pytest.mark.slow
 def test_products_and_largest_eigenvalue_match_a_dense_hessian(policy_and_pairs, objective):
     policy, pairs = policy_and_pairs
     subset = lora_subset(policy.model, ["layers.0.self_attn.v_proj"])
@@ -86,6 +87,7 @@ def test_a_learning_rate_must_be_positive(rate):
         CurvatureOptions(learning_rate=rate)
 
 
+@pytest.mark.slow
 def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, monkeypatch):
     """sum v'Hv / sum norm(v)^2 prompt by prompt; and from random signs, unbiased in numerator and denominator."""
     policy, pairs = policy_and_pairs

@@ -119,6 +119,7 @@ MEMORY_PROBE = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+@pytest.mark.slow
 def test_4096_tokens_of_151936_words_add_at_most_300_mb() -> None:
     # In a process of its own, so that other tests' memory is not counted. Full logits would be 2,500 MB.
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(MEMORY_PROBE)], capture_output=True, check=True)

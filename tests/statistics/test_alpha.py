@@ -206,6 +206,7 @@ def test_layers_separate_and_their_gain_is_what_is_saved(vectors):
     assert layers.weights["a"] == pytest.approx(A[0])
 
 
+@pytest.mark.slow
 def test_layer_gain_is_not_inflated_where_all_layers_agree():
     """Same truth in every block: the plug-in gain is positive by noise, the corrected one centred at zero."""
     corrected, plugged = [], []

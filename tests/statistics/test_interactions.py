@@ -103,6 +103,7 @@ def test_more_prompts_than_groups_are_left_out_in_groups():
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.15, 0.5])
+@pytest.mark.slow
 def test_squared_norm_covers_where_the_jackknife_interval_does_not(strength):
     """A bias of a standard error or so in few dimensions: U +- t se misses the truth from below."""
     rng, replicates, n = np.random.default_rng(6), 2000, 100

@@ -69,6 +69,7 @@ def test_length_alone_is_taken_out() -> None:
     assert even.value == pytest.approx(wins[:500].mean(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_coverage_of_rate_and_paired_difference() -> None:
     rng, runs, n = np.random.default_rng(5), 400, 120
     rates, differences = [], []
