@@ -212,7 +212,7 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
         ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
         ({"loss_type": ["sigmoid", "ipo"]}, "sigmoid, simpo, ipo"),
         ({"beta": 0.0}, "beta must be positive"),
-        ({"unmatched_prompts": "keep"}, "error or drop"),
+        ({"unmatched_prompts": "keep"}, "`unmatched_prompts='keep'`: choose one of error, drop"),
         ({"max_tokens": 0}, "`max_tokens=0`"),
     ],
 )

@@ -117,8 +117,8 @@ def _all_sampling(ground: Ground, prompts: list[tuple[float, float]]) -> Check:
     for (trace, empty), (atoms, x) in zip(prompts, written_out, strict=True):
         for alpha in np.linspace(0, 0.95, 20):
             reduced = _mixed_variance(atoms, x, alpha) <= trace
-            wrong += reduced != (empty / trace <= (1 + alpha) / (1 - alpha))
-        raised += _mixed_variance(atoms, x, PAPER) > trace
+            wrong += int(reduced != (empty / trace <= (1 + alpha) / (1 - alpha)))
+        raised += int(_mixed_variance(atoms, x, PAPER) > trace)
     largest = max(empty / trace for trace, empty in prompts)
     return judge(
         "Counting the sampling of y' too, Var(g_c | x) <= Var(g_t | x) iff Var(g_e | x) / Var(g_t | x) <= "
