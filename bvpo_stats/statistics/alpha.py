@@ -215,7 +215,7 @@ def alpha_from_summary(
 ) -> AlphaStar:
     """alpha* from streamed moments; see `alpha_from_gradients`."""
     tau = noise_scale(batch_size, eta_l)
-    ratio = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)))
+    ratio = LinearRatio.alpha(summary, tau)
     interval = alpha_interval(ratio, summary, level, method)
     return AlphaStar(
         **vars(interval),
@@ -404,7 +404,7 @@ def layer_alphas(
 ) -> LayerAlphas:
     """Per-layer weights: the error separates over parameter blocks, so each has its own ``alpha_l = B_l / A_l``."""
     tau = noise_scale(batch_size, eta_l)
-    found = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)), per_block=True)
+    found = LinearRatio.alpha(summary, tau, per_block=True)
     B, A = found.numerator, found.denominator
     alphas = {name: alpha_interval(found.block(k), summary, level, method) for k, name in enumerate(summary.blocks)}
     # A block that never gets a gradient (LoRA's A at its start) has A_l = B_l = 0 and no part in the gain.
@@ -559,7 +559,7 @@ def fixed_alpha_verdict(
     if not 0 < alpha < 1:
         raise UserError(f"a mixture needs alpha strictly between 0 and 1, got {alpha}.")
     tau = noise_scale(batch_size, eta_l)
-    ratio = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)))
+    ratio = LinearRatio.alpha(summary, tau)
     B, A = float(ratio.numerator[0]), float(ratio.denominator[0])
     sets = ratio_sets(ratio.numerator, ratio.denominator, summary.group_sizes, level, method, ratio.interactions)
 

@@ -160,7 +160,7 @@ def alpha_range(
         method: How the sets are made.
     """
     tau = noise_scale(batch_size, eta_l)
-    found = LinearRatio.of(summary, lambda parts: (parts.numerator(tau), parts.denominator(tau)), marginal="t")
+    found = LinearRatio.alpha(summary, tau, marginal="t")
 
     def ends(shift: float) -> tuple[Array, Array]:
         sets = ratio_sets(

@@ -207,6 +207,16 @@ class LinearRatio:
         )
         return cls(*pick(rows), pick(estimates(pairs, per_block=per_block, marginal=marginal)))
 
+    @classmethod
+    def alpha(cls, summary: MomentSummary, tau: float, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
+        """alpha_unc at ``tau = eta L / B``: ``(P0 + tau P1) / (Q0 + tau Q1)`` (Theorem 2)."""
+        return cls.of(
+            summary,
+            lambda parts: (parts.numerator(tau), parts.denominator(tau)),
+            per_block=per_block,
+            marginal=marginal,
+        )
+
     def block(self, k: int) -> LinearRatio:
         """The same of one parameter block, where the block axis was kept."""
         pairs = None if self.interactions is None else (self.interactions[0][..., k], self.interactions[1][..., k])
