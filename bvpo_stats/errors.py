@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +16,35 @@ class UserError(Exception):
 
     The command line prints the message on stderr and exits with code 2, without a traceback unless ``--debug`` is
     given. Library code raises it for bad input only, never for its own faults.
+
+    Args:
+        message: Becomes one line: what it quotes from the input may hold anything, see :func:`one_line`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+_LONGEST = 2_000  # characters of a message; a name or value in it may be a whole file
+_NOT_PRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control and format characters, lone surrogates, line separators
+
+
+def one_line(text: str) -> str:
+    r"""A text as one line that any terminal shows as it is.
+
+    Line breaks become spaces; control characters, direction marks and lone surrogates are escaped as Python writes
+    them, so that input which is quoted can neither fake a line nor colour or clear a terminal. Very long texts lose
+    their middle.
+
+    >>> one_line("two\nlines, \x1b[31mred")
+    'two lines, \\x1b[31mred'
+    """
+    if not text.isprintable():
+        text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", text)
+        text = "".join(
+            c.encode("unicode_escape").decode() if unicodedata.category(c) in _NOT_PRINTED else c for c in text
+        )
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def check_kind(name: str, value: object, kinds: type | tuple[type, ...], words: str) -> None:
@@ -26,17 +56,17 @@ def check_kind(name: str, value: object, kinds: type | tuple[type, ...], words: 
 def check_whole(name: str, value: Any, low: int = 1) -> None:
     """Refuses what is no whole number of at least ``low``; True is none either."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise UserError(f"`{name}={_shown(value)}`: must be a whole number.")
+        raise UserError(f"`{name}={shown(value)}`: must be a whole number.")
     value = operator.index(value)
     if not low <= value < 2**63:
         bound = "must not be negative" if low == 0 and value < 0 else f"at least {low}" if value < low else "too large"
-        raise UserError(f"`{name}={value}`: {bound}.")
+        raise UserError(f"`{name}={shown(value)}`: {bound}.")
 
 
 def check_number(name: str, value: Any) -> None:
     """Refuses what is no real number; True is none either."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise UserError(f"`{name}={_shown(value)}`: must be a number.")
+        raise UserError(f"`{name}={shown(value)}`: must be a number.")
 
 
 def check_positive(name: str, value: Any, hint: str = "") -> None:
@@ -50,7 +80,7 @@ def check_choice(name: str, value: object, choices: Iterable[Any]) -> None:
     """Refuses a word that is none of the choices."""
     known = list(choices)
     if not isinstance(value, str) or value not in known:
-        raise UserError(f"`{name}={_shown(value)}`: choose one of {', '.join(map(str, known))}.")
+        raise UserError(f"`{name}={shown(value)}`: choose one of {', '.join(map(str, known))}.")
 
 
 def rows_of(name: str, source: Any) -> Iterator[Any]:
@@ -66,6 +96,8 @@ def _named(value: object) -> str:
     return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
-def _shown(value: object) -> str:
-    """A value on one line, in short."""
+def shown(value: object) -> str:
+    """A value as Python writes it where it is a word or a number, else its type."""
+    if isinstance(value, int) and value.bit_length() > 1_000:  # Python refuses to write very long numbers
+        return f"a number of {value.bit_length()} bits"
     return repr(value) if isinstance(value, (str, int, float, bool)) else _named(value)

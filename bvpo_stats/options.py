@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, shown
 from bvpo_stats.records import MODES, Mode
 
 _WORDS: dict[Any, str] = {
@@ -33,7 +33,7 @@ class Option:
     Attributes:
         help: One or two sentences.
         name: Name on the command line, where it is not the field's, e.g. ``loss``.
-        low: Least value.
+        low: Least value. Numbers have a range: `low` or `above`, and `high` or `below`.
         high: Greatest value.
         above: Bound that a value must exceed.
         below: Bound that a value must stay under.
@@ -42,6 +42,7 @@ class Option:
         read: Reads the words on the command line; the type does where it is None.
         spelled: The default as the command line spells it, for ``read``.
         metavar: What the command line says the option takes.
+        blank: Whether an empty text means something; mostly it is a shell variable that is not set.
     """
 
     help: str
@@ -55,6 +56,7 @@ class Option:
     read: Callable[[str], Any] | None = None
     spelled: str | None = None
     metavar: str | None = None
+    blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def check_options(config: Any) -> None:
-    """Refuses fields of the wrong type, numbers out of their bounds, and words that are no choice.
+    """Refuses fields of the wrong type, numbers out of their bounds, words that are no choice, and empty texts.
 
     Args:
         config: An instance of a configuration; fields without an `Option` are left alone.
@@ -107,24 +109,38 @@ def _check(name: str, value: Any, kind: Any, option: Option) -> None:
         return
     choices = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
     plain = [each for each in kinds if each in _WORDS]
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return
-    if isinstance(value, tuple) and any(get_origin(each) is tuple for each in kinds):
+    many = next((each for each in kinds if get_origin(each) is tuple), None)
+    if many is not None and isinstance(value, tuple):
         for each in value:
-            _check_bounds(name, each, option)
+            _check(name, each, get_args(many)[0], option)
         return
     if plain and not any(_is(value, each) for each in plain):
-        raise UserError(f"`{name}={value!r}`: must be {' or '.join([*(_WORDS[each] for each in plain), *choices])}.")
+        words = [*(_WORDS[each] for each in plain), *choices]
+        words += [option.spelled] if option.spelled is not None and NoneType in kinds else []  # e.g. auto
+        raise UserError(f"`{name}={shown(value)}`: must be {' or '.join(words)}.")
     if choices and not plain:
-        raise UserError(f"`{name}={value!r}`: unknown. Choose one of {', '.join(map(str, choices))}.")
-    _check_bounds(name, value, option)
-
-
-def _check_bounds(name: str, value: Any, option: Option) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise UserError(f"`{name}={shown(value)}`: unknown. Choose one of {', '.join(map(str, choices))}.")
+    if not plain and many is not None:
+        raise UserError(f"`{name}={shown(value)}`: must be a tuple.")
+    if isinstance(value, str | Path):
+        problem = _unusable_text(str(value), option)
+        if problem:
+            raise UserError(f"`{name}={str(value)!r}`: {problem}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         problem = _out_of_bounds(value, option)
         if problem:
-            raise UserError(f"`{name}={value}`: must {option.hint or problem}.")
+            raise UserError(f"`{name}={shown(value)}`: must {option.hint or problem}.")
+
+
+def _unusable_text(words: str, option: Option) -> str | None:
+    """Why a text is none that anybody means."""
+    if not words.strip() and not option.blank:
+        return "is empty; is a shell variable not set? Give a value, or leave it out"
+    if "\0" in words:
+        return "holds a NUL character, which no name and no prompt has"
+    return None
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -139,26 +155,21 @@ def _out_of_bounds(value: float, option: Option) -> str | None:
     """What the value must do and does not; nothing is ever infinite, or beyond 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         return "be finite"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "be less than 2^63"
     low, high, above, below = option.low, option.high, option.above, option.below
-    if (low is not None and value < low) or (above is not None and value <= above):
-        if high is None and below is None:
-            return f"be at least {low:g}" if low is not None else f"be above {above:g}" if above else "be positive"
-    elif (high is None or value <= high) and (below is None or value < below):
-        return None
-    least = f"at least {low:g}" if low is not None else f"above {above:g}" if above is not None else ""
-    most = f"at most {high:g}" if high is not None else f"below {below:g}" if below is not None else ""
+    too_low = (low is not None and value < low) or (above is not None and value <= above)
+    too_high = (high is not None and value > high) or (below is not None and value >= below)
+    if not too_low and not too_high:
+        return "be less than 2^63" if isinstance(value, int) and abs(value) >= 2**63 else None
+    least = f"at least {low:,g}" if low is not None else f"above {above:g}" if above is not None else ""
+    most = f"at most {high:,}" if high is not None else f"below {below:,}" if below is not None else ""
+    if too_low and (not most or (high or below or 0) > 1):  # where the range ends above is of no interest here
+        return "be positive" if least == "above 0" else f"be {least}"
     return "be " + " and ".join(words for words in (least, most) if words)
 
 
-def number_or_auto(words: str) -> int | None:
-    """Reads a number of responses drawn at once: None for ``auto``."""
-    if words == "auto":
-        return None
-    if not words.isdigit() or int(words) < 1:
-        raise UserError(f"`batch_size={words!r}`: give a whole number of at least 1, or auto.")
-    return int(words)
+def number_or_auto(words: str) -> int | str | None:
+    """Reads a number of responses drawn at once, None for ``auto``; what is neither is left to the field to judge."""
+    return None if words == "auto" else whole_or_word(words)
 
 
 def number_or_word(words: str) -> float | str:
@@ -195,26 +206,34 @@ def modes(words: str) -> tuple[Mode, ...]:
 Samples = Annotated[
     int, Option("Responses per prompt and mode.", low=1, high=10**6, hint="lie between 1 and a million")
 ]
-Seed = Annotated[int, Option("Decides every random draw.", low=0)]
+Seed = Annotated[int, Option("Decides every random draw.", low=0, high=2**32 - 1)]  # more is too much for NumPy
 Level = Annotated[
     float, Option("Confidence level of the intervals.", above=0, below=1, hint="lie between 0 and 1, e.g. 0.95")
 ]
-Limit = Annotated[int | None, Option("Use only the first so many prompts.", low=1, hint="leave at least 1 prompt")]
-Temperature = Annotated[float, Option("Sampling temperature.", above=0)]
+Limit = Annotated[int | None, Option("Use only the first so many prompts.", low=1, high=10**12)]
+Temperature = Annotated[
+    float, Option("Sampling temperature.", low=1e-3, high=1e3, hint="be positive, between 0.001 and 1000")
+]
 TopP = Annotated[
     float, Option("Nucleus mass; 1 is off (anything less makes g_t biased even at the reference).", above=0, high=1)
 ]
 MaxNewTokens = Annotated[
-    int | None, Option("Cut responses at this many tokens.", low=1, shown="256 embedded, else 4096")
+    int | None, Option("Cut responses at this many tokens.", low=1, high=10**8, shown="256 embedded, else 4096")
 ]
 BatchSize = Annotated[
     int | None,
     Option(
-        "Responses drawn at once: a number or `auto`. Does not change the results.", read=number_or_auto, spelled="auto"
+        "Responses drawn at once: a number or `auto`. Does not change the results.",
+        low=1,
+        high=10**6,
+        read=number_or_auto,
+        spelled="auto",
     ),
 ]
 Modes = Annotated[tuple[Mode, ...], Option("thinking, nothinking or both.", name="mode", read=modes, spelled="both")]
-MaxTokens = Annotated[int, Option("Padded tokens per forward: what bounds memory. Does not change the results.", low=1)]
+MaxTokens = Annotated[
+    int, Option("Padded tokens per forward: what bounds memory. Does not change the results.", low=1, high=10**9)
+]
 Prompts = Annotated[str, Option("JSONL file with a field `prompt`, a dataset's folder or hub id, or `embedded`.")]
 PromptSplit = Annotated[str, Option("Split of a dataset given as `prompts`.")]
 

@@ -29,6 +29,7 @@ class _Parameter:
     kind: Any
     option: Option
     default: Any
+    required_by_group: bool = False
 
     @property
     def flag(self) -> str:
@@ -92,7 +93,8 @@ def _parameters(
             if option is None:
                 continue
             default = entries[name].default
-            yield _Parameter((*path, name), kind, option, None if optional and default is MISSING else default)
+            needed = optional and default is MISSING
+            yield _Parameter((*path, name), kind, option, None if needed else default, needed)
 
 
 def _inner(kind: Any) -> type | None:
@@ -120,6 +122,14 @@ def _filled(config: type, values: Mapping[tuple[str, ...], Any], path: tuple[str
     return config(**found)
 
 
+def _check_groups(parameters: list[_Parameter], given: frozenset[str]) -> None:
+    """Refuses options of an optional group, such as a server's, that lacks what it cannot be without."""
+    for needed in (each for each in parameters if each.required_by_group and each.name not in given):
+        for other in parameters:
+            if other.path[:-1] == needed.path[:-1] and other.name in given:
+                raise UserError(f"`{other.path[-1]}` says nothing without `{needed.path[-1]}`; give that, too.")
+
+
 def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output: str, examples: str) -> None:
     """Makes a command of a function ``(config, output)`` or ``(config, output, given)``.
 
@@ -140,18 +150,19 @@ def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output
 
     def call(context: typer.Context, **words: Any) -> None:
         values = {parameter.path: parameter.value(words[parameter.name]) for parameter in parameters}
+        sources = {each: context.get_parameter_source(each) for each in words}
+        given = frozenset(each for each, source in sources.items() if source and source.name != "DEFAULT")
+        _check_groups(parameters, given)
         arguments = [_filled(config, values), words["output"]]
-        if wants_given:
-            sources = {each: context.get_parameter_source(each) for each in words}
-            arguments.append(frozenset(each for each, source in sources.items() if source and source.name != "DEFAULT"))
-        run(*arguments)
+        run(*arguments, given) if wants_given else run(*arguments)
 
     own = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     signature = [own, *(parameter.parameter(names) for parameter in parameters), *_common(output)]
     call.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     call.__annotations__ = {each.name: each.annotation for each in signature}
     call.__doc__, call.__name__ = run.__doc__, run.__name__
-    app.command(name, cls=type("_Command", (Command,), {"names": names}), epilog=examples)(call)
+    blank = frozenset(parameter.flag for parameter in parameters if parameter.option.blank)
+    app.command(name, cls=type("_Command", (Command,), {"names": names, "blank": blank}), epilog=examples)(call)
 
 
 def _common(output: str) -> Iterator[inspect.Parameter]:
@@ -181,6 +192,18 @@ class Command(TyperCommand):
 
     names: Mapping[str, str] = {}
     """Fields whose options have names of their own."""
+
+    blank: frozenset[str] = frozenset()
+    """Options for which an empty word means something."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Reads the words; an empty one mostly comes from a shell variable that is not set, and is refused."""
+        for before, word in zip(["", *args], args, strict=False):
+            option, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+            if equals and not value.strip() and option not in self.blank:
+                name = option if option.startswith("-") else "an argument"
+                raise UserError(f"{name} is empty; is a shell variable not set? Give a value, or leave it out.")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Runs the command."""
@@ -234,9 +257,9 @@ def read_config(context: typer.Context, value: Path | None) -> Path | None:
     import yaml
 
     try:
-        loaded: object = yaml.safe_load(value.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {value}: cannot be read as YAML ({str(error).splitlines()[0]}).") from error
+        loaded: object = yaml.safe_load(value.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:
+        raise UserError(f"--config {value}: cannot be read as YAML ({error}).") from error
     if not isinstance(loaded, dict):
         raise UserError(f"--config {value}: must map option names to values, e.g. `samples: 5`.")
     options = {str(key).replace("-", "_").lstrip("_"): entry for key, entry in loaded.items()}
@@ -244,5 +267,17 @@ def read_config(context: typer.Context, value: Path | None) -> Path | None:
     unknown = sorted(set(options) - known)
     if unknown:
         raise UserError(f"--config {value}: unknown options {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    flags = {str(parameter.name) for parameter in context.command.params if getattr(parameter, "is_flag", False)}
+    for name, entry in options.items():
+        entries = entry if isinstance(entry, list) else [entry]
+        plain = (bool,) if name in flags else (str, int, float)
+        if not all(each is None or type(each) in plain for each in entries):
+            kinds = "true or false" if name in flags else "a word, a number or a list of these"
+            raise UserError(f"--config {value}: {name} must be {kinds}.")
+        if "" in entries and f"--{name}".replace("_", "-") not in getattr(context.command, "blank", ()):
+            raise UserError(f"--config {value}: {name} is empty. Give a value, or leave it out.")
+        if name not in flags:  # as the command line would give it: 1 is no true, and 5 may be a folder's name
+            words = [None if each is None else str(each) for each in entries]
+            options[name] = words if isinstance(entry, list) else words[0]
     context.default_map = options
     return value

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, Any
 
 import typer
 
 from bvpo_stats import __version__
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, one_line
 
 from . import (
     alpha_star,
@@ -82,38 +87,82 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    # PEFT asks transformers for a setting by its old name; there is nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
-        code = app(words, prog_name="bvpo-stats", standalone_mode=False)
-    except Exception as error:
-        if debug:
+        with nullcontext() if debug else _libraries_quiet():
+            code = _command()(words, prog_name="bvpo-stats", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
             raise
         code = _report(error)
-    except KeyboardInterrupt:
-        print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-        code = 130
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: Exception) -> int:
+@functools.cache
+def _command() -> Any:
+    """The command line, built once a process."""
+    return typer.main.get_command(app)
+
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """Keeps warnings, logs and bars of other packages off stderr: what a user should know, we say ourselves.
+
+    Whoever has set one of these variables, or asked Python for warnings (``-W``), gets what they asked for.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    root, silence = logging.getLogger(), logging.NullHandler()  # without any handler, Python prints to stderr
+    root.addHandler(silence)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(silence)
+
+
+def _report(error: BaseException) -> int:
+    """Says what is wrong in one line, and gives the exit code."""
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer's word for Ctrl-C
+        _say("Interrupted. What was finished is kept; the same command goes on from there.")
+        return 130
+    if isinstance(error, BrokenPipeError):  # whoever read our output has enough; Python would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, UserError):
-        print(f"Error: {error}", file=sys.stderr)
+        _say(f"Error: {error}")
         return 2
     if hasattr(error, "format_message"):  # the command line itself is wrong (an unknown option, a bad number)
         message = str(error.format_message())
         if message:
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "bvpo-stats"
-            print(f"Error: {message} See {command} --help.", file=sys.stderr)
+            _say(f"Error: {message.rstrip('.')}. See {command} --help.")
         return int(getattr(error, "exit_code", 2))
-    if type(error).__name__ == "Abort":
-        return 130
-    print(
-        f"Internal error: {type(error).__name__}: {error}. Please report it; --debug shows the traceback.",
-        file=sys.stderr,
-    )
+    if isinstance(error, OSError) and error.strerror:  # files and disks are the user's
+        place = "" if error.filename is None else f" {error.filename}"
+        _say(f"Error: cannot use{place or ' a file'}: {error.strerror}. Check the path, its permissions and the disk.")
+        return 2
+    if isinstance(error, MemoryError):
+        _say("Error: out of memory. Lower --max-tokens or --batch-size, or take a machine with more.")
+        return 2
+    _say(f"Internal error: {type(error).__name__}: {error}. Please report it; --debug shows the traceback.")
     return 1
+
+
+def _say(message: str) -> None:
+    print(one_line(message), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,15 @@ class OracleConfig:
         if self.drift < 0:
             raise UserError(f"drift {self.drift}: must be 0 or more.")
 
+    @property
+    def grammar(self) -> Grammar:
+        """The language.
+
+        Raises:
+            UserError: Its sizes are out of range, or too large to enumerate.
+        """
+        return Grammar(self.n_symbols, self.max_trace, self.n_answers, self.n_prompts)
+
 
 @dataclass(frozen=True)
 class Oracle:
@@ -354,7 +363,7 @@ def build_oracle(config: OracleConfig | None = None) -> Oracle:
         UserError: Sizes out of range.
     """
     config = config or OracleConfig()
-    grammar = Grammar(config.n_symbols, config.max_trace, config.n_answers, config.n_prompts)
+    grammar = config.grammar
     generator = torch.Generator().manual_seed(config.seed)
     model = _build_model(config.shape, grammar, generator)
     tokenizer = build_tokenizer(grammar)

@@ -16,6 +16,7 @@ softmax in float32 too; its SDPA attention does not.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -45,6 +46,9 @@ _CHAT_TEMPLATE = (
     "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>' }}{% endif %}"
 )
+
+MOST_TOKENS = 1_000_000
+"""Tokens of all sequences that an oracle may have; the scores of that many fill some hundred megabytes."""
 
 PROMPT_LENGTH = 5
 """Tokens of every prompt: BOS, User, question, Assistant, ``<think>``."""
@@ -80,6 +84,15 @@ class Grammar:
             raise UserError("An oracle needs at least one trace symbol, one prompt and max_trace >= 0.")
         if self.n_answers < 2:
             raise UserError("An oracle needs at least two answers; with one there is nothing to prefer.")
+        bits = self.max_trace * math.log2(self.n_symbols)  # V^T is not formed before it is known to be small
+        count = math.inf if bits > 64 else self.n_prompts * self.n_answers * self.n_traces
+        if count * (PROMPT_LENGTH + self.max_trace + 3) > MOST_TOKENS or self.vocabulary > MOST_TOKENS:
+            size = f"over 10^{math.floor(bits * math.log10(2))}" if count == math.inf else f"{count:,}"
+            raise UserError(
+                f"{self.n_prompts} prompts, {self.n_symbols} trace symbols and traces of up to {self.max_trace} make "
+                f"{size} sequences, every one of which is scored. Choose smaller sizes: up to {MOST_TOKENS:,} tokens "
+                "of sequences are enumerated."
+            )
 
     @property
     def pad_id(self) -> int:

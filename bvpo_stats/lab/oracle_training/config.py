@@ -51,29 +51,42 @@ class OracleTrainingConfig:
         tuple[float, ...],
         o.Option(
             "Step sizes: learning rate times the smoothness at the reference, separated by commas.",
+            above=0,
+            high=1e6,
             read=step_sizes,
             spelled="0.2,0.6,1.4",
         ),
     ] = (0.2, 0.6, 1.4)
     seeds: Annotated[
         int,
-        o.Option("Runs of each method at each step size.", low=2, hint="be at least 2: the intervals are over seeds"),
+        o.Option(
+            "Runs of each method at each step size.",
+            low=2,
+            high=10**4,
+            hint="be 2 to 10,000: the intervals are over seeds",
+        ),
     ] = 10
-    steps: Annotated[int, o.Option("SGD steps of a run.", low=1)] = 150
+    steps: Annotated[int, o.Option("SGD steps of a run.", low=1, high=10**7)] = 150
     batch_size: Annotated[
         int,
-        o.Option("Pairs of D_t and of D_e in a step.", low=2, hint="be at least 2 pairs, for the variance of a step"),
+        o.Option(
+            "Pairs of D_t and of D_e in a step.",
+            low=2,
+            high=10**6,
+            hint="be 2 to a million pairs: the variance of a step needs 2",
+        ),
     ] = 8
-    beta: Annotated[float, o.Option("DPO's inverse temperature.", above=0)] = 1.0
-    probe_prompts: Annotated[int, o.Option("Held-out pairs behind the estimated mu.", low=2)] = 256
+    beta: Annotated[float, o.Option("DPO's inverse temperature.", above=0, high=1e3)] = 1.0
+    probe_prompts: Annotated[int, o.Option("Held-out pairs behind the estimated mu.", low=2, high=10**6)] = 256
     traces: Annotated[
-        int, o.Option("K, traces an answer for its score, and as many again.", name="traces_per_answer", low=1)
+        int,
+        o.Option("K, traces an answer for its score, and as many again.", name="traces_per_answer", low=1, high=10**4),
     ] = 8
-    probe_every: Annotated[int, o.Option("Steps from one probe to the next.", low=1)] = 10
-    symbols: Annotated[int, o.Option("Trace symbols of the model's language.", low=1)] = 2
-    max_trace: Annotated[int, o.Option("Longest trace.", low=0)] = 2
-    oracle_prompts: Annotated[int, o.Option("Prompts of the language.", low=1)] = 2
-    oracle_seed: Annotated[int, o.Option("Decides the model's weights and rewards.", low=0)] = 3
+    probe_every: Annotated[int, o.Option("Steps from one probe to the next.", low=1, high=10**7)] = 10
+    symbols: Annotated[int, o.Option("Trace symbols of the model's language.", low=1, high=1_000)] = 2
+    max_trace: Annotated[int, o.Option("Longest trace.", low=0, high=10**4)] = 2
+    oracle_prompts: Annotated[int, o.Option("Prompts of the language.", low=1, high=10**4)] = 2
+    oracle_seed: Annotated[int, o.Option("Decides the model's weights and rewards.", low=0, high=2**32 - 1)] = 3
     level: Annotated[
         float,
         o.Option(
@@ -84,8 +97,13 @@ class OracleTrainingConfig:
 
     def __post_init__(self) -> None:
         o.check_options(self)
-        if not self.eta_l or min(self.eta_l) <= 0:
-            raise UserError("`eta_l`: give positive numbers, such as 0.2,0.6,1.4.")
+        if not self.eta_l:
+            raise UserError("`eta_l=()`: give positive numbers, such as 0.2,0.6,1.4.")
+        try:
+            _ = self.oracle.grammar
+        except UserError as error:  # sizes that nobody can enumerate
+            sizes = ("symbols", "max_trace", "oracle_prompts")
+            raise UserError(f"{', '.join(f'`{name}={getattr(self, name)}`' for name in sizes)}: {error}") from error
 
     @property
     def oracle(self) -> OracleConfig:

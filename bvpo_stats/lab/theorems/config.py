@@ -20,18 +20,19 @@ class TheoremConfig:
         embedded_prompts: Prompts of the embedded model behind Appendix B's check; 0 leaves the model out.
     """
 
-    beta: Annotated[float, o.Option("Inverse temperature of the DPO loss.", above=0)] = 0.1
+    beta: Annotated[float, o.Option("Inverse temperature of the DPO loss.", above=0, high=1e3)] = 0.1
     draws: Annotated[
         int,
         o.Option(
             "Examples drawn where a claim is measured on samples.",
             low=2_048,
-            hint="be at least 2048, or sampled checks say nothing at batch size 128",
+            high=10**8,
+            hint="be 2048 to 10^8; with fewer, sampled checks say nothing at batch size 128",
         ),
     ] = 16_384
     seed: o.Seed = 0
     embedded_prompts: Annotated[
-        int, o.Option("Questions put to the embedded model for Appendix B; 0 leaves it out.", low=0)
+        int, o.Option("Questions put to the embedded model for Appendix B; 0 leaves it out.", low=0, high=10**6)
     ] = 40
 
     def __post_init__(self) -> None:

@@ -71,8 +71,8 @@ class ServerOptions:
         Option("auto, completions or chat (chat only where it gives exact prompts)."),
     ] = "auto"
     concurrency: Annotated[int, Option("Requests to the server in flight at once.", low=1, high=10_000)] = 16
-    timeout: Annotated[float, Option("Seconds for one answer of the server.", above=0)] = 600.0
-    retries: Annotated[int, Option("Repetitions of a failed request before the run gives up.", low=0)] = 6
+    timeout: Annotated[float, Option("Seconds for one answer of the server.", above=0, high=1e6)] = 600.0
+    retries: Annotated[int, Option("Repetitions of a failed request before the run gives up.", low=0, high=10**4)] = 6
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.base_url)

@@ -100,9 +100,11 @@ class AlphaConfig:
     loss_type: Annotated[Literal["sigmoid", "simpo", "ipo"], o.Option("sigmoid (DPO), simpo or ipo.", name="loss")] = (
         "sigmoid"
     )
-    beta: Annotated[float, o.Option("Inverse temperature of the loss.", above=0)] = 0.1
-    simpo_gamma: Annotated[float, o.Option("Target margin, simpo only.", name="gamma")] = 0.0
-    lora_r: Annotated[int, o.Option("Rank of a fresh LoRA adapter, where no `adapter` is given.", low=1)] = 16
+    beta: Annotated[float, o.Option("Inverse temperature of the loss.", above=0, high=1e3)] = 0.1
+    simpo_gamma: Annotated[float, o.Option("Target margin, simpo only.", name="gamma", low=0, high=1e3)] = 0.0
+    lora_r: Annotated[
+        int, o.Option("Rank of a fresh LoRA adapter, where no `adapter` is given.", low=1, high=10**5)
+    ] = 16
     target_modules: Annotated[
         str | tuple[str, ...],
         o.Option(
@@ -115,18 +117,21 @@ class AlphaConfig:
         tuple[str, ...],
         o.Option("Only layers that match this pattern; without `adapter`, weights of the model itself."),
     ] = ()
-    batch_size: Annotated[float, o.Option("Examples per optimizer step: alpha* belongs to one.", above=0)] = 128
+    batch_size: Annotated[
+        float, o.Option("Examples per optimizer step: alpha* belongs to one.", above=0, high=1e12)
+    ] = 128
     eta_l: Annotated[
         float | Literal["auto"],
         o.Option(
             "Learning rate times smoothness, or `auto` to measure it (needs `learning_rate`).",
             above=0,
+            high=1e6,
             read=o.number_or_word,
             spelled="1",
         ),
     ] = 1.0
-    learning_rate: Annotated[float | None, o.Option("For `eta_l='auto'`.", above=0)] = None
-    traces_per_answer: Annotated[int, o.Option("K, most traces of the bank behind each answer.", low=1)] = 8
+    learning_rate: Annotated[float | None, o.Option("For `eta_l='auto'`.", above=0, high=100)] = None
+    traces_per_answer: Annotated[int, o.Option("K, most traces of the bank behind each answer.", low=1, high=10**5)] = 8
     method: Annotated[
         Literal["auto", "reference-point", "anchored", "posterior", "prior", "multilevel", "jackknife"],
         o.Option(
@@ -148,6 +153,7 @@ class AlphaConfig:
         o.Option(
             "Groups of the jackknife. `auto`: single prompts, beyond 256 of them 20 groups.",
             low=2,
+            high=10**6,
             read=o.whole_or_word,
             spelled="auto",
         ),

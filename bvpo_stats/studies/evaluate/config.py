@@ -89,6 +89,7 @@ class EvaluateConfig:
         str | None,
         o.Option(
             "Put under each problem; '' for nothing.",
+            blank=True,
             shown="to reason step by step and answer in a box; nothing for the embedded model",
         ),
     ] = None
@@ -108,6 +109,7 @@ class EvaluateConfig:
         o.Option(
             "Cut responses at this many tokens.",
             low=1,
+            high=10**8,
             shown="32768 math, 8192 alignment, 256 for the embedded model",
         ),
     ] = None

@@ -42,7 +42,10 @@ class TracesConfig:
     pairs: Annotated[Path, o.Option("Folder of a pairs run that holds D_t (thinking.jsonl).")]
     samples: Annotated[Path, o.Option("Folder of the sampling run that the pairs were made from.")]
     traces_per_answer: Annotated[
-        int, o.Option("K: posterior traces per answer (anchor, same-answer, mh), and as many prior ones.", low=1)
+        int,
+        o.Option(
+            "K: posterior traces per answer (anchor, same-answer, mh), and as many prior ones.", low=1, high=10**5
+        ),
     ] = 8
     sources: Annotated[
         tuple[TraceSource, ...],
@@ -52,13 +55,14 @@ class TracesConfig:
             spelled=",".join(SOURCES),
         ),
     ] = SOURCES
-    temperature: Annotated[float, o.Option("Temperature of newly drawn traces.", above=0)] = 1.0
-    mh_moves: Annotated[int, o.Option("Metropolis-Hastings moves for each trace that is kept.", low=1)] = 3
+    temperature: o.Temperature = 1.0
+    mh_moves: Annotated[int, o.Option("Metropolis-Hastings moves for each trace that is kept.", low=1, high=10**5)] = 3
     burn_in: Annotated[
         int | None,
         o.Option(
             "Moves before the first is kept. [default: 0 for samples at temperature 1, else 10]",
             low=0,
+            high=10**6,
         ),
     ] = None
     prior: Annotated[
@@ -69,9 +73,9 @@ class TracesConfig:
         ),
     ] = "fresh"
     policy: PolicyOptions = field(default_factory=PolicyOptions)
-    batch_size: Annotated[int, o.Option("Traces drawn at once. Does not change the results.", low=1)] = 64
+    batch_size: Annotated[int, o.Option("Traces drawn at once. Does not change the results.", low=1, high=10**6)] = 64
     seed: o.Seed = 0
-    limit: Annotated[int | None, o.Option("Use only the first so many pairs.", low=1)] = None
+    limit: Annotated[int | None, o.Option("Use only the first so many pairs.", low=1, high=10**12)] = None
 
     def __post_init__(self) -> None:
         o.check_options(self)

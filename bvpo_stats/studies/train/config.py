@@ -66,35 +66,48 @@ class TrainConfig:
         Literal["sigmoid", "simpo", "ipo"] | None,
         o.Option("sigmoid (DPO), simpo or ipo. [default: the method's]", name="loss"),
     ] = None
-    beta: Annotated[float | None, o.Option("Inverse temperature of the loss. [default: the preset's]", above=0)] = None
-    simpo_gamma: Annotated[
-        float | None, o.Option("Target margin, simpo only. [default: the preset's]", name="gamma")
+    beta: Annotated[
+        float | None, o.Option("Inverse temperature of the loss. [default: the preset's]", above=0, high=1e3)
     ] = None
-    learning_rate: Annotated[float | None, o.Option("Peak learning rate. [default: the preset's]", above=0)] = None
+    simpo_gamma: Annotated[
+        float | None, o.Option("Target margin, simpo only. [default: the preset's]", name="gamma", low=0, high=1e3)
+    ] = None
+    learning_rate: Annotated[
+        float | None, o.Option("Peak learning rate. [default: the preset's]", above=0, high=100)
+    ] = None
     batch_size: Annotated[
-        int | None, o.Option("Prompts per step, over all processes. [default: the preset's]", low=1)
+        int | None, o.Option("Prompts per step, over all processes. [default: the preset's]", low=1, high=10**6)
     ] = None
     num_train_epochs: Annotated[
-        float | None, o.Option("Passes over the prompts. [default: the preset's, 1]", name="epochs", above=0)
+        float | None, o.Option("Passes over the prompts. [default: the preset's, 1]", name="epochs", above=0, high=1e6)
     ] = None
     max_steps: Annotated[
-        int | None, o.Option("Stop after this many optimizer steps; replaces `num_train_epochs`.", low=1)
+        int | None, o.Option("Stop after this many optimizer steps; replaces `num_train_epochs`.", low=1, high=10**9)
     ] = None
     lr_scheduler_type: Annotated[
         str | None, o.Option("cosine, linear, constant, ... [default: the preset's]", name="scheduler")
     ] = None
     warmup_steps: Annotated[
         float | None,
-        o.Option("Share of the steps with a rising learning rate. [default: the preset's, 0.1]", name="warmup", low=0),
+        o.Option(
+            "Share of the steps with a rising learning rate. [default: the preset's, 0.1]",
+            name="warmup",
+            low=0,
+            high=1e9,
+        ),
     ] = None
     max_length: Annotated[
         int | None,
-        o.Option("Longest sequence; prompts with longer ones are set aside. [default: the preset's]", low=1),
+        o.Option(
+            "Longest sequence; prompts with longer ones are set aside. [default: the preset's]", low=1, high=10**9
+        ),
     ] = None
     lora_r: Annotated[
-        int | None, o.Option("Rank of a new adapter; 0 trains all weights. [default: the preset's]", low=0)
+        int | None, o.Option("Rank of a new adapter; 0 trains all weights. [default: the preset's]", low=0, high=10**5)
     ] = None
-    lora_alpha: Annotated[int | None, o.Option("Numerator of LoRA's scaling. [default: twice the rank]", low=1)] = None
+    lora_alpha: Annotated[
+        int | None, o.Option("Numerator of LoRA's scaling. [default: twice the rank]", low=1, high=10**6)
+    ] = None
     target_modules: Annotated[
         str | tuple[str, ...],
         o.Option(
@@ -113,23 +126,28 @@ class TrainConfig:
     alpha_prior: Annotated[float, o.Option("adaptive: alpha until its interval excludes it.", low=0, high=1)] = 0.5
     alpha_update_steps: Annotated[
         int | None,
-        o.Option("adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", low=1),
+        o.Option("adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", low=1, high=10**9),
     ] = None
     alpha_sums_steps: Annotated[
         int,
-        o.Option("adaptive: one step in so many forms its gradients prompt by prompt, for the variances.", low=1),
+        o.Option(
+            "adaptive: one step in so many forms its gradients prompt by prompt, for the variances.", low=1, high=10**9
+        ),
     ] = 4
     alpha_ema: Annotated[
         float | None,
         o.Option("adaptive: what averages keep from look to look. [default: 0.8]", low=0, below=1),
     ] = None
-    alpha_probe_prompts: Annotated[int, o.Option("adaptive: prompts held out to estimate mu.", low=0)] = 32
-    alpha_traces_per_answer: Annotated[int, o.Option("adaptive: traces behind each probe answer.", low=1)] = 4
+    alpha_probe_prompts: Annotated[int, o.Option("adaptive: prompts held out to estimate mu.", low=0, high=10**6)] = 32
+    alpha_traces_per_answer: Annotated[
+        int, o.Option("adaptive: traces behind each probe answer.", low=1, high=10**5)
+    ] = 4
     eta_l: Annotated[
         float | Literal["auto"],
         o.Option(
             "adaptive: eta L at the peak learning rate, or `auto`: L is the curvature along the noise.",
             above=0,
+            high=1e6,
             read=o.number_or_word,
             spelled="1",
         ),
@@ -140,8 +158,8 @@ class TrainConfig:
     ] = None
     max_tokens: o.MaxTokens = 16_384
     gradient_checkpointing: Annotated[bool, o.Option("Recompute activations: less memory, more time.")] = False
-    save_steps: Annotated[int, o.Option("Steps between checkpoints; the newest two are kept.", low=1)] = 50
-    logging_steps: Annotated[int, o.Option("Steps between log entries.", low=1)] = 1
+    save_steps: Annotated[int, o.Option("Steps between checkpoints; the newest two are kept.", low=1, high=10**9)] = 50
+    logging_steps: Annotated[int, o.Option("Steps between log entries.", low=1, high=10**9)] = 1
     report_to: Annotated[
         tuple[str, ...],
         o.Option(
@@ -156,6 +174,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         o.check_options(self)
+        if self.warmup_steps is not None and self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise UserError(f"`warmup_steps={self.warmup_steps}`: a share of at most 1, or a whole number of steps.")
         if self.alpha is not None and self.method != "bvpo":
             raise UserError(
                 f"`alpha={self.alpha!r}`: `method={self.method!r}` trains on D_t alone; give `alpha` to "
