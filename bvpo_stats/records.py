@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Mode = Literal["thinking", "nothinking"]
 FinishReason = Literal["stop", "length"]
 Side = Literal["chosen", "rejected"]
+Role = Literal["system", "user", "assistant"]
 TraceSource = Literal["anchor", "same-answer", "mh", "prior"]
 
 MODES: tuple[Mode, Mode] = ("thinking", "nothinking")
@@ -26,18 +28,42 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: The text.
+    """
+
+    role: Role
+    content: str
+
+
+Question = str | tuple[Message, ...]
+"""What a template renders: the text of one user turn, or all turns in front of the answer, system prompt included."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question: the cluster of every statistic.
 
     Attributes:
         prompt_id: Unique name of the prompt; joins samples, pairs and traces.
-        prompt: The user's text, before any template.
+        prompt: The user's text, before any template; of several turns the last one's.
         gold: Reference answer, where the data has one.
+        messages: All turns in front of the answer, the last of them ``prompt``; None where that is all there is.
     """
 
     prompt_id: str
     prompt: str
     gold: str | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @property
+    def question(self) -> Question:
+        """What a template renders."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True)
@@ -51,7 +77,7 @@ class Completion:
         prompt_id: The prompt it answers.
         sample_index: 0 .. n-1 within (prompt, mode).
         mode: ``thinking`` (D_t form) or ``nothinking`` (D_e form, reasoning switched off).
-        prompt: The user's text.
+        prompt: The user's text; of several turns the last one's.
         prompt_ids: Token ids of the generation prompt, template included.
         completion_ids: Token ids the sampler wrote, end-of-sequence included where it stopped by itself.
         text: The completion decoded, special tokens of the template left out.
@@ -70,6 +96,7 @@ class Completion:
         engine: ``transformers``, ``openai`` or ``file``.
         gold: Reference answer carried over from the prompt.
         logprobs: Per-token log pi(token | before) at temperature 1, where already known.
+        messages: As in :class:`Prompt`.
     """
 
     prompt_id: str
@@ -92,6 +119,12 @@ class Completion:
     engine: str | None = None
     gold: str | None = None
     logprobs: tuple[float, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @property
+    def question(self) -> Question:
+        """What a template renders."""
+        return self.messages or self.prompt
 
     @property
     def key(self) -> str:
@@ -203,12 +236,117 @@ RecordT = TypeVar("RecordT", Prompt, Completion, PreferencePair, TraceRecord)
 Record = Prompt | Completion | PreferencePair | TraceRecord
 
 
-def default_prompt_id(question: str) -> str:
-    """The id of a prompt that has none: ``p`` + the first 16 hex digits of the SHA-256 of the user's text."""
+def default_prompt_id(question: Question) -> str:
+    """The id of a prompt that has none: ``p`` + the first 16 hex digits of the SHA-256 of the user's text.
+
+    Of several turns, the text is their JSON: a list of ``[role, content]``.
+    """
+    if not isinstance(question, str):
+        question = json.dumps([[turn.role, turn.content] for turn in question], ensure_ascii=False)
     return "p" + hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
+def question_turns(question: Question) -> tuple[Message, ...]:
+    """The turns of a question."""
+    return (Message("user", question),) if isinstance(question, str) else question
+
+
+def plain_question(turns: tuple[Message, ...]) -> Question:
+    """The turns as a question: text where they are one user turn."""
+    return turns[0].content if [turn.role for turn in turns] == ["user"] else turns
+
+
+_ROLES: dict[Any, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+
+
+def read_messages(value: Any, where: str) -> tuple[Message, ...]:
+    """Turns from messages as data sets and chat APIs write them.
+
+    A message has a ``role`` and a ``content`` (ShareGPT: ``from`` and ``value``). Content that comes in parts is joined
+    where all parts are text.
+
+    Args:
+        value: A list of messages.
+        where: How to name it in an error.
+
+    Raises:
+        UserError: No list of messages, an unknown role, or content that is not text (null, a number, an image, a call
+            of a tool); the message is named.
+    """
+    entries = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise UserError(f"{where}: must be a list of messages with `role` and `content`, not {_shown(value)}.")
+    return tuple(_message(entry, f"{where}, message {number}") for number, entry in enumerate(entries, start=1))
+
+
+def _message(entry: Any, where: str) -> Message:
+    if isinstance(entry, Message):
+        entry = asdict(entry)
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: must have `role` and `content`, not {_shown(entry)}.")
+    name = entry.get("role", entry.get("from"))
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise UserError(f"{where}: the role must be system, user or assistant, not {_shown(name)}.")
+    if entry.get("tool_calls"):
+        raise UserError(f"{where}: calls of tools are not supported; give turns of text.")
+    content = entry.get("content", entry.get("value"))
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part(part, where) for part in content)
+    return Message(role, read_text(content, where, "content"))
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one part of a message's content."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return str(part["text"])
+    shown = kind if isinstance(kind, str) and kind != "text" else _shown(part)
+    raise UserError(f"{where}: a content part of type {shown}; only parts of text can be used.")
+
+
+def read_text(value: Any, where: str, name: str) -> str:
+    """A text that can be written down again.
+
+    Raises:
+        UserError: It is none, or has half a surrogate pair in it, which no encoding of text knows.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field `{name}` must be a text, not {_shown(value)}.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise half_character(where, name, error) from error
+    return value
+
+
+def half_character(where: str, name: str, error: UnicodeEncodeError) -> UserError:
+    """The error of a field with a lone surrogate: half of a character, which JSON can spell and no file can hold."""
+    field = name.encode("utf-8", errors="backslashreplace").decode()
+    return UserError(
+        f"{where}: field `{field}` has half a character in it ({error.object[error.start]!r}, a lone surrogate). Write "
+        "the text again as UTF-8."
+    )
+
+
 _SHOWN = 60  # characters of a wrong value
+
+
+def _shown(value: Any) -> str:
+    """A wrong value on one line, in short."""
+    words = "null" if value is None else repr(value)
+    return words if len(words) <= _SHOWN else words[:_SHOWN] + "..."
 
 
 @dataclass(frozen=True)
@@ -217,7 +355,7 @@ class Field:
 
     Attributes:
         name: Its name.
-        type: ``str``, ``int``, ``float``, or the element type of a list of numbers.
+        type: ``str``, ``int``, ``float``, or the element type of a list of numbers or :class:`Message`.
         many: Whether it is a list.
         choices: The only values allowed; empty for any.
         nullable: Whether None (unknown) is allowed.
@@ -241,6 +379,8 @@ class Field:
         """
         if value is None and self.nullable:
             return None
+        if self.type is Message:
+            return read_messages(value, f"{where}: field `{self.name}`")
         if self.many:
             values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors of formatted datasets
             if isinstance(values, (list, tuple)):
@@ -254,14 +394,10 @@ class Field:
                 return value
         elif self.type is str:
             if isinstance(value, str):
-                return value
+                return read_text(value, where, self.name)
         elif (number := self._number(value)) is not None:
             return number
-        shown = repr(value)
-        raise UserError(
-            f"{where}: field `{self.name}` must be {self._words()}, not "
-            f"{shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}."
-        )
+        raise UserError(f"{where}: field `{self.name}` must be {self._words()}, not {_shown(value)}.")
 
     def _number(self, value: Any) -> int | float | None:
         """The number in a value, None where it is not one that is allowed."""
@@ -324,10 +460,8 @@ def arrow_schema(kind: type[Record], columns: Iterable[str] | None = None) -> pa
 
     plain = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     known = record_fields(kind)
-    types = {
-        name: plain[field.type] if not field.many else pa.list_(pa.int32() if field.type is int else plain[field.type])
-        for name, field in known.items()
-    }
+    entries = plain | {int: pa.int32(), Message: pa.struct([(entry.name, pa.string()) for entry in fields(Message)])}
+    types = {name: pa.list_(entries[field.type]) if field.many else plain[field.type] for name, field in known.items()}
     return pa.schema([(name, types[name]) for name in (known if columns is None else columns)])
 
 

@@ -7,19 +7,33 @@ become the same text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Mode
+from bvpo_stats.records import Message, Mode, Question, Role, question_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPENING = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _PROBE = "probe"
+_SHOWN = 60  # characters of a text that is refused
+
+
+class PromptError(UserError):
+    """One question that cannot be put to the model as it is; others can.
+
+    Attributes:
+        reason: Short name of the cause, for counting: ``control-tokens`` or ``not-rendered``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -74,16 +88,66 @@ class Template:
             return self.protocol.name
         return f"{self.protocol.name}[{self.protocol.empty_trace!r}]"
 
-    def prompt_text(self, question: str, mode: Mode) -> str:
-        """The generation prompt: D_t form (``thinking``) or D_e form (``nothinking``), Appendix C.3 of the paper."""
-        header = _OPENING.sub("", _render(self.tokenizer, question))
+    def prompt_text(self, question: Question, mode: Mode) -> str:
+        """The generation prompt: D_t form (``thinking``) or D_e form (``nothinking``), Appendix C.3 of the paper.
+
+        Raises:
+            PromptError: A turn's text is not in it, or would be read as control tokens.
+        """
+        self._check_texts(question)
+        rendered = _render(self.tokenizer, question)
+        roles = tuple(turn.role for turn in question_turns(question))
+        _check_standing(*_probes(self.tokenizer, str(self.tokenizer.chat_template), roles), self.protocol.close_tag)
+        _check_standing(question, rendered, self.protocol.close_tag)
+        header = _OPENING.sub("", rendered)
         return header + (self.protocol.thinking_opening if mode == "thinking" else self.protocol.empty_trace)
 
-    def prompt_ids(self, question: str, mode: Mode) -> tuple[int, ...]:
+    def prompt_ids(self, question: Question, mode: Mode) -> tuple[int, ...]:
         """Token ids of :meth:`prompt_text`; the rendered text brings its own BOS, so none is added."""
         return tuple(self.tokenizer.encode(self.prompt_text(question, mode), add_special_tokens=False))
 
-    def empty_trace_ids(self, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens that structure a chat, by their text: special ones, think tags, and what the chat template writes.
+
+        Role markers and think tags are often added to a tokenizer without being called special. An id of -1 is a text
+        of several tokens.
+        """
+        tokenizer = self.tokenizer
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        source = str(tokenizer.chat_template)
+        names = [*map(str, tokenizer.all_special_tokens), "<think>", self.protocol.close_tag]
+        # not a word or white space, which some tokenizers add, too
+        names += [name for name, special in added.items() if special or (name in source and not _is_word(name))]
+        found = {}
+        for name in dict.fromkeys(names):
+            ids = tokenizer.encode(name, add_special_tokens=False)
+            found[name] = ids[0] if len(ids) == 1 else -1
+        return found
+
+    def _check_texts(self, question: Question) -> None:
+        """Refuses turns whose text would become control tokens: a think tag, a role marker, an end of sequence.
+
+        A tokenizer turns such a text into the token itself wherever it stands, and no spelling of it is both the user's
+        text and harmless, so it is not for us to choose one.
+        """
+        ids = set(self.control_tokens.values()) - {-1, self.tokenizer.unk_token_id}
+        for turn in question_turns(question):
+            text = turn.content
+            if turn.role == "assistant":  # a past turn's own trace, which templates leave out
+                text = text.replace("<think>", "", 1).replace(self.protocol.close_tag, "", 1)
+            inside = next((name for name in self.control_tokens if name in text), None)
+            if inside is None:
+                tokens = ids.intersection(self.tokenizer.encode(text, add_special_tokens=False))
+                inside = str(self.tokenizer.convert_ids_to_tokens(min(tokens))) if tokens else None
+            if inside is not None:
+                raise PromptError(
+                    "control-tokens",
+                    f"the {turn.role}'s text holds {inside}, which the model would read as a control token and not as "
+                    "text; write it in another way, or leave the prompt out.",
+                )
+
+    def empty_trace_ids(self, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Splits the D_e prompt into the D_t prompt and the tokens that close the empty trace.
 
         In training form both D_t and D_e share the prompt, and a D_e response is ``closing + answer`` (the paper
@@ -201,13 +265,46 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, empty_trace: str | None) -> P
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, question: str, **options: Any) -> str:
-    messages = [{"role": "user", "content": question}]
+def _render(tokenizer: PreTrainedTokenizerBase, question: Question, **options: Any) -> str:
+    messages = [{"role": turn.role, "content": turn.content} for turn in question_turns(question)]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # a template is a program of the model's author; whatever it raises is about the model
-        raise UserError(f"The tokenizer's chat template fails on a user message: {error}") from error
+        reason = " ".join(str(error).split())
+        if isinstance(question, str):
+            raise UserError(f"The tokenizer's chat template fails on a user message: {reason}") from error
+        roles = ", ".join(message["role"] for message in messages)
+        raise PromptError(
+            "not-rendered", f"the tokenizer's chat template fails on these turns ({roles}): {reason}"
+        ) from error
     return str(rendered)
+
+
+def _check_standing(question: Question, rendered: str, close_tag: str) -> None:
+    """Refuses a rendering without the text of every turn, in their order; white space around a text may go."""
+    place = 0
+    for turn in question_turns(question):
+        # templates leave the trace of a past assistant turn out
+        text = (turn.content.rpartition(close_tag)[2] if turn.role == "assistant" else turn.content).strip()
+        found = rendered.find(text, place)
+        if found < 0:
+            raise PromptError(
+                "not-rendered",
+                f"the chat template leaves out the {turn.role}'s text or changes it ({text[:_SHOWN]!r}); this model "
+                "cannot be asked that.",
+            )
+        place = found + len(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _probes(tokenizer: PreTrainedTokenizerBase, source: str, roles: tuple[Role, ...]) -> tuple[Question, str]:
+    """Turns of these roles and their rendering by the template ``source``: a short text may stand there by chance."""
+    turns = tuple(Message(role, f"{_PROBE}-{number}-{role}") for number, role in enumerate(roles))
+    return turns, _render(tokenizer, turns)
+
+
+def _is_word(token: str) -> bool:
+    return not token.strip() or token.strip().isalnum()
 
 
 def _has_think_tags(tokenizer: PreTrainedTokenizerBase) -> bool:

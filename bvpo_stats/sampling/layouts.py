@@ -12,10 +12,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bvpo_stats.errors import UserError, rows_of
-from bvpo_stats.model.templates import Template
-from bvpo_stats.records import MODES, Mode, PreferencePair, default_prompt_id, from_dict, missing_fields, record_fields
+from bvpo_stats.model.templates import PromptError, Template
+from bvpo_stats.records import (
+    MODES,
+    Mode,
+    PreferencePair,
+    Question,
+    default_prompt_id,
+    from_dict,
+    missing_fields,
+    record_fields,
+)
 from bvpo_stats.sampling.pairs import training_text
-from bvpo_stats.sampling.prompts import single_user_turn
+from bvpo_stats.sampling.prompts import prompt_from_row
 from bvpo_stats.store.tables import Source, read_rows
 
 _PROBE = "probe\x1f"
@@ -60,10 +69,12 @@ def as_pairs(
 
     - Records (:class:`~bvpo_stats.records.PreferencePair`), or rows with all their fields, keep their own mode.
     - ``prompt_ids``, ``chosen_ids``, ``rejected_ids``: taken as they are.
-    - ``prompt``, ``chosen``, ``rejected`` as text. A prompt with special tokens in it is a rendered one and tokenised
-      as it is; any other is the user's question and rendered by the template.
-    - The same as messages: one user turn, one assistant turn. ``reasoning_content`` is put in front of the content
-      again, closing tag between them. The prompt may stand inside ``chosen`` and ``rejected``.
+    - ``prompt``, ``chosen``, ``rejected`` as text. A prompt with the template's generation prompt at its end is a
+      rendered one and tokenised as it is; any other is the user's question (see
+      :func:`~bvpo_stats.sampling.prompts.prompt_from_row`; a column ``system`` goes with it) and rendered by the
+      template.
+    - The same as messages: all turns up to a user turn, one assistant turn. ``reasoning_content`` is put in front of
+      the content again, closing tag between them. The prompt may stand inside ``chosen`` and ``rejected``.
 
     End-of-sequence is put behind a text or message that does not end in it, as TRL does, and never behind ids.
 
@@ -79,8 +90,8 @@ def as_pairs(
 
     Raises:
         UserError: A row without the needed columns, of the wrong type, or with an ambiguous boundary between prompt,
-            trace and answer: tokens that merge across it, special tokens or a second think tag inside, several turns.
-            The row is named.
+            trace and answer: tokens that merge across it, special tokens or a second think tag inside, several
+            assistant turns behind the prompt. The row is named.
     """
     rows = rows_of(name, rows.with_format(None) if hasattr(rows, "with_format") else rows)
     return _pairs(((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)), template, mode)
@@ -133,7 +144,10 @@ def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, wh
         prompt_ids, sides = _from_ids(row, template, mode, where)
         question = _question_of(training_text(prompt_ids, template.tokenizer, is_prompt=False), template)
     else:
-        question, prompt_ids, sides = _from_texts(row, template, mode, where)
+        try:
+            question, prompt_ids, sides = _from_texts(row, template, mode, where)
+        except PromptError as error:
+            raise UserError(f"{where}: {error}") from error
     if sides[0] == sides[1]:
         raise UserError(f"{where}: chosen and rejected are the same tokens.")
     starts = [_answer_start(ids, template, mode) for ids in sides]
@@ -187,7 +201,7 @@ def _from_ids(
 
 def _from_texts(
     row: dict[str, Any], template: Template, mode: Mode, where: str
-) -> tuple[str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+) -> tuple[Question, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
     """(question, prompt ids, completions' ids) of a row of texts or messages."""
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
@@ -200,13 +214,17 @@ def _from_texts(
         raise UserError(f"{where}: `chosen` and `rejected` must both be text or both messages. {_NEEDED}")
     elif prompt is None:
         prompt, chosen, rejected = _shared_text(chosen, rejected, template, where)
-    elif isinstance(prompt, list):
-        prompt = single_user_turn(prompt, where)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: `prompt` must be a text or messages, and not empty.")
-    rendered = _is_rendered(prompt, template)
-    question = _question_of(prompt, template) if rendered else prompt
-    text = _training_prompt(prompt, template, mode) if rendered else template.prompt_text(prompt, "thinking")
+    rendered = isinstance(prompt, str) and _is_rendered(prompt, template)
+    if rendered:
+        question, text = _question_of(prompt, template), _training_prompt(prompt, template, mode)
+    else:
+        if not isinstance(prompt, (str, list)):
+            raise UserError(f"{where}: `prompt` must be a text or messages, not {prompt!r}.")
+        if isinstance(prompt, list) and _role(prompt[-1:] and prompt[-1]) == "assistant":
+            raise UserError(f"{where}: the prompt's last turn is an assistant's; it must be a user's.")
+        known = {name: row.get(name) for name in ("system", "system_prompt")}
+        question = prompt_from_row({"prompt": prompt, **known}, where).question
+        text = template.prompt_text(question, "thinking")
     opening = ""
     if mode == "nothinking":
         thinking, empty = template.protocol.thinking_opening, template.protocol.empty_trace
@@ -283,7 +301,12 @@ def _special_tokens(template: Template) -> list[str]:
 
 
 def _is_rendered(prompt: str, template: Template) -> bool:
-    return any(token in prompt for token in _special_tokens(template))
+    """Whether a text is a user turn and the generation prompt behind it; the response may have begun."""
+    before, after = _frame(template)
+    start = before.removeprefix(str(template.tokenizer.bos_token or "")).strip()
+    header = after.removesuffix(template.protocol.thinking_opening).strip()
+    front, found, back = prompt.rpartition(header) if header else ("", "", "")
+    return bool(found) and start in front and not any(token in back for token in _special_tokens(template))
 
 
 def _frame(template: Template) -> tuple[str, str]:
@@ -331,8 +354,8 @@ def _shared_text(chosen: str, rejected: str, template: Template, where: str) -> 
 
 def _from_messages(
     prompt: Any, chosen: list[Any], rejected: list[Any], template: Template, where: str
-) -> tuple[str, str, str]:
-    """Question and completions of message lists, the prompt in front of both or in a column of its own."""
+) -> tuple[list[Any], str, str]:
+    """Turns of the prompt and completions of message lists, the prompt in front of both or in a column of its own."""
     if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
         turns: Sequence[Any] = prompt
     else:
@@ -343,15 +366,12 @@ def _from_messages(
         turns, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not turns and isinstance(prompt, str):
             turns = [{"role": "user", "content": prompt}]
-    if any(_role(turn) == "assistant" for turn in turns):
-        raise UserError(f"{where}: several turns before the answer; only single user turns are supported.")
-    question = single_user_turn(list(turns), where)
     texts = []
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if len(messages) != 1 or _role(messages[0]) != "assistant":
             raise UserError(f"{where}: `{name}` must end in exactly one assistant message behind the prompt.")
         texts.append(_assistant_text(messages[0], template, f"{where}: `{name}`"))
-    return question, texts[0], texts[1]
+    return list(turns), texts[0], texts[1]
 
 
 def _role(message: Any) -> Any:

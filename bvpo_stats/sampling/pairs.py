@@ -88,7 +88,9 @@ def make_pairs(
 def final_answers(responses: Iterable[Completion]) -> list[Answer]:
     """What a reward is asked to score: the final answers of those responses that have one."""
     return [
-        Answer(c.prompt_id, c.mode, c.sample_index, c.prompt, c.answer or "", c.gold) for c in responses if c.complete
+        Answer(c.prompt_id, c.mode, c.sample_index, c.prompt, c.answer or "", c.gold, c.messages)
+        for c in responses
+        if c.complete
     ]
 
 
@@ -165,7 +167,7 @@ def prompt_pairs(
     Raises:
         UserError: The prompt id stands for several questions; or see :func:`build_pair`.
     """
-    questions = {r.completion.prompt for r in responses}
+    questions = {r.completion.question for r in responses}
     if len(questions) > 1:
         raise UserError(
             f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
@@ -249,10 +251,13 @@ class _Side:
 
 def _prompt_and_closing(response: Completion, template: Template) -> tuple[tuple[int, ...], tuple[int, ...]]:
     closing: tuple[int, ...] = ()
-    if response.mode == "thinking":
-        prompt_ids = template.prompt_ids(response.prompt, "thinking")
-    else:
-        prompt_ids, closing = template.empty_trace_ids(response.prompt)
+    try:
+        if response.mode == "thinking":
+            prompt_ids = template.prompt_ids(response.question, "thinking")
+        else:
+            prompt_ids, closing = template.empty_trace_ids(response.question)
+    except UserError as error:
+        raise UserError(f"The sample {response.key}: {error}") from error
     if prompt_ids + closing != response.prompt_ids:
         raise UserError(
             f"The sample {response.key} was drawn from another prompt than template {template.name} renders. Give "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,22 +13,37 @@ from typing import Any
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError, rows_of
-from bvpo_stats.records import Prompt, default_prompt_id
+from bvpo_stats.records import (
+    Message,
+    Prompt,
+    Question,
+    default_prompt_id,
+    plain_question,
+    question_turns,
+    read_messages,
+    read_text,
+)
 from bvpo_stats.store.tables import Source, source_rows
 
 _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
+_MESSAGE_FIELDS = ("messages", "conversations", "conversation")
+_SYSTEM_FIELDS = ("system", "system_prompt")
 _GOLD_FIELDS = ("gold", "answer", "solution")
 _LONGEST = 8  # prompts that a survey remembers
 
 
-def load_prompts(source: Source, *, limit: int | None = None, split: str = "train") -> Iterator[Prompt]:
+def load_prompts(
+    source: Source, *, limit: int | None = None, split: str = "train", config_name: str | None = None
+) -> Iterator[Prompt]:
     """Streams prompts from a source.
 
     Args:
-        source: ``embedded``, a file, whatever ``datasets.load_dataset`` accepts; or an iterable of questions as text,
-            of :class:`~bvpo_stats.records.Prompt`, or of rows (see :func:`prompt_from_row`), e.g. a loaded dataset.
+        source: ``embedded``, a file, whatever ``datasets.load_dataset`` accepts; or an iterable of questions as text or
+            messages, of :class:`~bvpo_stats.records.Prompt`, or of rows (see :func:`prompt_from_row`), e.g. a loaded
+            dataset.
         limit: Stop after this many.
         split: Split of a dataset.
+        config_name: Configuration of a dataset that has several.
 
     Yields:
         Prompts with unique ids; rows without an id get ``p`` + the first 16 hex digits of the text's SHA-256.
@@ -37,7 +53,7 @@ def load_prompts(source: Source, *, limit: int | None = None, split: str = "trai
     """
     if limit is not None and limit < 1:
         raise UserError(f"`limit={limit}`: at least 1 prompt is needed.")
-    prompts = _unique(_rows(source, split))
+    prompts = _unique(_rows(source, split, config_name))
     found = False
     for prompt in islice(prompts, limit):
         found = True
@@ -47,67 +63,143 @@ def load_prompts(source: Source, *, limit: int | None = None, split: str = "trai
         raise UserError(f"{name} holds no prompts. Give a JSONL file with one object a line and a field `prompt`.")
 
 
-def _rows(source: Source, split: str) -> Iterator[tuple[str, Prompt]]:
+def _rows(source: Source, split: str, config_name: str | None) -> Iterator[tuple[str, Prompt]]:
     if not isinstance(source, (str, os.PathLike)):
         for number, row in enumerate(rows_of("prompts", source), start=1):
             where = f"`prompts`, row {number}"
             if isinstance(row, Prompt):
                 yield where, row
-            elif isinstance(row, (str, Mapping)):
-                yield where, prompt_from_row({"prompt": row} if isinstance(row, str) else dict(row), where)
+            elif isinstance(row, (str, list)):  # a text, or a conversation
+                yield where, prompt_from_row({"prompt": row}, where)
+            elif isinstance(row, Mapping):
+                yield where, prompt_from_row(dict(row), where)
             else:
-                raise UserError(f"{where}: a {type(row).__name__}, neither a text, a Prompt nor a row of columns.")
+                raise UserError(
+                    f"{where}: a {type(row).__name__}, neither a text, messages, a Prompt nor a row of columns."
+                )
         return
     if source == EMBEDDED:
         for number, prompt in enumerate(embedded_prompts(), start=1):
             yield f"embedded:{number}", prompt
         return
-    for where, row in source_rows(str(source), split):
+    for where, row in source_rows(str(source), split, config_name=config_name):
         yield where, prompt_from_row(row, where)
 
 
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     """Recognises the usual layouts of a prompt.
 
-    A text stands under ``prompt`` (or ``question``, ``problem``, ``instruction``). Messages (under ``prompt`` or
-    ``messages``) give their last user turn before any assistant turn; UltraFeedback's ``prompt`` string with
-    ``chosen``/``rejected`` message lists is the first case.
+    - A text under ``prompt`` (or ``question``, ``problem``, ``instruction``). Alpaca's ``input`` goes on a line of its
+      own behind the ``instruction``, its ``history`` of (question, answer) in front.
+    - Messages under one of these or ``messages``, ``conversations`` (see :func:`~bvpo_stats.records.read_messages`):
+      all turns up to the last user turn. UltraFeedback's ``prompt`` string with ``chosen`` and ``rejected`` messages is
+      the first case.
+    - ``system`` or ``system_prompt``: a system prompt in front of either.
+
+    The gold answer stands under ``gold``, ``answer`` or ``solution``; null, NaN and an empty text are none.
 
     Raises:
-        UserError: No such field, an empty prompt, or several user turns (only single-turn prompts are defined here).
+        UserError: No such field, an empty prompt, messages that do not end in a user turn before the answer, or content
+            that is not text.
     """
-    text = next((row[name] for name in _TEXT_FIELDS if row.get(name) is not None), row.get("messages"))
-    if isinstance(text, list):
-        text = single_user_turn(text, where)
-    if not isinstance(text, str):
-        raise UserError(f"{where}: no field `prompt` with a text or messages (fields: {', '.join(row) or 'none'}).")
-    if not text.strip():
+    name = next((name for name in (*_TEXT_FIELDS, *_MESSAGE_FIELDS) if not _missing(row.get(name))), None)
+    if name is None:
+        nulls = [name for name in (*_TEXT_FIELDS, *_MESSAGE_FIELDS) if name in row]
+        what = f"field `{nulls[0]}` is null" if nulls else "no field `prompt` with a text or messages"
+        raise UserError(f"{where}: {what} (fields: {', '.join(map(str, row)) or 'none'}).")
+    value = row[name].tolist() if hasattr(row[name], "tolist") else row[name]
+    if isinstance(value, (list, tuple)):
+        turns = prompt_turns(value, f"{where}: field `{name}`")
+    elif isinstance(value, str):
+        text = read_text(value, where, name)
+        more = row.get("input") if name == "instruction" else None
+        if not _missing(more) and read_text(more, where, "input").strip():
+            text = f"{text}\n{more}"  # as LLaMA-Factory puts Alpaca's rows into a chat
+        turns = (*(_history(row.get("history"), where) if name == "instruction" else ()), Message("user", text))
+    else:
+        raise UserError(f"{where}: field `{name}` must be a text or messages, not {value!r}.")
+    turns = (*_system(row, turns, where), *turns)
+    if not turns[-1].content.strip():
         raise UserError(f"{where}: the prompt is empty.")
-    gold = next((row[name] for name in _GOLD_FIELDS if isinstance(row.get(name), (str, int, float))), None)
-    identifier = next((row[name] for name in ("prompt_id", "id", "uid") if row.get(name) is not None), None)
-    if identifier is None:
-        identifier = default_prompt_id(text)
-    return Prompt(prompt_id=str(identifier), prompt=text, gold=None if gold is None else str(gold))
+    question = plain_question(turns)
+    return Prompt(
+        prompt_id=_identifier(row, where) or default_prompt_id(question),
+        prompt=turns[-1].content,
+        gold=_gold(row, where),
+        messages=None if isinstance(question, str) else question,
+    )
 
 
-def single_user_turn(messages: list[Any], where: str) -> str:
-    """The text of the one user turn in front of any assistant turn.
+def prompt_turns(messages: Any, where: str) -> tuple[Message, ...]:
+    """The turns in front of the answer: all messages up to the last user turn.
 
     Raises:
-        UserError: There is none, there are several, or another role (a system prompt) is among them.
+        UserError: No messages, no user turn, or more than one turn behind the last.
     """
-    turns: list[str] = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role == "assistant":
-            break
-        if role == "user":
-            turns.append(str(message.get("content", "")))
-        else:
-            raise UserError(f"{where}: a message with role {role!r}; only single user turns are supported.")
-    if len(turns) != 1:
-        raise UserError(f"{where}: {len(turns)} user turns before the answer; exactly one is supported.")
-    return turns[0]
+    turns = read_messages(messages, where)
+    if turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns or turns[-1].role != "user":
+        roles = ", ".join(turn.role for turn in read_messages(messages, where))
+        raise UserError(f"{where}: the turns are {roles}; a user turn must stand last, or before the answer.")
+    return turns
+
+
+def _missing(value: Any) -> bool:
+    """Whether a cell is empty: null, or the NaN that tables write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _system(row: dict[str, Any], turns: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The system prompt in a column of its own, where it is not among the turns already."""
+    for name in _SYSTEM_FIELDS:
+        if _missing(row.get(name)) or not read_text(row[name], where, name).strip():
+            continue
+        found = Message("system", row[name])
+        if turns[0].role != "system":
+            return (found,)
+        if turns[0].content.strip() != found.content.strip():
+            raise UserError(f"{where}: field `{name}` and the messages hold two different system prompts; keep one.")
+    return ()
+
+
+def _history(value: Any, where: str) -> tuple[Message, ...]:
+    """Earlier turns of Alpaca's layout: a list of [question, answer]."""
+    if _missing(value):
+        return ()
+    turns = []
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise UserError(f"{where}: field `history` must be a list of [question, answer], not {value!r}.")
+        turns += [Message("user", read_text(entry[0], where, "history"))]
+        turns += [Message("assistant", read_text(entry[1], where, "history"))]
+    return tuple(turns)
+
+
+def _gold(row: dict[str, Any], where: str) -> str | None:
+    for name in _GOLD_FIELDS:
+        value = row.get(name)
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                continue
+            value = int(value) if value.is_integer() else value  # tables write 3 as 3.0 in a column with gaps
+        if isinstance(value, str) and value.strip():
+            return read_text(value, where, name)
+        if isinstance(value, (int, float)):
+            return str(value)
+    return None
+
+
+def _identifier(row: dict[str, Any], where: str) -> str | None:
+    name = next((name for name in ("prompt_id", "id", "uid") if not _missing(row.get(name))), None)
+    if name is None:
+        return None
+    value = row[name].item() if hasattr(row[name], "item") else row[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise UserError(f"{where}: field `{name}` must be a text or a number, not {value!r}.")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return read_text(str(value), where, name)
 
 
 def _unique(rows: Iterable[tuple[str, Prompt]]) -> Iterator[Prompt]:
@@ -130,12 +222,12 @@ class PromptSurvey:
     Attributes:
         count: Number of prompts.
         fingerprint: The count and a short hash of ids and texts, in order.
-        longest: The few prompts with the most characters, longest first.
+        longest: The few questions with the most characters, longest first.
     """
 
     count: int
     fingerprint: str
-    longest: tuple[str, ...]
+    longest: tuple[Question, ...]
 
 
 def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
@@ -145,15 +237,16 @@ def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
         prompts: The prompts; streamed.
     """
     digest = hashlib.sha256()
-    longest: list[tuple[int, int, str]] = []
+    longest: list[tuple[int, int, Question]] = []
     count = 0
     for prompt in prompts:
-        digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}\x1e".encode())
-        entry = (len(prompt.prompt), -count, prompt.prompt)
+        turns = "" if prompt.messages is None else default_prompt_id(prompt.messages)
+        digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}{turns}\x1e".encode())
+        entry = (sum(len(turn.content) for turn in question_turns(prompt.question)), -count, prompt.question)
         count += 1
         if len(longest) < _LONGEST:
             heapq.heappush(longest, entry)
         elif entry > longest[0]:
             heapq.heapreplace(longest, entry)
-    texts = tuple(text for _, _, text in sorted(longest, reverse=True))
-    return PromptSurvey(count, f"{count}:{digest.hexdigest()[:16]}", texts)
+    questions = tuple(question for _, _, question in sorted(longest, key=lambda entry: entry[:2], reverse=True))
+    return PromptSurvey(count, f"{count}:{digest.hexdigest()[:16]}", questions)

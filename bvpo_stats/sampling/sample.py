@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bvpo_stats import options
 from bvpo_stats.errors import UserError, check_kind, check_whole
-from bvpo_stats.model.templates import Template
+from bvpo_stats.model.templates import PromptError, Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, Completion, Mode, Prompt, to_dict
+from bvpo_stats.records import MODES, Completion, Mode, Prompt, Question, question_turns, to_dict
 from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.store.jsonl import KeySet, append_jsonl, read_jsonl
@@ -34,11 +35,15 @@ class Samples(list[Completion]):
 
     Attributes:
         template: Protocol and tokenizer.
+        set_aside: By prompt id: why it could not be put to the model.
     """
 
-    def __init__(self, completions: Iterable[Completion], template: Template) -> None:
+    def __init__(
+        self, completions: Iterable[Completion], template: Template, set_aside: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(completions)
         self.template = template
+        self.set_aside = dict(set_aside or {})
 
 
 def sample(
@@ -59,8 +64,8 @@ def sample(
 
     Args:
         policy: The policy; a name or folder is loaded by `load_policy`.
-        prompts: Questions as text, `Prompt` records, rows or a dataset; or a source as `load_prompts` takes it, e.g.
-            ``embedded`` or a file.
+        prompts: Questions as text or messages, `Prompt` records, rows or a dataset; or a source as `load_prompts` takes
+            it, e.g. ``embedded`` or a file.
         n: Responses per prompt and mode.
         temperature: Softmax temperature.
         modes: Which of ``thinking`` (D_t) and ``nothinking`` (D_e).
@@ -70,10 +75,11 @@ def sample(
         batch_size: Most responses drawn at once.
 
     Returns:
-        Completions by prompt (in the order given), mode and number.
+        Completions by prompt (in the order given), mode and number. A prompt that cannot be put to the model (too long,
+        control tokens in its text, a turn that the template leaves out) is set aside with a warning.
 
     Raises:
-        UserError: A setting out of its range, no prompts, a prompt that is too long, or NaN logits.
+        UserError: A setting out of its range, no prompts, none that can be used, or NaN logits.
     """
     from bvpo_stats.model.policy import as_policy
 
@@ -84,21 +90,29 @@ def sample(
     max_new_tokens = options.max_new_tokens(max_new_tokens, policy.identity.partition("@")[0])
     drawing = SamplingOptions(n, temperature, top_p, max_new_tokens, seed)
     size = None if batch_size == "auto" else batch_size
-    run = local_run(policy, drawing, modes, [prompt.prompt for prompt in questions], size)
+    run = local_run(policy, drawing, modes, [prompt.question for prompt in questions], size)
+    unusable: list[tuple[Prompt, SetAside]] = []
     nothing = KeySet(())
     found: list[Completion] = []
     with progress("Sampling", len(questions) * len(modes) * n, "responses") as advance:
-        for group in run.engine.draw(plan_batches(questions, run), drawing):
+        for group in run.engine.draw(plan_batches(questions, run, unusable=unusable), drawing):
             drawn, _ = _records(group, run, nothing)
             found += drawn
             advance(len(drawn))
+    _check_some_usable(unusable, len(questions))
+    for _, outcome in unusable:
+        warnings.warn(f"Set aside: {outcome.detail}", stacklevel=2)
     order = {prompt.prompt_id: place for place, prompt in enumerate(questions)}
     found.sort(key=lambda c: (order[c.prompt_id], MODES.index(c.mode), c.sample_index))
-    return Samples(found, policy.template)
+    return Samples(found, policy.template, {prompt.prompt_id: outcome.detail for prompt, outcome in unusable})
 
 
 def local_run(
-    policy: Policy, options: SamplingOptions, modes: Sequence[Mode], questions: Iterable[str], batch_size: int | None
+    policy: Policy,
+    options: SamplingOptions,
+    modes: Sequence[Mode],
+    questions: Iterable[Question],
+    batch_size: int | None,
 ) -> SamplingRun:
     """A run that draws with a policy in memory.
 
@@ -106,15 +120,29 @@ def local_run(
         policy: The policy.
         options: How to draw.
         modes: Which of Thinking and NoThinking.
-        questions: Texts among which the longest prompt is.
+        questions: Those among which the longest is.
         batch_size: Most responses drawn at once; None for what :func:`automatic_batch_size` gives.
     """
     from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, sampler_identity
 
-    template = policy.template
-    longest = max(len(template.prompt_ids(question, mode)) for question in questions for mode in modes)
+    positions = policy.max_positions
+    run = SamplingRun(
+        TransformersEngine(policy),
+        policy.template,
+        options,
+        sampler_identity(policy),
+        batch_size=1,
+        modes=tuple(modes),
+        longest_prompt=None if positions is None else positions - 1,
+    )
+    drafts = [
+        found
+        for question in questions
+        if not isinstance(found := _drafts(Prompt("", "", messages=question_turns(question)), run), SetAside)
+    ]
+    longest = max((len(ids) for found in drafts for ids, _ in found.values()), default=1)
     rows = automatic_batch_size(batch_size, longest + options.max_new_tokens, policy.device.type != "cpu")
-    return SamplingRun(TransformersEngine(policy), template, options, sampler_identity(policy), rows, tuple(modes))
+    return replace(run, batch_size=rows)
 
 
 def check_modes(modes: Sequence[Mode]) -> None:
@@ -135,6 +163,7 @@ class SamplingRun:
         model: Identity of the model, for the records.
         batch_size: Most responses drawn at once.
         modes: Which of Thinking and NoThinking.
+        longest_prompt: Most tokens of a prompt; None where that is for the engine to say.
     """
 
     engine: Engine
@@ -143,6 +172,7 @@ class SamplingRun:
     model: str
     batch_size: int
     modes: tuple[Mode, ...]
+    longest_prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +199,8 @@ def sample_into(
 
     Batches are planned from all requests, finished ones included, and an engine whose rounding depends on the batch
     draws a batch with anything missing whole: a resumed run repeats the very computation of an uninterrupted one.
-    Whatever any process of the run has on record (``samples*.jsonl``, ``set_aside*.jsonl``) counts as finished.
+    Whatever any process of the run has on record (``samples*.jsonl``, ``set_aside*.jsonl``) counts as finished. A
+    prompt that cannot be put to the model is set aside with all its requests, and the run goes on.
 
     Args:
         folder: Folder of the run.
@@ -179,8 +210,8 @@ def sample_into(
         shard: Which part of the run to do.
 
     Raises:
-        UserError: Records of another model or template are mixed in, or the engine cannot go on. What was drawn is
-            kept.
+        UserError: Records of another model or template are mixed in, no prompt can be used, or the engine cannot go on.
+            What was drawn is kept.
     """
     samples, aside = shard.file(folder, SAMPLES_FILE), shard.file(folder, SET_ASIDE_FILE)
     finished = finished_keys(folder, model=run.model, template=run.template.name)
@@ -188,8 +219,9 @@ def sample_into(
     total = shard.share(n_prompts, window_size(run.options)) * len(run.modes) * run.options.samples
     responses = tokens = put_aside = 0
     started = time.monotonic()
+    unusable: list[tuple[Prompt, SetAside]] = []
     with progress("Sampling", total, "responses", done=len(own)) as advance:
-        for group in run.engine.draw(_unfinished(prompts, run, finished, shard), run.options):
+        for group in run.engine.draw(_unfinished(prompts, run, finished, shard, unusable), run.options):
             drawn, lost = _records(group, run, finished)
             append_jsonl(samples, map(to_dict, drawn))
             append_jsonl(aside, (_identify(request) | asdict(outcome) for request, outcome in lost))
@@ -197,6 +229,13 @@ def sample_into(
             tokens += sum(len(completion.completion_ids) for completion in drawn)
             put_aside += len(lost)
             advance(len(drawn) + len(lost))
+        _check_some_usable(unusable, n_prompts)
+        if shard.index == 1:  # every shard meets them all
+            rows = [row for prompt, outcome in unusable for row in _unusable_rows(prompt, outcome, run)]
+            rows = [row for row in rows if _key(row) not in finished]
+            append_jsonl(aside, rows)
+            put_aside += len(rows)
+            advance(len(rows))
     return SamplingTally(responses, tokens, put_aside, time.monotonic() - started)
 
 
@@ -209,12 +248,54 @@ def _records(
     return drawn, [(request, outcome) for request, outcome in missing if isinstance(outcome, SetAside)]
 
 
+Drafts = dict[Mode, tuple[tuple[int, ...], str]]
+"""A prompt as the engine gets it, in every mode of a run: token ids and text."""
+
+
+def _drafts(prompt: Prompt, run: SamplingRun) -> Drafts | SetAside:
+    """A prompt in each of the run's modes, or why it cannot be put to the model."""
+    try:
+        drafts: Drafts = {
+            mode: (run.template.prompt_ids(prompt.question, mode), run.template.prompt_text(prompt.question, mode))
+            for mode in run.modes
+        }
+    except PromptError as error:
+        return SetAside(error.reason, f"Prompt {prompt.prompt_id}: {error}")
+    longest = max(len(ids) for ids, _ in drafts.values())
+    if run.longest_prompt is not None and longest > run.longest_prompt:
+        most = run.longest_prompt + 1
+        detail = f"Prompt {prompt.prompt_id}: {longest} tokens leave no room in the model's {most} positions."
+        return SetAside("prompt-too-long", detail)
+    return drafts
+
+
+def _check_some_usable(unusable: Sequence[tuple[Prompt, SetAside]], n_prompts: int) -> None:
+    if unusable and len(unusable) == n_prompts:
+        raise UserError(f"None of the {n_prompts} prompts can be used. {unusable[0][1].detail}")
+
+
+def _unusable_rows(prompt: Prompt, outcome: SetAside, run: SamplingRun) -> Iterator[dict[str, Any]]:
+    for mode in run.modes:
+        for index in range(run.options.samples):
+            yield {"prompt_id": prompt.prompt_id, "mode": mode, "sample_index": index, **asdict(outcome)}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
+
+
 def _identify(request: Request) -> dict[str, str | int]:
     return {"prompt_id": request.prompt.prompt_id, "mode": request.mode, "sample_index": request.sample_index}
 
 
-def _unfinished(prompts: Iterable[Prompt], run: SamplingRun, finished: KeySet, shard: Shard) -> Iterator[list[Request]]:
-    for batch in plan_batches(prompts, run, shard):
+def _unfinished(
+    prompts: Iterable[Prompt],
+    run: SamplingRun,
+    finished: KeySet,
+    shard: Shard,
+    unusable: list[tuple[Prompt, SetAside]],
+) -> Iterator[list[Request]]:
+    for batch in plan_batches(prompts, run, shard, unusable):
         missing = [request for request in batch if request.key not in finished]
         if missing:
             yield batch if run.engine.whole_batches else missing
@@ -225,17 +306,37 @@ def window_size(options: SamplingOptions) -> int:
     return max(1, _WINDOW_ROWS // options.samples)
 
 
-def plan_batches(prompts: Iterable[Prompt], run: SamplingRun, shard: Shard = WHOLE) -> Iterator[list[Request]]:
+def plan_batches(
+    prompts: Iterable[Prompt],
+    run: SamplingRun,
+    shard: Shard = WHOLE,
+    unusable: list[tuple[Prompt, SetAside]] | None = None,
+) -> Iterator[list[Request]]:
     """Cuts the requests into batches of one mode and similar prompt length, window by window; deterministic.
 
     Batches stay inside a window and are of equal size there, up to one response.
+
+    Args:
+        prompts: Streamed.
+        run: Engine, template, options.
+        shard: Which windows to plan.
+        unusable: Collects the prompts that cannot be put to the model; every shard meets all of them.
     """
-    stream = iter(prompts)
+
+    def usable() -> Iterator[tuple[Prompt, Drafts]]:
+        for prompt in prompts:
+            drafts = _drafts(prompt, run)
+            if not isinstance(drafts, SetAside):
+                yield prompt, drafts
+            elif unusable is not None:
+                unusable.append((prompt, drafts))
+
+    stream = usable()
     number = 0
     while window := list(islice(stream, window_size(run.options))):
         if shard.owns(number):
             for mode in run.modes:
-                requests = [request for prompt in window for request in _requests(prompt, mode, run)]
+                requests = [request for entry in window for request in _requests(*entry, mode, run)]
                 requests.sort(key=lambda request: len(request.prompt_ids))  # stable: samples of a prompt stay together
                 yield from _even_parts(requests, -(-len(requests) // run.batch_size))
         number += 1
@@ -246,9 +347,8 @@ def _even_parts(requests: list[Request], parts: int) -> Iterator[list[Request]]:
         yield requests[part * len(requests) // parts : (part + 1) * len(requests) // parts]
 
 
-def _requests(prompt: Prompt, mode: Mode, run: SamplingRun) -> list[Request]:
-    ids = run.template.prompt_ids(prompt.prompt, mode)
-    text = run.template.prompt_text(prompt.prompt, mode)
+def _requests(prompt: Prompt, drafts: Drafts, mode: Mode, run: SamplingRun) -> list[Request]:
+    ids, text = drafts[mode]
     return [Request(prompt, mode, index, ids, text) for index in range(run.options.samples)]
 
 
@@ -275,6 +375,7 @@ def completion_record(request: Request, draw: Draw, run: SamplingRun) -> Complet
         template=run.template.name,
         engine=run.engine.name,
         gold=request.prompt.gold,
+        messages=request.prompt.messages,
     )
 
 
@@ -297,7 +398,7 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
                         f"{path}:{number}: a record of {field} {row.get(field)!r} among those of {value!r}. "
                         "Remove it, or name a new `output` folder."
                     )
-            yield f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
+            yield _key(row)
 
 
 def automatic_batch_size(requested: int | None, longest: int, on_accelerator: bool) -> int:

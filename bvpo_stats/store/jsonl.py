@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import half_character
 
 
 def encode_row(row: dict[str, Any]) -> str:
@@ -34,13 +36,30 @@ def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict
     for number, raw in enumerate(_lines(path), start=1):
         if not raw.strip() or (growing and not raw.endswith(b"\n")):
             continue
+        where = f"{path}:{number}"
         try:
             row = json.loads(raw.decode("utf-8"))
         except ValueError as error:
-            raise _line_error(f"{path}:{number}", raw, error) from error
+            raise _line_error(where, raw, error) from error
+        except RecursionError:  # its traceback is as deep
+            raise UserError(f"{where}: nested too deeply to be a record.") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a JSON {type(row).__name__}, not an object. Write one object a line.")
+            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object. Write one object a line.")
+        if _SURROGATE.search(raw):
+            check_encodable(row, where)
         yield number, row
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes half a surrogate pair
+
+
+def check_encodable(row: dict[str, Any], where: str) -> None:
+    """Refuses lone surrogates, halves of a character that JSON can spell and no file can hold; names the field."""
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise half_character(where, name, error) from error
 
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
@@ -55,11 +74,14 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON in UTF-8 ({error}). It must hold a list of objects.") from error
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to hold records.") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: a JSON {type(rows).__name__}, not a list of objects.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}[{number}]: a JSON {type(row).__name__}, not an object.")
+        check_encodable(row, f"{path}[{number}]")
     return rows
 
 

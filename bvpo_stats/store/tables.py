@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +19,7 @@ from bvpo_stats.errors import UserError, check_choice, check_kind, rows_of
 from bvpo_stats.records import (
     MODES,
     Completion,
+    Message,
     Mode,
     PreferencePair,
     Prompt,
@@ -189,7 +191,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"Cannot read {path} ({str(error).splitlines()[0]}). Is it a Parquet file?") from error
 
 
-def source_rows(source: str, split: str, name: str = "prompts") -> Iterator[tuple[str, dict[str, Any]]]:
+def source_rows(
+    source: str, split: str, name: str = "prompts", *, config_name: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Streams the rows of a file or of any dataset, each with its place for error messages.
 
     Args:
@@ -197,18 +201,23 @@ def source_rows(source: str, split: str, name: str = "prompts") -> Iterator[tupl
             (``hf://datasets/OWNER/NAME/PATH.json``), or whatever ``datasets.load_dataset`` accepts.
         split: Split of a dataset.
         name: What errors call the source.
+        config_name: Configuration of a dataset that has several.
 
     Raises:
-        UserError: Missing or unreadable source.
+        UserError: Missing or unreadable source, or a configuration of what has none.
     """
     path = Path(source)
     if path.is_file() and path.suffix != ".arrow":
+        if config_name is not None:
+            raise UserError(f"`config_name={config_name!r}` is for datasets with several; {source} is a file.")
         yield from _path_rows(path, name)
     else:
-        yield from dataset_rows(source, split, name)
+        yield from dataset_rows(source, split, name, config_name)
 
 
-def dataset_rows(source: str, split: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def dataset_rows(
+    source: str, split: str, name: str, config_name: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Streams the rows of a saved dataset's folder, a file or dataset on the hub, or a folder of data files."""
     path = Path(source)
     looks_like_a_path = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt")
@@ -226,10 +235,12 @@ def dataset_rows(source: str, split: str, name: str) -> Iterator[tuple[str, dict
             loaded = datasets.load_from_disk(str(path))
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            rows = datasets.load_dataset(source, split=split, streaming=True)
+            rows = datasets.load_dataset(source, config_name, split=split, streaming=True)
         iterator = iter(rows)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if config_name is None and "config name" in reason.lower():
+            reason = f"{reason} Choose one with `config_name`."
         raise UserError(
             f"Cannot load `{name}` {source!r} (split {split!r}): {reason} "
             "Give a JSONL file with one object a line, or a dataset that `datasets` can load."
@@ -313,10 +324,16 @@ def _write_parquet(path: Path, records: Iterator[Record], kind: type[Record], wi
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(records, _ROWS)):
-            values = {name: [getattr(record, name) for record in group] for name in columns}
+            values = {name: [_cell(getattr(record, name)) for record in group] for name in columns}
             writer.write_table(pa.Table.from_pydict(values, schema=schema))
             count += len(group)
     return count
+
+
+def _cell(value: Any) -> Any:
+    """A value as Arrow takes it: turns of a conversation as mappings."""
+    turns = isinstance(value, tuple) and bool(value) and isinstance(value[0], Message)
+    return [asdict(turn) for turn in value] if turns else value
 
 
 def fingerprint(path: Path, name: str = "source") -> str:

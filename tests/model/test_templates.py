@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from bvpo_stats.embedded.tokenizer import build_tokenizer
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.templates import Template, find_template
+from bvpo_stats.model.templates import PromptError, Template, find_template
+from bvpo_stats.records import Message, Question, Role
 from tests.tokenizers import (
     ASSISTANT,
     BOS,
@@ -140,3 +142,62 @@ def test_text_of_answers_drops_special_tokens() -> None:
     template: Template = find_template(tokenizer)
     assert template.answer_text(spell(tokenizer, " 2", EOS)) == "2"
     assert template.completion_text(spell(tokenizer, "t", CLOSE, "2", EOS)) == "t</think>2"
+
+
+SYSTEM = Message("system", "Be kind.")
+TURNS = (SYSTEM, Message("user", "1+1?"), Message("assistant", "<think>1+1=2</think>2"), Message("user", "And 2+2?"))
+
+
+def test_a_conversation_is_rendered_turn_by_turn() -> None:
+    """Past traces go, as the templates of reasoning models mean it; everything else stands."""
+    template = find_template(build_tokenizer())
+    expected = f"{BOS}Be kind.{USER}1+1?{ASSISTANT}2{EOS}{USER}And 2+2?{ASSISTANT}<think>"
+    assert template.prompt_text(TURNS, "thinking") == expected
+    assert template.prompt_text(TURNS, "nothinking") == expected + "</think>"
+    prompt, closing = template.empty_trace_ids(TURNS)
+    assert (prompt, closing) == (template.prompt_ids(TURNS, "thinking"), (template.tokenizer.vocab["</think>"],))
+
+
+@pytest.mark.parametrize("text", [f"a {CLOSE}", f"{THINK}b", f"c{EOS}", f"{USER}d", f"e {ASSISTANT} f"])
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_text_never_becomes_control_tokens(text: str, role: Role) -> None:
+    """Role markers and think tags are no special tokens of R1's tokenizers, and control tokens all the same."""
+    template = find_template(r1(R1_DISTILL))
+    turns = {"user": text, "system": (Message("system", text), Message("user", "1+1?"))}.get(
+        role, (Message("user", "1+1?"), Message("assistant", f"<think></think>{text}"), Message("user", "And?"))
+    )
+    with pytest.raises(PromptError, match="control token") as caught:
+        template.prompt_text(turns, "thinking")  # type: ignore[arg-type]
+    assert caught.value.reason == "control-tokens"
+    assert f"the {role}'s text holds " in str(caught.value)
+
+
+def test_what_only_looks_like_control_tokens_is_text() -> None:
+    template = find_template(r1(R1_DISTILL))
+    for text in ("think </ think> < think>", "|User|", "a < b > c", "&lt;think&gt;"):
+        assert text in template.prompt_text(text, "thinking")
+
+
+@pytest.mark.parametrize(
+    ("source", "turns", "role"),
+    [
+        ("{{ messages[-1].content }}", TURNS, "system"),
+        ("{{ messages[0].content }}{{ messages[-1].content }}", TURNS[:2] + TURNS, "user"),
+        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", TURNS, "assistant"),
+        ("{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}", TURNS, "user"),
+        ("what is it", "is", "user"),  # the question stands there by chance
+    ],
+)
+def test_a_template_that_drops_a_turn_is_refused(source: str, turns: Question, role: Role) -> None:
+    template = find_template(r1(source), name="r1-distill")
+    with pytest.raises(PromptError, match=f"leaves out the {role}'s text"):
+        template.prompt_text(turns, "thinking")
+
+
+def test_a_template_may_trim_white_space_and_may_fail() -> None:
+    trims = find_template(r1("{{ messages[-1].content | trim }}"), name="r1-distill")
+    assert trims.prompt_text("  1+1?\n", "thinking") == "1+1?<think>"
+    picky = find_template(r1("{% if messages[0].role == 'system' %}{{ raise_exception('no system\nprompts') }}"
+                             "{% endif %}{{ messages[-1].content }}"), name="r1-distill")  # fmt: skip
+    with pytest.raises(PromptError, match=r"fails on these turns \(system, user\): no system prompts"):
+        picky.prompt_text(TURNS[:2], "thinking")

@@ -192,3 +192,43 @@ def test_samples_that_do_not_fit_are_refused(policy: Policy, drawn: Samples) -> 
     foreign = [replace(c, model="other@1") for c in drawn]
     with pytest.raises(UserError, match="drawn by other@1"):
         make_traces(policy, foreign, make_pairs(drawn, "embedded"))
+
+
+def test_conversations_go_all_the_way(policy: Policy) -> None:
+    """System prompt and earlier turns stand in both prompts, and come back in every record."""
+    turns = [
+        {"role": "system", "content": "Compute."},
+        {"role": "user", "content": "What is 1+1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "Compute 8+9."},
+    ]
+    drawn = sample(policy, [turns, "Compute 1+2."], 2, max_new_tokens=32)
+    first = [completion for completion in drawn if completion.messages]
+    assert len(first) == 4
+    for completion in first:
+        text = policy.tokenizer.decode(completion.prompt_ids)
+        assert text.startswith(
+            "<｜begin▁of▁sentence｜>Compute.<｜User｜>What is 1+1?<｜Assistant｜>2<｜end▁of▁sentence｜><｜User｜>"
+        )
+        assert completion.prompt == "Compute 8+9."
+    finished = [
+        replace(c, answer=str(c.sample_index), answer_start=0 if c.mode == "nothinking" else 1, finish_reason="stop")
+        for c in drawn
+    ]
+    thinking, empty = [
+        p for p in make_pairs(finished, lambda _, y: float(y), policy=policy) if p.prompt_id == first[0].prompt_id
+    ]
+    assert thinking.prompt_ids == empty.prompt_ids == first[0].prompt_ids
+    assert (thinking.mode, empty.mode) == ("thinking", "nothinking")
+
+
+def test_prompts_that_cannot_be_put_are_set_aside_by_name(policy: Policy) -> None:
+    rows = [Prompt("good", "Compute 1+2."), Prompt("long", "1+" * 600 + "1"), Prompt("tag", "What is </think>?")]
+    with pytest.warns(UserWarning, match="Set aside: Prompt") as caught:
+        drawn = sample(policy, rows, 1, max_new_tokens=8)
+    assert {completion.prompt_id for completion in drawn} == {"good"}
+    assert len(caught) == len(drawn.set_aside) == 2
+    assert drawn.set_aside["long"].endswith("leave no room in the model's 512 positions.")
+    assert "holds </think>" in drawn.set_aside["tag"]
+    with pytest.raises(UserError, match=r"None of the 2 prompts can be used\. Prompt long: "):
+        sample(policy, rows[1:], 1, max_new_tokens=8)

@@ -14,6 +14,7 @@ from bvpo_stats.model.templates import Template, find_template
 from bvpo_stats.records import Mode, PreferencePair, default_prompt_id, to_dict
 from bvpo_stats.sampling.layouts import as_pairs, read_pairs
 from bvpo_stats.sampling.pairs import ScoredCompletion, build_pair, choose, reads_back
+from bvpo_stats.sampling.prompts import prompt_from_row
 from tests.sampling.samples import sample, template
 from tests.tokenizers import EMBEDDED, R1_0528, R1_DISTILL, qwen3, r1
 
@@ -163,7 +164,9 @@ BASE = {"prompt": QUESTION, "chosen": f"{TRACE}</think>{GOOD}", "rejected": f"{T
         ({"rejected": None}, "no column `rejected` (columns: prompt, chosen, rejected)"),
         ({"chosen": [assistant("x")]}, "both be text or both messages"),
         ({"prompt": 3}, "`prompt` must be a text"),
-        ({"prompt": " "}, "not empty"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": f"{QUESTION}</think>"}, "holds </think>, which the model would read as a control token"),
+        ({"prompt": f"<｜end▁of▁sentence｜>{QUESTION}"}, "holds <｜end▁of▁sentence｜>"),
         ({"prompt": None}, "no column `prompt`"),
         ({"chosen": ""}, "`chosen` is empty"),
         ({"chosen": f"<think><think>{TRACE}</think>{GOOD}"}, "`chosen` has a doubled think tag"),
@@ -173,7 +176,11 @@ BASE = {"prompt": QUESTION, "chosen": f"{TRACE}</think>{GOOD}", "rejected": f"{T
         ({"rejected": BASE["chosen"]}, "chosen and rejected are the same"),
         ({"mode": "dreaming"}, "field `mode`"),
         ({"temperature": "hot"}, "field `temperature`"),
-        ({"prompt": [{"role": "system", "content": "be kind"}, user(QUESTION)]}, "role 'system'"),
+        (
+            {"prompt": [{"role": "tool", "content": "be kind"}, user(QUESTION)]},
+            "role must be system, user or assistant",
+        ),
+        ({"prompt": [user(QUESTION), assistant("8")]}, "last turn is an assistant's"),
     ],
 )
 def test_what_is_ambiguous_is_refused_by_name(change: dict[str, Any], words: str) -> None:
@@ -192,8 +199,8 @@ def test_what_is_ambiguous_is_refused_by_name(change: dict[str, Any], words: str
     [
         (BASE, "nothinking", "think tag in it, but a pair of D_e"),
         (BASE, None, "`mode`"),
-        ({"prompt": [user("a"), assistant("b"), user("c")], "chosen": [assistant("d")], "rejected": [assistant("e")]},
-         "thinking", "several turns"),
+        ({"chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+          "rejected": [user("a"), assistant("b"), user("x"), assistant("e")]}, "thinking", "exactly one assistant"),
         ({"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("c")]}, "thinking", "one assistant"),
         ({"prompt_ids": [], "chosen_ids": [1], "rejected_ids": [2]}, "thinking", "`prompt_ids` is empty"),
         ({"prompt_ids": [1], "chosen_ids": [1.5], "rejected_ids": [2]}, "thinking", "field `chosen_ids`"),
@@ -212,3 +219,25 @@ def test_tokens_that_merge_across_the_boundary() -> None:
     row = {"prompt": prompt + " ans", "chosen": f"wer</think>{GOOD}", "rejected": f"wer</think>{BAD}"}
     with pytest.raises(UserError, match="merges with the end of the prompt"):
         as_pairs([row], template(), "thinking")
+
+
+def test_conversations_and_system_prompts_in_every_layout() -> None:
+    """Turns in a column, in front of both answers, the system prompt in a column of its own, or all of it rendered."""
+    turns = [{"role": "system", "content": "Be kind."}, user("1+1?"), assistant("2"), user(QUESTION)]
+    good, bad = BASE["chosen"], BASE["rejected"]
+    ends = {"chosen": [assistant(good)], "rejected": [assistant(bad)]}
+    rows: list[dict[str, Any]] = [
+        {"prompt": turns, **ends},
+        {name: turns + end for name, end in ends.items()},
+        {"prompt": turns[1:], "system": "Be kind.", **ends},
+    ]
+    pairs = as_pairs(rows, template(), "thinking")
+    assert pairs[1:] == pairs[:1] * 2
+    question = prompt_from_row({"messages": turns}, "here").question
+    assert pairs[0].prompt_ids == template().prompt_ids(question, "thinking")
+    assert pairs[0].prompt_id == default_prompt_id(question)
+    rendered = {"prompt": template().prompt_text(question, "thinking"), "chosen": good, "rejected": bad}
+    (same,) = as_pairs([rendered], template(), "thinking")
+    assert (same.prompt_ids, same.chosen_ids) == (pairs[0].prompt_ids, pairs[0].chosen_ids)
+    (empty,) = as_pairs([{"prompt": turns, "chosen": GOOD, "rejected": BAD}], template(), "nothinking")
+    assert (empty.prompt_ids, empty.prompt_id) == (pairs[0].prompt_ids, pairs[0].prompt_id)

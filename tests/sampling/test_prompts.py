@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Prompt
+from bvpo_stats.records import Prompt, from_dict, to_dict
 from bvpo_stats.sampling.prompts import load_prompts, prompt_from_row, survey_prompts
 
 
@@ -20,6 +20,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 USER = {"role": "user", "content": "1+1?"}
 ASSISTANT = {"role": "assistant", "content": "2"}
+SYSTEM = {"role": "system", "content": "Be kind."}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,11 @@ ASSISTANT = {"role": "assistant", "content": "2"}
         {"instruction": "1+1?", "output": "2"},
         {"prompt": [USER]},
         {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}]},
+        {"prompt": None, "question": "1+1?", "system": None, "answer": float("nan"), "id": float("nan")},
+        {"instruction": "1+1?", "input": "", "history": None},
+        {"prompt": "1+1?", "input": "no business of a prompt's"},
         {"prompt": "1+1?", "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT], "messages": [USER]},
     ],
 )
@@ -50,16 +56,60 @@ def test_ids_and_gold_answers_are_kept() -> None:
     [
         ({"text": "x"}, "here: no field `prompt`"),
         ({"prompt": " \n"}, "here: the prompt is empty"),
-        ({"prompt": 3}, "here: no field `prompt`"),
-        ({"messages": [{"role": "system", "content": "be kind"}, USER]}, "role 'system'"),
-        ({"messages": [USER, USER]}, "2 user turns"),
-        ({"messages": [ASSISTANT]}, "0 user turns"),
-        ({"messages": ["hello"]}, "role None"),
+        ({"prompt": 3}, "here: field `prompt` must be a text or messages, not 3"),
+        ({"prompt": None, "answer": "2"}, "here: field `prompt` is null"),
+        ({"messages": [ASSISTANT]}, "the turns are assistant; a user turn must stand last"),
+        ({"messages": [USER, ASSISTANT, SYSTEM]}, "the turns are user, assistant, system"),
+        ({"messages": ["hello"]}, "message 1: must have `role` and `content`, not 'hello'"),
+        ({"messages": []}, "must be a list of messages"),
+        ({"messages": [USER | {"role": "tool"}]}, "message 1: the role must be system, user or assistant, not 'tool'"),
+        ({"prompt": [USER | {"content": None}]}, "message 1: field `content` must be a text, not null"),
+        ({"prompt": [USER | {"content": 3}]}, "message 1: field `content` must be a text, not 3"),
+        ({"prompt": [USER | {"content": [{"type": "image_url", "image_url": "x"}]}]}, "content part of type image_url"),
+        ({"prompt": [USER | {"tool_calls": [{"id": 1}]}]}, "calls of tools are not supported"),
+        ({"prompt": [SYSTEM, USER], "system": "Be brief."}, "two different system prompts"),
+        ({"prompt": "1+1?", "system": 3}, "field `system` must be a text, not 3"),
+        ({"instruction": "Add.", "input": 3}, "field `input` must be a text, not 3"),
+        ({"prompt": "1+1? \ud83d"}, "field `prompt` has half a character in it"),
+        ({"prompt": "1+1?", "answer": "\ud83d"}, "field `answer` has half a character in it"),
+        ({"prompt": "1+1?", "id": True}, "field `id` must be a text or a number, not True"),
     ],
 )
 def test_rows_without_a_single_prompt_are_refused(row: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         prompt_from_row(row, "here")
+
+
+@pytest.mark.parametrize(
+    ("row", "roles", "texts"),
+    [
+        ({"prompt": [SYSTEM, USER]}, "su", ["Be kind.", "1+1?"]),
+        ({"prompt": "1+1?", "system": "Be kind."}, "su", ["Be kind.", "1+1?"]),
+        ({"prompt": [SYSTEM, USER], "system_prompt": "Be kind."}, "su", ["Be kind.", "1+1?"]),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, "uau", ["1+1?", "2", "1+1?"]),
+        ({"instruction": "And now?", "history": [["1+1?", "2"]], "system": "Be kind."}, "suau",
+         ["Be kind.", "1+1?", "2", "And now?"]),
+    ],
+)  # fmt: skip
+def test_conversations_keep_every_turn(row: dict[str, Any], roles: str, texts: list[str]) -> None:
+    prompt = prompt_from_row(row, "here")
+    assert prompt.messages is not None
+    assert "".join(turn.role[0] for turn in prompt.messages) == roles
+    assert [turn.content for turn in prompt.messages] == texts
+    assert prompt.prompt == texts[-1]
+    assert from_dict(Prompt, json.loads(json.dumps(to_dict(prompt)))) == prompt
+    assert prompt.prompt_id != prompt_from_row({"prompt": texts[-1]}, "here").prompt_id
+
+
+def test_alpacas_input_stands_behind_its_instruction() -> None:
+    assert prompt_from_row({"instruction": "Add.", "input": "1+1"}, "here").prompt == "Add.\n1+1"
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"), [(3.0, "3"), (2.5, "2.5"), (float("nan"), None), (None, None), (" ", None), (float("inf"), None)]
+)
+def test_an_empty_cell_is_no_gold_answer(value: Any, gold: str | None) -> None:
+    assert prompt_from_row({"prompt": "1+1?", "answer": value}, "here").gold == gold
 
 
 def test_a_repeated_id_names_both_places(tmp_path: Path) -> None:

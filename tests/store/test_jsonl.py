@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import resource
 from collections.abc import Iterator
@@ -48,12 +49,22 @@ def test_numbers_that_json_does_not_know_are_refused(value: float) -> None:
         (b'{"a":"\xff"}\n', r":1: not valid UTF-8 \(byte 6\)"),
         (b'{"a":1}\n{"a":', r":2: the last line is cut off"),
         (b'{"a":1}\n{"a":"\xc3', r":2: the last line is cut off"),
+        (b'{"a":"\\ud83d\\ude00"}\n{"a":1,"b":[{"c":"x \\uD83D"}]}\n', r":2: field `b` has half a character"),
+        (b'{"\\udc00":1}\n', r":1: field `.udc00` has half a character"),
+        (b'{"a":' + b"[" * 100_000 + b"\n", r":1: nested too deeply"),
     ],
 )
 def test_lines_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
+        list(read_jsonl(path))
+
+
+def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a":1}\n' * 1000)[:-12])
+    with pytest.raises(UserError, match=r"Cannot read .*x\.jsonl\.gz: Compressed file ended"):
         list(read_jsonl(path))
 
 

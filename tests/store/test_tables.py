@@ -17,6 +17,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.lab.oracle import draw_pairs, draw_traces
 from bvpo_stats.records import (
     Completion,
+    Message,
     PreferencePair,
     Prompt,
     Record,
@@ -120,8 +121,17 @@ def test_the_schema_follows_the_dataclass(kind: type[Record]) -> None:
         element = schema.field(name).type
         assert pa.types.is_list(element) == field.many
         element = element.value_type if field.many else element
-        check = {str: pa.types.is_string, int: pa.types.is_integer, float: pa.types.is_floating}[field.type]
-        assert check(element), name
+        plain = {str: pa.types.is_string, int: pa.types.is_integer, float: pa.types.is_floating}
+        check = plain | {Message: pa.types.is_struct}
+        assert check[field.type](element), name
+
+
+def test_turns_survive_every_format(tmp_path: Path) -> None:
+    turns = (Message("system", "Be kind."), Message("user", "1+1?"), Message("assistant", "2"), Message("user", "And?"))
+    prompts = [Prompt("a", "And?", "2", turns), Prompt("b", "1+1?")]
+    for name in ("p.jsonl", "p.jsonl.gz", "p.parquet"):
+        write_records(tmp_path / name, prompts)
+        assert list(read_records(tmp_path / name, Prompt)) == prompts
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
-from bvpo_stats.records import FinishReason, Mode
+from bvpo_stats.records import FinishReason, Mode, question_turns
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
 
@@ -163,7 +163,8 @@ def request_body(
     elif dialect.prompt == "text":
         body["prompt"] = request.prompt_text.removeprefix(dialect.leading)
     else:
-        body["messages"] = [{"role": "user", "content": request.prompt.prompt}]
+        turns = question_turns(request.prompt.question)
+        body["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
         if rule[request.mode]:
             body["chat_template_kwargs"] = rule[request.mode]
     if dialect.extras == "vllm":

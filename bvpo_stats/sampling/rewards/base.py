@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Mode
+from bvpo_stats.records import Message, Mode
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Answer:
         prompt: The user's text.
         text: The final answer, trace and special tokens left out.
         gold: Reference answer, where the data has one.
+        messages: All turns in front of the answer, where there are more than the user's text.
     """
 
     prompt_id: str
@@ -31,6 +32,7 @@ class Answer:
     prompt: str
     text: str
     gold: str | None = None
+    messages: tuple[Message, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -74,7 +76,7 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
     """
     if not answers:
         return []
-    names = [(a.prompt_id, a.prompt, a.text, a.gold) if reward.text_only else a.key for a in answers]
+    names = [(a.prompt_id, a.messages or a.prompt, a.text, a.gold) if reward.text_only else a.key for a in answers]
     first: dict[object, Answer] = {}
     for name, answer in zip(names, answers, strict=True):
         first.setdefault(name, answer)

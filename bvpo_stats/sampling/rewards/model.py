@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import question_turns
 from bvpo_stats.sampling.rewards.base import Answer
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class ModelReward:
         return scores
 
     def _chat_ids(self, answer: Answer) -> list[int]:
-        turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
+        turns = [asdict(turn) for turn in question_turns(answer.messages or answer.prompt)]
+        turns.append({"role": "assistant", "content": answer.text})
         encoded: Any = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Prompt
+from bvpo_stats.records import Message, Prompt, to_dict
 from bvpo_stats.sampling.prompts import prompt_from_row
 from bvpo_stats.store.tables import source_rows
 
@@ -88,7 +88,8 @@ class Benchmark:
         """The count and a short hash of ids, texts and gold answers, in order."""
         digest = hashlib.sha256()
         for problem in self.problems:
-            digest.update(json.dumps([problem.prompt_id, problem.prompt, problem.gold]).encode())
+            turns = [] if problem.messages is None else [asdict(turn) for turn in problem.messages]
+            digest.update(json.dumps([problem.prompt_id, problem.prompt, problem.gold, *turns]).encode())
         return f"{len(self.problems)}:{digest.hexdigest()[:16]}"
 
 
@@ -188,7 +189,7 @@ def distinct(rows: Iterable[tuple[str, Prompt]], *, keep_first: bool, limit: int
     prompts: list[Prompt] = []
     duplicates = 0
     for where, prompt in rows:
-        names = (f"id {prompt.prompt_id}", f"text {prompt.prompt}")
+        names = (f"id {prompt.prompt_id}", f"text {prompt.question}")
         twice = next((seen[name] for name in names if name in seen), None)
         if twice is None:
             seen |= dict.fromkeys(names, where)
@@ -206,14 +207,18 @@ def distinct(rows: Iterable[tuple[str, Prompt]], *, keep_first: bool, limit: int
 
 
 def _instructed(problem: Prompt, instruction: str) -> Prompt:
-    return replace(problem, prompt=f"{problem.prompt}\n{instruction}") if instruction else problem
+    if not instruction:
+        return problem
+    text = f"{problem.prompt}\n{instruction}"
+    turns = problem.messages and (*problem.messages[:-1], Message("user", text))
+    return replace(problem, prompt=text, messages=turns)
 
 
 def prompt_rows(prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
     """The prompts as rows that :func:`bvpo_stats.sampling.prompts.load_prompts` reads back."""
     for prompt in prompts:
-        row = {"prompt_id": prompt.prompt_id, "prompt": prompt.prompt}
-        yield row if prompt.gold is None else row | {"gold": prompt.gold}
+        row = to_dict(prompt)
+        yield row if prompt.messages is None else row | {"prompt": row.pop("messages")}
 
 
 # Both files are read as they lie on the hub: AlpacaEval's dataset is a script that `datasets` no longer runs, and

@@ -34,6 +34,7 @@ class SampleConfig:
             None).
         prompts: Source of the prompts.
         split: Split, where the prompts are a dataset.
+        config_name: Configuration, where the dataset has several.
         samples: Responses per prompt and mode.
         temperature: Softmax temperature of the draw.
         top_p: Nucleus mass; 1 samples the whole distribution.
@@ -52,6 +53,7 @@ class SampleConfig:
     policy: ServedPolicy = field(default_factory=PolicyOptions)
     prompts: o.Prompts = EMBEDDED
     split: o.PromptSplit = "train"
+    config_name: o.ConfigName = None
     samples: o.Samples = 5
     temperature: o.Temperature = 0.8
     top_p: o.TopP = 1.0

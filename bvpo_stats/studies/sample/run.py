@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_policy, load_served_policy
-from bvpo_stats.records import UNKNOWN, Completion
+from bvpo_stats.records import UNKNOWN, Completion, Prompt
 from bvpo_stats.sampling.prompts import PromptSurvey, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
@@ -42,11 +43,10 @@ def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None)
     """
     if config.engine == "file":
         return _adopt(config, output)
-    survey = survey_prompts(load_prompts(config.prompts, limit=config.limit, split=config.split))
+    survey = survey_prompts(_prompts(config))
     run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
     with _open(config, output, identity | {"prompts": survey.fingerprint, **asdict(config.sampling)}) as folder:
-        prompts = load_prompts(config.prompts, limit=config.limit, split=config.split)
-        tally = sample_into(folder, prompts, run, n_prompts=survey.count, shard=config.shard)
+        tally = sample_into(folder, _prompts(config), run, n_prompts=survey.count, shard=config.shard)
         dialect = getattr(run.engine, "dialect", None)
         return _finish(
             config,
@@ -62,6 +62,10 @@ def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None)
                 **_on_record(config, folder, tally),
             ),
         )
+
+
+def _prompts(config: SampleConfig) -> Iterator[Prompt]:
+    return load_prompts(config.prompts, limit=config.limit, split=config.split, config_name=config.config_name)
 
 
 def _open(config: SampleConfig, output: Path, identity: dict[str, Any]) -> AbstractContextManager[Path]:

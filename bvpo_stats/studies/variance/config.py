@@ -22,6 +22,7 @@ class VarianceConfig:
         policy: Which model.
         prompts: Source of the prompts.
         split: Split, where the prompts are a dataset.
+        config_name: Configuration, where the dataset has several.
         samples: Responses per prompt and mode.
         temperature: Softmax temperature of the draw.
         top_p: Nucleus mass; 1 samples the whole distribution.
@@ -38,6 +39,7 @@ class VarianceConfig:
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     prompts: o.Prompts = "embedded"
     split: o.PromptSplit = "train"
+    config_name: o.ConfigName = None
     samples: o.Samples = 5
     temperature: o.Temperature = 0.8
     top_p: o.TopP = 1.0

@@ -48,7 +48,7 @@ def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
 
 
 def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
-    prompts = list(load_prompts(config.prompts, limit=config.limit, split=config.split))
+    prompts = list(load_prompts(config.prompts, limit=config.limit, split=config.split, config_name=config.config_name))
     policy = load_policy(config.policy)
     identity = {
         "model": policy.identity,
@@ -83,7 +83,7 @@ def sample_both_modes(
         path: ``samples.jsonl`` of the run's folder.
         batch_size: Responses drawn at once, None for automatic.
     """
-    run = local_run(policy, sampling, MODES, [prompt.prompt for prompt in prompts], batch_size)
+    run = local_run(policy, sampling, MODES, [prompt.question for prompt in prompts], batch_size)
     sample_into(path.parent, prompts, run, n_prompts=len(prompts))
 
 
