@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _LINE_EVERY_SECONDS = 15.0
+
+
+def say(line: str) -> None:
+    """One line on stderr about what a run is going to do; of several processes, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

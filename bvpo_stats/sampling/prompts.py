@@ -222,11 +222,13 @@ class PromptSurvey:
     Attributes:
         count: Number of prompts.
         fingerprint: The count and a short hash of ids and texts, in order.
+        golds: A short hash of the gold answers, in order.
         longest: The few questions with the most characters, longest first.
     """
 
     count: int
     fingerprint: str
+    golds: str
     longest: tuple[Question, ...]
 
 
@@ -236,12 +238,13 @@ def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
     Args:
         prompts: The prompts; streamed.
     """
-    digest = hashlib.sha256()
+    digest, golds = hashlib.sha256(), hashlib.sha256()
     longest: list[tuple[int, int, Question]] = []
     count = 0
     for prompt in prompts:
         turns = "" if prompt.messages is None else default_prompt_id(prompt.messages)
         digest.update(f"{prompt.prompt_id}\x1f{prompt.prompt}{turns}\x1e".encode())
+        golds.update(b"\x1e" if prompt.gold is None else f"{prompt.gold}\x1f\x1e".encode())
         entry = (sum(len(turn.content) for turn in question_turns(prompt.question)), -count, prompt.question)
         count += 1
         if len(longest) < _LONGEST:
@@ -249,4 +252,4 @@ def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
         elif entry > longest[0]:
             heapq.heapreplace(longest, entry)
     questions = tuple(question for _, _, question in sorted(longest, key=lambda entry: entry[:2], reverse=True))
-    return PromptSurvey(count, f"{count}:{digest.hexdigest()[:16]}", questions)
+    return PromptSurvey(count, f"{count}:{digest.hexdigest()[:16]}", golds.hexdigest()[:16], questions)

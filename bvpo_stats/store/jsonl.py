@@ -225,6 +225,16 @@ class RowLog:
         return found
 
 
+def sha256_of(*paths: Path) -> str:
+    """SHA-256 of files, one after the other, in constant memory."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 _DIGEST_BYTES = 16
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.store.jsonl import repair_tail, write_atomic
+from bvpo_stats.store.jsonl import repair_tail, sha256_of, write_atomic
 
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
@@ -167,16 +167,77 @@ def _check_same_run(folder: Path, path: Path, identity: dict[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read {path} ({error}). Name a new `output` folder.") from error
-    differing = [
-        f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} now"
-        for key in sorted(set(stored) | set(identity))
-        if stored.get(key) != identity.get(key)
-    ]
+    differing = differences(stored, identity)
     if differing:
         raise UserError(
-            f"`output={str(folder)!r}` belongs to a different run ({'; '.join(differing)}). "
+            f"`output={str(folder)!r}` belongs to a different run ({differing}). "
             "Nothing was overwritten; name a new folder, or repeat the settings of the old run to resume it."
         )
+
+
+def differences(stored: Any, now: dict[str, Any], name: str = "") -> str:
+    """What tells two identities apart, in words: ``seed: 0 there, 1 now``; empty where nothing does.
+
+    >>> differences({"seed": 0, "lora": {"r": 8, "alpha": 16}}, {"seed": 0, "lora": {"r": 8, "alpha": 32}})
+    'lora.alpha: 16 there, 32 now'
+    """
+    if not isinstance(stored, dict):
+        stored = {}
+    found = []
+    for key in sorted(set(stored) | set(now)):
+        there, here = stored.get(key), now.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found.append(differences(there, here, f"{name}{key}."))
+        elif there != here or (key in stored) != (key in now):
+            found.append(
+                f"{name}{key}: {repr(there) if key in stored else 'not recorded'} there, "
+                f"{repr(here) if key in now else 'none'} now"
+            )
+    return "; ".join(filter(None, found))
+
+
+SEAL = "checksums.json"
+"""Checksums of the files of a finished folder, written last."""
+
+
+def seal_folder(folder: Path) -> None:
+    """Writes size and SHA-256 of every file of a folder into it: from now on, damage is noticed.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / SEAL
+    }
+    write_atomic(folder / SEAL, json.dumps(files, indent=1) + "\n")
+
+
+def folder_damage(folder: Path) -> str | None:
+    """What is wrong with a folder that was sealed; None where every file is as it was written.
+
+    A folder without a seal was never finished.
+    """
+    try:
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{SEAL} is missing: it was never finished"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return f"{SEAL} cannot be read"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+            if sha256_of(path) != digest:
+                return f"{name} is not as it was written (its checksum differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
 def _take_locks(folder: Path, shard: Shard, held: ExitStack) -> None:

@@ -7,7 +7,6 @@ prompt ids, so its results do not depend on how a sampling run was cut, resumed 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 import types
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, from_dict
+from bvpo_stats.store.jsonl import sha256_of
 from bvpo_stats.store.run_folder import run_files
 
 _CACHE_KIB = 64 * 1024
@@ -170,16 +170,12 @@ def sample_files(samples: Path) -> list[Path]:
 
 
 def samples_fingerprint(samples: Path) -> str:
-    """Identity of a samples folder: names, sizes, first and last megabyte of its files, which only ever grow."""
-    digest = hashlib.sha256()
-    for path in sample_files(samples):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read(1 << 20))
-    return digest.hexdigest()[:16]
+    """Identity of a samples folder: the content of its files."""
+    paths = sample_files(samples)
+    try:
+        return sha256_of(*paths)[:16]
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename}: {error.strerror}. Check `samples`.") from error
 
 
 @dataclass(frozen=True)

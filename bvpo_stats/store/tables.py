@@ -6,7 +6,6 @@ Everything streams. Errors name the file, the line and the field.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from bvpo_stats.records import (
     record_kind,
     to_dict,
 )
-from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, write_error
+from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, sha256_of, write_error
 from bvpo_stats.store.run_folder import run_files
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -342,12 +341,7 @@ def fingerprint(path: Path, name: str = "source") -> str:
     Raises:
         UserError: It cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        for file in sorted(path.rglob("*.arrow")) if path.is_dir() else [path]:
-            with file.open("rb") as handle:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
+        return sha256_of(*(sorted(path.rglob("*.arrow")) if path.is_dir() else [path]))[:16]
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check `{name}`.") from error
-    return digest.hexdigest()[:16]

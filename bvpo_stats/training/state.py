@@ -4,55 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
+from bvpo_stats.model.policy import Policy
+from bvpo_stats.progress import say
+from bvpo_stats.records import to_dict
 from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.run_folder import SEAL, differences, folder_damage
 from bvpo_stats.training.config import BVPOConfig
 
 STATE_FILE = "alpha_state.json"
-_TRAINER_STATE = "trainer_state.json"  # the last file that transformers writes into a checkpoint
+TRAINER_STATE_FILE = "trainer_state.json"
 _DECISIVE = (
     "beta", "loss_type", "simpo_gamma", "max_length", "alpha", "alpha_prior", "alpha_update_steps", "alpha_ema",
     "alpha_sums_steps", "alpha_probe_prompts", "alpha_traces_per_answer", "alpha_level", "eta_l", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "num_train_epochs", "max_steps", "optim", "seed", "data_seed", "dataloader_drop_last",
+    "num_train_epochs", "max_steps", "optim", "optim_args", "lr_scheduler_kwargs", "neftune_noise_alpha", "seed",
+    "data_seed", "dataloader_drop_last", "precompute_ref_log_probs",
 )  # fmt: skip
 """Settings that decide the trajectory; what only decides speed, memory or logging is left out."""
 
 
-def run_identity(
-    args: BVPOConfig, model: str, weights: dict[str, tuple[int, ...]], prompts: Sequence[Example]
-) -> dict[str, Any]:
+def run_identity(args: BVPOConfig, policy: Policy, prompts: Sequence[Example]) -> dict[str, Any]:
     """What two runs must share for one to go on from the other's checkpoint.
 
     Args:
         args: The settings.
-        model: Identity of the model.
-        weights: Trained weights and their shapes.
-        prompts: All prompts, probe set included.
+        policy: The policy, its trainable weights marked.
+        prompts: All prompts, probe set included, with their traces.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        for pair in prompt.pairs:
-            digest.update(json.dumps([pair.prompt_id, pair.mode, pair.chosen_ids, pair.rejected_ids]).encode())
-    trained = hashlib.blake2b(json.dumps(sorted(weights.items())).encode(), digest_size=8)
+    named: Any = policy.model.named_parameters()
+    weights = {name: tuple(w.shape) for name, w in named if w.requires_grad}
     settings = {name: getattr(args, name, None) for name in _DECISIVE}
     return json.loads(
         json.dumps(
             {
-                "model": model,
-                "trained weights": trained.hexdigest(),
-                "pairs": digest.hexdigest(),
+                "model": policy.identity,
+                "template": policy.template.name,
+                "dtype": str(policy.model.dtype),
+                "trained weights": _digest(sorted(weights.items())),
+                "adapter": _adapter_scaling(policy.model),
+                "pairs": _digest(to_dict(pair) for prompt in prompts for pair in prompt.pairs),
+                "traces": _digest(to_dict(trace) for prompt in prompts for trace in prompt.traces),
                 "batch size": args.prompts_per_step,
                 **settings,
             },
             default=str,
         )
     )
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _adapter_scaling(model: Any) -> dict[str, Any] | None:
+    """What decides an adapter's function beside its weights; None where there is none."""
+    configurations: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+    found = {
+        adapter: {name: getattr(configuration, name) for name in names if hasattr(configuration, name)}
+        for adapter, configuration in configurations.items()
+    }
+    return next(iter(found.values())) if len(found) == 1 else found or None
 
 
 def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
@@ -72,33 +93,39 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
         found, state = stored["run"], stored["alpha"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no checkpoint to resume from: cannot read {STATE_FILE} ({error}).") from error
-    differing = [
-        f"{key}: {found.get(key)!r} there, {identity.get(key)!r} now"
-        for key in sorted(set(found) | set(identity))
-        if found.get(key) != identity.get(key)
-    ]
+    differing = differences(found, identity)
     if differing:
         raise UserError(
-            f"The checkpoint {folder} is of another configuration ({'; '.join(differing)}). Repeat its settings to "
+            f"The checkpoint {folder} is of another configuration ({differing}). Repeat its settings to "
             "resume, or start in a new folder."
         )
     return dict(state)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to the end; None where there is none.
+    """The newest whole checkpoint; None where none was ever finished.
 
-    A kill can leave a checkpoint half-written; its trainer state, which comes last, is then missing or cut off.
+    A kill can leave a checkpoint half-written; its checksums, which come last, are then missing. What is passed over is
+    said, and why.
+
+    Raises:
+        UserError: There are finished checkpoints, but all of them are damaged: training anew would write over them.
     """
-    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _complete(path)]
-    return max(found)[1] if found else None
-
-
-def _complete(checkpoint: Path) -> bool:
-    if not checkpoint.name.rpartition("-")[2].isdigit() or not (checkpoint / STATE_FILE).is_file():
-        return False
-    try:
-        json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    damaged = {}
+    for path in sorted((path for path, number in numbers.items() if number.isdigit()), key=lambda p: -int(numbers[p])):
+        problem = folder_damage(path)
+        if problem is None:
+            for name, reason in damaged.items():
+                say(f"{name} is passed over: {reason}. Training goes on from {path.name}.")
+            return path
+        damaged[path.name] = problem
+    finished = [f"{name}: {reason}" for name, reason in damaged.items() if (folder / name / SEAL).exists()]
+    if finished:
+        raise UserError(
+            f"No checkpoint in {folder} is whole ({'; '.join(finished)}). Put the files back, or delete that folder to "
+            "train anew."
+        )
+    for name, reason in damaged.items():
+        say(f"{name} is passed over: {reason}. Training starts anew.")
+    return None

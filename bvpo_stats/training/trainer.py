@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from bvpo_stats.distributed import World
@@ -26,6 +27,7 @@ from bvpo_stats.model.scores import log_probabilities
 from bvpo_stats.model.subset import sharing_copy
 from bvpo_stats.records import MODES, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
+from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig
@@ -39,7 +41,7 @@ from bvpo_stats.training.gradient import (
     with_gradient,
 )
 from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
-from bvpo_stats.training.state import last_checkpoint, load_state, run_identity, save_state
+from bvpo_stats.training.state import TRAINER_STATE_FILE, last_checkpoint, load_state, run_identity, save_state
 
 _SETS = {"trace", "empty"}
 
@@ -135,12 +137,7 @@ class BVPOTrainer(Trainer):
             args, self.policy, self.selection, world, self._summed if world.size > 1 else None
         )
         self._alpha_in_use = self.estimator.alpha
-        self.identity = run_identity(
-            args,
-            self.policy.identity,
-            {name: tuple(w.shape) for name, w in self.policy.model.named_parameters() if w.requires_grad},
-            (*self.selection.train, *self.selection.probe),
-        )
+        self.identity = run_identity(args, self.policy, (*self.selection.train, *self.selection.probe))
         self.add_callback(AlphaCallback(self))
 
     @property
@@ -167,8 +164,33 @@ class BVPOTrainer(Trainer):
                 raise UserError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
             checkpoint = str(found)
         if checkpoint is not None:
-            self.estimator.restore(load_state(Path(str(checkpoint)), self.identity))
+            folder = Path(str(checkpoint))
+            state = load_state(folder, self.identity)
+            problem = folder_damage(folder)
+            if problem is not None:
+                raise UserError(f"{folder} is no checkpoint to resume from: {problem}.")
+            self.estimator.restore(state)
+            trained = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
+            if trained.global_step >= trained.max_steps:
+                return self._finished(folder, trained)
         return super().train(resume_from_checkpoint=checkpoint, **options)
+
+    def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        """Takes over a checkpoint of the last step: transformers would train one more from there."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, math.fsum(losses) / max(1, len(losses)), {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers', with checksums written last: without them a checkpoint counts for nothing."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / SEAL).unlink(missing_ok=True)  # of a damaged checkpoint that is now written again
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written a random state of its own
+        if self.args.should_save and not self.args.save_only_model:
+            seal_folder(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model (an adapter in PEFT's format), the tokenizer, and alpha's state beside them."""

@@ -4,7 +4,8 @@
 after the imports, which saves the seconds that importing torch takes; nothing else is shared. Prints how each ended.
 
 Moments: ``begin`` (before a step), ``end`` (after it, before its checkpoint), ``saving`` (a checkpoint has its adapter
-but no optimizer yet), ``half`` (its last file is cut off in the middle).
+but no optimizer yet), ``half`` (its state is cut off in the middle), ``sealing`` (all of it is there but the
+checksums); after the last step ``model`` (the model is written, without its checksums) and ``report`` (all but that).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from transformers import TrainerState
 
 from bvpo_stats.model.policy import PolicyOptions, load_policy
+from bvpo_stats.studies.train import run as run_module
 from bvpo_stats.studies.train.run import run_train
 from bvpo_stats.training import trainer as module
 from tests.training.records import run_config
@@ -48,12 +50,21 @@ def arm(moment: str, step: int) -> None:
                 die()
 
         module.save_state = saved
+    elif moment == "sealing":
+        seal = module.seal_folder
+        module.seal_folder = lambda folder: die() if folder.name == f"checkpoint-{step}" else seal(folder)
+    elif moment == "model":
+        run_module.seal_folder = lambda folder: die()
+    elif moment == "report":
+        run_module.train_report = lambda trainer, method: die()
     else:
+        whole = TrainerState.save_to_json
 
         def cut(self: TrainerState, path: str) -> None:
-            text = json.dumps(self.log_history)
-            Path(path).write_text(text[: len(text) // 2], encoding="utf-8")
+            whole(self, path)
             if self.global_step == step:
+                text = Path(path).read_text(encoding="utf-8")
+                Path(path).write_text(text[: len(text) // 2], encoding="utf-8")
                 die()
 
         TrainerState.save_to_json = cut  # type: ignore[method-assign]

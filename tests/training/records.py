@@ -124,13 +124,11 @@ def run_config(model: Path, pairs: Path, **changes: Any) -> TrainConfig:
         "alpha": "adaptive", "alpha_probe_prompts": 12, "alpha_update_steps": 2, "alpha_sums_steps": 2,
         "max_steps": 9, "learning_rate": 3e-2,
         "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+        "lora_r": LORA.r, "lora_alpha": LORA.alpha, "target_modules": LORA.targets,
     }  # fmt: skip
     return TrainConfig(
         policy=PolicyOptions(model=str(model), device="cpu"),
         inputs=AlphaInputs(pairs=str(pairs), traces=str(pairs)),
         batch_size=8,
-        lora_r=LORA.r,
-        lora_alpha=LORA.alpha,
-        target_modules=LORA.targets,
         **(common | changes),
     )

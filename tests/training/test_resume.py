@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.store.run_folder import SEAL
 from bvpo_stats.studies.train.run import run_train
+from bvpo_stats.training import trainer as module
 from bvpo_stats.training.state import STATE_FILE, last_checkpoint
 from bvpo_stats.training.trainer import AlphaCallback, BVPOTrainer
 from tests.training.records import adapted, both_sets, run_config, settings, write_run
@@ -35,7 +42,7 @@ def straight(random_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.slow
 def test_killed_again_and_again(random_model: Path, pairs: Path, straight: Path, tmp_path: Path) -> None:
-    traps = ["begin:1", "end:3", "saving:4", "half:6", "begin:7"]
+    traps = ["begin:1", "end:3", "saving:4", "half:6", "begin:7", "sealing:8", "model:9", "report:9"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.killed_training", random_model, pairs, tmp_path / "run", *traps],
         capture_output=True,
@@ -77,10 +84,173 @@ def test_another_configuration_is_refused(random_model: Path, pairs: Path, strai
     with pytest.raises(UserError, match=r"of another configuration \(alpha: 0.5 there, 0.25 now; max_steps: 2 there"):
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-2" / STATE_FILE).unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match=r"is whole \(checkpoint-2: alpha_state.json is missing\)"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+SHORT = {"alpha": 0.25, "max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def short(random_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("train") / "short"
+    run_train(run_config(random_model, pairs, **SHORT), folder)
+    return folder
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Whether two runs have one report and one model."""
+    names = ("report.json", f"model/{WEIGHTS}")
+    return all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def flip(path: Path) -> None:
+    """Turns one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_killed_between_the_last_checkpoint_and_the_report(
+    random_model: Path, pairs: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one step more, whether the model was written, half written, or not at all; again and again."""
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    steps: list[int] = []
+    before = BVPOTrainer.compute_loss
+
+    def counted(self: BVPOTrainer, *arguments: Any, **options: Any) -> Any:
+        steps.append(self.state.global_step)
+        return before(self, *arguments, **options)
+
+    monkeypatch.setattr(BVPOTrainer, "compute_loss", counted)
+    for left in ("whole", "half", "none"):
+        (run / "report.json").unlink()
+        if left == "half":
+            cut(run / "model" / WEIGHTS)
+        if left == "none":
+            shutil.rmtree(run / "model")
+        run_train(run_config(random_model, pairs, **SHORT), run)
+        assert same(run, short)
+    assert steps == []
+    monkeypatch.setattr(module, "seal_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # stopped while the first checkpoint was being written: it does not count
+        run_train(run_config(random_model, pairs, **SHORT), tmp_path / "stopped")
+    monkeypatch.undo()
+    run_train(run_config(random_model, pairs, **SHORT), tmp_path / "stopped")
+    assert same(tmp_path / "stopped", short)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("optimizer.pt", Path.unlink),
+        ("scheduler.pt", Path.unlink),
+        ("rng_state.pth", cut),
+        ("optimizer.pt", flip),
+        (WEIGHTS, flip),
+        ("trainer_state.json", flip),
+        (STATE_FILE, cut),
+        (SEAL, cut),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    short: Path, tmp_path: Path, name: str, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(short / "checkpoints", folder)
+    harm(folder / "checkpoint-4" / name)
+    assert last_checkpoint(folder) == folder / "checkpoint-2"
+    said = capsys.readouterr().err
+    assert f"checkpoint-4 is passed over: {name} " in said
+    assert "goes on from checkpoint-2" in said
+    harm(folder / "checkpoint-2" / name)
+    with pytest.raises(UserError, match=rf"No checkpoint in .* is whole \(checkpoint-4: {name} .*delete that folder"):
+        last_checkpoint(folder)
+
+
+def test_damaged_checkpoints_lead_to_the_same_model(
+    random_model: Path, pairs: Path, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 3 and 4 again after damage to the newest; all four where none was ever finished; else nothing at all."""
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    checkpoints = run / "checkpoints"
+    (run / "report.json").unlink()
+    flip(checkpoints / "checkpoint-4" / WEIGHTS)
+    run_train(run_config(random_model, pairs, **SHORT), run)
+    assert same(run, short)
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-4"
+    (run / "report.json").unlink()
+    capsys.readouterr()
+    for checkpoint in checkpoints.iterdir():
+        (checkpoint / SEAL).unlink()
+    run_train(run_config(random_model, pairs, **SHORT), run)
+    assert same(run, short)
+    assert "checkpoint-4 is passed over: checksums.json is missing" in capsys.readouterr().err
+
+
+def test_a_damaged_model_of_a_finished_run_is_written_again(
+    random_model: Path, pairs: Path, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    flip(run / "model" / WEIGHTS)
+    run_train(run_config(random_model, pairs, **SHORT), run)
+    assert same(run, short)
+    assert f"is damaged ({WEIGHTS} is not as it was written" in capsys.readouterr().err
+    flip(run / "model" / WEIGHTS)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"is damaged .* no checkpoint to write it again"):
+        run_train(run_config(random_model, pairs, **SHORT), run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": 7}, "adapter.lora_alpha: 4 there, 7 now"),
+        ({"policy": {"dtype": "float64"}}, "dtype: 'torch.float32' there, 'torch.float64' now"),
+        ({"logging_steps": 2}, "logging steps: 1 there, 2 now"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: False there, True now"),
+    ],
+)
+def test_other_settings_never_get_the_old_numbers(
+    random_model: Path, pairs: Path, short: Path, changes: dict[str, Any], words: str
+) -> None:
+    config = run_config(random_model, pairs, **(SHORT | {k: v for k, v in changes.items() if k != "policy"}))
+    config = replace(config, policy=replace(config.policy, **changes.get("policy", {})))
+    with pytest.raises(UserError, match=rf"different run \({re.escape(words)}\)"):
+        run_train(config, short)
+
+
+def test_other_records_never_get_the_old_numbers(random_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """Another bank, or pairs of the same ids with other prompts or other stored log-probabilities."""
+    mine = tmp_path / "pairs"
+    shutil.copytree(pairs, mine)
+    config = run_config(random_model, mine, **(SHORT | {"alpha": "adaptive", "max_steps": 1}))
+    run_train(config, tmp_path / "run")
+    for name, old, new, words in (
+        ("traces.jsonl", '"joint_logp": -', '"joint_logp": -1', "traces: "),
+        ("thinking.jsonl", '"ref_chosen_logps": null', '"ref_chosen_logps": -3.5', "pairs: "),
+    ):
+        before = (mine / name).read_text()
+        assert old in before
+        (mine / name).write_text(before.replace(old, new))
+        with pytest.raises(UserError, match=rf"different run \({words}'\w+' there, '\w+' now\)"):
+            run_train(config, tmp_path / "run")
+        (mine / name).write_text(before)
 
 
 def test_resume_insists_on_a_checkpoint(random_model: Path, pairs: Path, tmp_path: Path) -> None:

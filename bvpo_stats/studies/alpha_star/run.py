@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -102,7 +103,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         options = _options(config)
         if config.optimizer_state is not None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
-        identity |= _identity(config, lora, options.stream, policy, words)
+        identity |= _identity(config, lora, options, policy, words)
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
             report = _estimate(policy, subset, joined, options, words, folder, world)
             if world.leads:
@@ -333,9 +334,10 @@ def objective_words(objective: Objective) -> dict[str, Any]:
 
 
 def _identity(
-    config: AlphaConfig, lora: LoraOptions, stream: StreamOptions, policy: Policy, words: str
+    config: AlphaConfig, lora: LoraOptions, options: AlphaOptions, policy: Policy, words: str
 ) -> dict[str, Any]:
     """What decides the moments; batch size, step size and level do not."""
+    stream = options.stream
     return {
         "model": policy.identity,
         "template": policy.template.name,
@@ -351,8 +353,17 @@ def _identity(
         "groups": config.groups,
         "limit": config.inputs.limit,
         "seed": stream.seed,
-        "optimizer_state": None if config.optimizer_state is None else str(config.optimizer_state),
+        "optimizer_state": None if options.second_moments is None else _digest(options.second_moments),
     }
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Arrays by content, in 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name}:{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()[:16]
 
 
 def _check_groups(n_prompts: int, groups: int | Literal["auto"]) -> None:

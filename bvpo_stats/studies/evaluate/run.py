@@ -12,6 +12,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import content_identity, model_source
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.tables import fingerprint
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, load_benchmarks, load_instructions
 from bvpo_stats.studies.evaluate.config import BASE, Contestant, EvaluateConfig, contestants
 from bvpo_stats.studies.evaluate.judge import alignment_results, load_judge
@@ -92,6 +93,8 @@ def _identity(
 
 
 def _content(config: EvaluateConfig, entrant: Contestant) -> str:
+    if entrant.samples_from is not None:
+        return fingerprint(entrant.samples_from, "samples_from")
     if config.engine != "transformers":
         return entrant.source
     if entrant.adapter is not None:

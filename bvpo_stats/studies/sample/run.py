@@ -8,7 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bvpo_stats.model.policy import Policy, PolicyOptions, ServedPolicy, load_policy, load_served_policy
+from bvpo_stats.model.policy import (
+    Policy,
+    PolicyOptions,
+    ServedPolicy,
+    content_identity,
+    load_policy,
+    load_served_policy,
+    model_source,
+)
 from bvpo_stats.records import UNKNOWN, Completion, Prompt
 from bvpo_stats.sampling.prompts import PromptSurvey, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
@@ -45,7 +53,8 @@ def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None)
         return _adopt(config, output)
     survey = survey_prompts(_prompts(config))
     run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
-    with _open(config, output, identity | {"prompts": survey.fingerprint, **asdict(config.sampling)}) as folder:
+    identity |= {"prompts": survey.fingerprint, "gold answers": survey.golds, **asdict(config.sampling)}
+    with _open(config, output, identity) as folder:
         tally = sample_into(folder, _prompts(config), run, n_prompts=survey.count, shard=config.shard)
         dialect = getattr(run.engine, "dialect", None)
         return _finish(
@@ -87,7 +96,15 @@ def _server_run(config: SampleConfig) -> tuple[SamplingRun, dict[str, Any]]:
     policy = load_served_policy(config.policy)
     engine = OpenAIEngine(policy, config.server, config.modes)
     run = SamplingRun(engine, policy.template, config.sampling, engine.model, config.server.concurrency, config.modes)
-    return run, {"model": engine.model, "template": policy.template.name}
+    return run, {"model": engine.model, **_language(config.policy, policy)}
+
+
+def _language(options: PolicyOptions | None, policy: ServedPolicy | None) -> dict[str, Any]:
+    """What renders prompts and turns texts into tokens, where no weights are loaded."""
+    if options is None or policy is None:
+        return {"template": None, "tokenizer": None}
+    content = content_identity(options.model, model_source(options.model), None)
+    return {"template": policy.template.name, "tokenizer": content}
 
 
 def _adopt(config: SampleConfig, output: Path) -> SampleReport:
@@ -98,7 +115,7 @@ def _adopt(config: SampleConfig, output: Path) -> SampleReport:
     digest = fingerprint(config.samples_from, "samples_from")
     identity = {
         "samples_from": digest,
-        "template": policy.template.name if policy else None,
+        **_language(config.policy, policy),
         "limit": config.limit,
     }
     with _open(config, output, identity) as folder:

@@ -17,9 +17,9 @@ from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import load_policy, on_own_device, pick_device, with_lora
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import progress, say
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.store.run_folder import Shard, open_run
+from bvpo_stats.store.run_folder import Shard, folder_damage, open_run, seal_folder
 from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import TrainConfig
@@ -56,9 +56,8 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     if config.lora is not None and not policy.has_adapter:
         policy = with_lora(policy, config.lora)
     policy = trainable_policy(policy, None)
-    weights = {name: tuple(w.shape) for name, w in policy.model.named_parameters() if w.requires_grad}
-    identity = {"method": config.method, "limit": config.inputs.limit}
-    identity |= run_identity(args, policy.identity, weights, joined.examples)
+    identity = {"method": config.method, "limit": config.inputs.limit, "logging steps": config.logging_steps}
+    identity |= run_identity(args, policy, joined.examples)
     with open_run(output, "train", identity, shard=Shard(world.rank + 1, world.size)) as folder:
         finished = _finished_report(folder)
         if finished is not None:
@@ -75,6 +74,7 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         trainer.save_model(str(folder / MODEL))
         if not world.leads:
             return None
+        seal_folder(folder / MODEL)
         report = train_report(trainer, config.method)
         seconds, total = trainer.estimator.to_state()["seconds"]
         timing = {"estimator_seconds": seconds, "seconds": total, "time_share": seconds / max(total, 1e-9)}
@@ -84,9 +84,23 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
 
 
 def _finished_report(folder: Path) -> TrainReport | None:
-    """The report of a run that is finished (it is written last); None of one that is not."""
-    path = folder / REPORT_FILE
-    return TrainReport.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The report of a run that is finished (it is written last); None of one that is not.
+
+    A damaged model is written again from the last checkpoint. One that is gone altogether was taken elsewhere.
+    """
+    path, model = folder / REPORT_FILE, folder / MODEL
+    if not path.is_file():
+        return None
+    problem = folder_damage(model) if model.is_dir() else None
+    if problem is None:
+        return TrainReport.from_json(path.read_text(encoding="utf-8"))
+    if last_checkpoint(folder / _CHECKPOINTS) is None:
+        raise UserError(
+            f"The model in {model} is damaged ({problem}), and there is no checkpoint to write it again from. Put the "
+            f"file back, or delete {path} to train anew."
+        )
+    say(f"{model} is damaged ({problem}); it is written again from the last checkpoint.")
+    return None
 
 
 def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:

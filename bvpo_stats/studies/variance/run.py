@@ -50,11 +50,13 @@ def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
 def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
     prompts = list(load_prompts(config.prompts, limit=config.limit, split=config.split, config_name=config.config_name))
     policy = load_policy(config.policy)
+    survey = survey_prompts(prompts)
     identity = {
         "model": policy.identity,
         "template": policy.template.name,
         "dtype": str(policy.model.dtype),
-        "prompts": survey_prompts(prompts).fingerprint,
+        "prompts": survey.fingerprint,
+        "gold answers": survey.golds,
         **asdict(config.sampling),
     }
     with open_run(output, "variance", identity) as folder:
@@ -112,6 +114,7 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     identity = {
         "samples_from": digest,
         "limit": config.limit,
+        "template": policy.template.name if policy else None,
         "scored_by": policy.identity if policy else None,
         "dtype": str(policy.model.dtype) if policy else None,
     }
