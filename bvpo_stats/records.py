@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -25,6 +26,26 @@ MODES: tuple[Mode, Mode] = ("thinking", "nothinking")
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 UNKNOWN = "unknown"
 """How reports call a model or template that no record names."""
+
+_FINGERPRINT = re.compile(r"[^@+]*@([0-9a-f]{12})(?=\+|\Z)")
+
+
+def content_of(identity: Any) -> Any:
+    """What two identities are compared by: of a model, ``name@fingerprint``, the fingerprint where it has one.
+
+    A folder that was renamed or moved holds the same model.
+
+    Args:
+        identity: A model's identity, or anything that may hold some: a dictionary or a list. All else stays as it is.
+
+    >>> content_of("r1@0123456789ab+tuned@ba9876543210")
+    '0123456789ab+ba9876543210'
+    """
+    if isinstance(identity, str):
+        return _FINGERPRINT.sub(r"\1", identity)
+    if isinstance(identity, dict):
+        return {key: content_of(value) for key, value in identity.items()}
+    return [content_of(value) for value in identity] if isinstance(identity, list) else identity
 
 
 @dataclass(frozen=True)

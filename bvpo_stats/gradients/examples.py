@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from bvpo_stats.errors import UserError, check_choice, check_kind, rows_of
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.records import MODES, Mode, PreferencePair, Side, TraceRecord
+from bvpo_stats.records import MODES, Mode, PreferencePair, Side, TraceRecord, content_of
 
 Unmatched = Literal["error", "drop"]
 SETS: dict[Mode, str] = {"thinking": "D_t", "nothinking": "D_e"}
@@ -247,7 +247,7 @@ def check_identity(policy: Policy, examples: Sequence[Example]) -> None:
     for example in examples:
         for record in example.records:
             kind = f"The {record.mode} pair" if isinstance(record, PreferencePair) else f"A {record.source} trace"
-            if record.model not in (None, reference):
+            if record.model is not None and content_of(record.model) != content_of(reference):
                 raise UserError(
                     f"{kind} of prompt {record.prompt_id} was sampled by {record.model}, but the reference is "
                     f"{reference}. Give the model the records come from, or allow the mismatch if you know why."

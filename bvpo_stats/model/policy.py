@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,8 +21,15 @@ from bvpo_stats.embedded.assets import EMBEDDED, embedded_model_path
 from bvpo_stats.errors import UserError, check_kind
 from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.options import PolicyOptions as PolicyOptions
-from bvpo_stats.model.subset import LoraOptions, create_lora, sharing_copy
+from bvpo_stats.model.subset import (
+    LoraOptions,
+    active_configs,
+    check_adapter_config,
+    create_lora,
+    sharing_copy,
+)
 from bvpo_stats.model.templates import Template, find_template
+from bvpo_stats.store.jsonl import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,8 +73,23 @@ class Policy:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence the model has positions for, None where it has no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """Longest sequence the model has positions for, None where it has no limit.
+
+        With LongRoPE the positions end where its frequencies change: transformers picks one set for a whole batch by
+        its longest sequence, so that beyond it log pi of a sequence would depend on its neighbours, and on whether it
+        was generated or read.
+        """
+        config = self.model.config
+        most = getattr(config, "max_position_embeddings", None)
+        ropes = getattr(config, "rope_parameters", None) or {}
+        nested = [value for value in ropes.values() if isinstance(value, dict)]  # one for each kind of layer
+        for rope in nested or [ropes]:
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            if rope.get("rope_type") in ("longrope", "dynamic") and original:
+                most = original if most is None else min(most, original)
+        return most
 
     @property
     def has_adapter(self) -> bool:
@@ -78,9 +103,11 @@ class Policy:
             return True
         modules: Any = self.model.modules()
         layers = [module for module in modules if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
-        weights = [
-            layer.lora_B[name].weight for layer in layers for name in layer.active_adapters if name in layer.lora_B
-        ]
+        others = ("modules_to_save", "trainable_token_indices")  # move the policy whatever B is
+        if any(getattr(config, name, None) for config in active_configs(self.model) for name in others):
+            return False
+        bs = [layer.lora_B[name] for layer in layers for name in layer.active_adapters if name in layer.lora_B]
+        weights = [weight for b in bs for weight in (b.weight, b.bias) if weight is not None]
         return bool(weights) and not any(bool(weight.any()) for weight in weights)
 
     @contextlib.contextmanager
@@ -187,15 +214,27 @@ def _load(options: PolicyOptions) -> Policy:
 
     source = model_source(options.model)
     device, dtype = pick_device(options.device), _dtype(options.dtype, options.device)
+    if options.adapter is not None:
+        _check_adapter_files(options.adapter)
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    if dtype == torch.float64:
+        common["experts_implementation"] = "eager"  # the grouped products of mixtures of experts know no float64
+    model: Any
     try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, attn_implementation=options.attention, **common
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=options.attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **common,
             )
     except Exception as error:
         raise _load_error(options.model, error) from error
+    check_loaded(f"`model={options.model!r}`", model, found)
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
     eos_ids = _eos_ids(model, tokenizer)
     words = model.get_input_embeddings().weight.shape[0]
@@ -239,6 +278,8 @@ def _wrap(
             "`processing_class`)."
         )
     _check_tokenizer(tokenizer)
+    for config in active_configs(model):
+        check_adapter_config(config, "The model's adapter")
     eos_ids = _eos_ids(model, tokenizer)
     model.generation_config = GenerationConfig()
     identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
@@ -323,8 +364,7 @@ def model_source(model: str) -> str:
 
 
 def _load_error(model: str, error: Exception) -> UserError:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    reason = _first_line(error)
     if "trust_remote_code" in str(error):
         return UserError(f"`model={model!r}` ships its own code. Trust it? Allow it: `trust_remote_code=True`.")
     if "safetensors" in str(error):
@@ -336,6 +376,7 @@ def _add_adapter(model: Any, adapter: str) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    _check_adapter_files(adapter)
     try:
         with warnings.catch_warnings():
             # FutureWarning: between PEFT and transformers. UserWarning: weights that find no place, refused below.
@@ -349,10 +390,36 @@ def _add_adapter(model: Any, adapter: str) -> PreTrainedModel:
             raise ValueError(f"{len(stored ^ placed)} weights do not correspond, e.g. {there} {odd}.")
         return adapted
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_line(error)
         raise UserError(
             f"Cannot load `adapter={adapter!r}` on this model: {reason} Is it an adapter of another base?"
         ) from error
+
+
+def _check_adapter_files(adapter: str) -> None:
+    """Refuses, before anything is loaded, an adapter that cannot be scored exactly, or is not in safetensors."""
+    from peft import PeftConfig
+    from transformers.utils import cached_file
+
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"`adapter={adapter!r}`: the folder has no adapter_config.json, so it holds no PEFT adapter.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder) if folder.is_dir() else adapter)
+    except Exception as error:  # no such folder, no such repository, or what PEFT makes of a damaged file
+        raise UserError(f"Cannot load `adapter={adapter!r}`: {_first_line(error)}") from error
+    check_adapter_config(config, f"`adapter={adapter!r}`")
+    try:
+        cached_file(str(folder) if folder.is_dir() else adapter, "adapter_model.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"`adapter={adapter!r}`: no adapter_model.safetensors (adapter_model.bin is not read: it could run code). "
+            "Load it with PEFT once and write it again with save_pretrained."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -376,7 +443,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        float(torch.zeros(1, device=device))  # "meta" has a name, but no numbers
     except Exception as error:  # torch raises AssertionError or RuntimeError, depending on the build
         raise UserError(f"`device={name!r}`: not available here ({str(error).splitlines()[0]}).") from error
     return device
@@ -390,38 +457,106 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
+_MODEL_FILES = (
+    "*.safetensors", "config.json", "generation_config.json", "*.py",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "chat_templates/*.jinja",
+)  # fmt: skip
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
 def content_identity(name: str, source: str, model: PreTrainedModel | None) -> str:
-    """Name plus a fingerprint of the content: weights' heads and tails for folders, the commit for hub models."""
+    """Name plus a fingerprint of the content: of weights, configuration, tokenizer and template, or a hub's commit.
+
+    A folder that was renamed or moved keeps the fingerprint (`bvpo_stats.records.content_of`).
+
+    Args:
+        name: As the user gave it.
+        source: The folder or hub id behind it.
+        model: The model, where it is loaded; tells the commit of a hub id.
+    """
     folder = Path(source).expanduser()
-    short = name if name == EMBEDDED or not folder.is_dir() else folder.resolve().name
+    short = name if name == EMBEDDED or not folder.is_dir() else re.sub("[@+]", "-", folder.resolve().name)
     if not folder.is_dir():
         commit = getattr(getattr(model, "config", None), "_commit_hash", None)
         return f"{short}@{commit[:12]}" if commit else short
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "adapter_config.json"]):
-        if not file.exists():
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
-    return f"{short}@{digest.hexdigest()[:12]}"
+    patterns = _MODEL_FILES if (folder / "config.json").exists() else _ADAPTER_FILES
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: large models have several files
+        digests = pool.map(_file_digest, files)
+        found = "".join(f"{file.relative_to(folder)}:{digest}\n" for file, digest in zip(files, digests, strict=True))
+    return f"{short}@{hashlib.sha256(found.encode()).hexdigest()[:12]}"
+
+
+def _file_digest(file: Path) -> str:
+    if file.name == "adapter_config.json":  # names the folder of its base, which may move
+        settings = {k: v for k, v in json.loads(file.read_bytes()).items() if k != "base_model_name_or_path"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return sha256_of(file)
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hides the loading bars of transformers; our own bars show the long work."""
+def quiet_transformers() -> Iterator[None]:
+    """Hides the loading bars of transformers (our own bars show the long work) and its tables of odd weights."""
     from transformers.utils import logging
 
-    was_enabled = logging.is_progress_bar_enabled()
+    was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if was_enabled:
             logging.enable_progress_bar()
+
+
+# Of older checkpoints: what transformers computes by itself. Of larger ones: parts that a causal LM of text leaves out.
+_HARMLESS = re.compile(
+    r"inv_freq\Z|masked_bias\Z|(?:\.attn|\.attention)\.bias\Z|position_ids\Z|"
+    r"\A(?:model\.)?(?:mtp|vision|visual|audio|multi_modal)",
+)
+_NAMED = 3
+
+
+def check_loaded(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuses a model in which random numbers, or nothing, stand for weights of its file.
+
+    Args:
+        name: What to call it, as messages name settings.
+        model: The model as it was loaded.
+        found: What ``from_pretrained(..., output_loading_info=True)`` says.
+
+    Raises:
+        UserError: Weights are missing, left over or of another shape, or the configuration names another family.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config, kind = model.config, type(model).__name__
+    listed = {
+        "without weights for": sorted(found["missing_keys"]),
+        "with weights that it has no place for:": sorted(
+            key for key in found["unexpected_keys"] if not _HARMLESS.search(key)
+        ),
+        "with other shapes than the configuration's for": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
+    }
+    wrong = [
+        f"{what} {', '.join(keys[:_NAMED])}{f' and {len(keys) - _NAMED} more' if len(keys) > _NAMED else ''}"
+        for what, keys in listed.items()
+        if keys
+    ]
+    if wrong:
+        raise UserError(
+            f"{name}: its files come {'; '.join(wrong)} (read as {kind}, `model_type={config.model_type!r}`). They "
+            "are incomplete or of another model than config.json: get them again from where they come from."
+        )
+    for written in getattr(config, "architectures", None) or ():
+        if written != kind and written in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            raise UserError(
+                f"{name}: its config.json calls it {written}, but `model_type={config.model_type!r}` is {kind}. "
+                "One of the two is wrong: get config.json again from where the model comes from."
+            )
 
 
 @dataclass(frozen=True)
@@ -457,7 +592,7 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # whatever a tokenizer's files provoke
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_line(error)
         raise UserError(
             f"Cannot load the tokenizer of `model={options.model!r}`: {reason} Check the name, the folder's files, and "
             "hub access."

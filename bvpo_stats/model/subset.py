@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def lora_subset(model: nn.Module, patterns: Sequence[str] | None = None) -> Subs
             "lora=16)` or `adapter`), or name Linear weights of the base model (`linear_subset`)."
         )
     names = _first_names(model)
-    for config in _active_configs(model):
+    for config in active_configs(model):
         _check_lora_config(config)
     candidates: dict[str, tuple[str, Any, str, bool]] = {}
     for name, layer in layers:
@@ -272,15 +272,43 @@ def _first_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _active_configs(model: nn.Module) -> list[Any]:
-    configs = getattr(model, "peft_config", {})
-    return [configs[name] for name in getattr(model, "active_adapters", []) if name in configs]
+def active_configs(model: nn.Module) -> list[Any]:
+    """The PEFT configurations of a model's active adapters; none without PEFT."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:  # transformers' own models have a method of the name below
+        return []
+    return [configs[name] for name in cast(Any, model).active_adapters if name in configs]
+
+
+def check_adapter_config(config: Any, name: str) -> None:
+    """Refuses adapters of which either the policy or the reference would be computed wrongly.
+
+    Scores are taken below the model's own call, where prompt and prefix tuning do their work, and the reference is the
+    model with the adapter disabled, which leaves trained biases in place.
+
+    Args:
+        config: A PEFT configuration.
+        name: What to call the adapter in a message.
+
+    Raises:
+        UserError: Not LoRA, or LoRA that trains biases of the base model.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise UserError(
+            f"{name} is of the kind {kind}, which is not supported; only LoRA is. Where PEFT can merge it "
+            "(merge_and_unload), give the merged model as `model`."
+        )
+    if config.bias != "none":
+        raise UserError(
+            f"{name} trains biases (bias={config.bias!r}), which stay in place when it is disabled, so that the "
+            "reference would be wrong; train it with bias='none', or give the merged model as `model`."
+        )
 
 
 def _check_lora_config(config: Any) -> None:
     """Refuses what an adapter trains besides A and B."""
-    if getattr(config, "bias", "none") != "none":
-        raise UserError(f"The adapter trains biases (bias={config.bias!r}), which is not supported; use bias='none'.")
+    check_adapter_config(config, "The adapter")
     for setting in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, setting, None):
             raise UserError(f"The adapter uses {setting}={getattr(config, setting)!r}, which is not supported.")

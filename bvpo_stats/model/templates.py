@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
@@ -19,7 +20,6 @@ from bvpo_stats.records import Message, Mode, Question, Role, question_turns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OPENING = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _PROBE = "probe"
 _SHOWN = 60  # characters of a text that is refused
 
@@ -36,6 +36,11 @@ class PromptError(UserError):
         self.reason = reason
 
 
+CLOCK = datetime(2024, 7, 26)
+"""What templates that write the date are told, always: a prompt must not change between sampling and pairing, or from
+one run of a command to the next. It is the date that Llama's templates fall back on."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How one family of reasoning models marks its traces.
@@ -44,25 +49,30 @@ class Protocol:
         name: Name for ``--template`` and the records.
         thinking_opening: Text after the rendered assistant marker in D_t prompts (empty: the model writes ``<think>``).
         empty_trace: Text after the rendered assistant marker in D_e prompts: the trace opened and closed at once.
+        open_tag: Text that begins a trace.
         close_tag: Text that ends a trace.
     """
 
     name: str
     thinking_opening: str
     empty_trace: str
+    open_tag: str = "<think>"
     close_tag: str = "</think>"
 
 
 # Appendix C.3 of the paper fixes `<think>` and `<think></think>` for the R1 family; the official R1-Distill template
 # adds a newline after `<think>`, which the model writes itself when it is left out, and which would keep the D_e prompt
 # from being a continuation of the D_t prompt. Qwen3's own template fixes its empty trace; its D_t prompt ends at the
-# marker.
+# marker, or behind `<think>` in the models that always think (and in Qwen3.5). DeepSeek-V3.1 thinks on request only;
+# where it does not, its template closes a trace that was never opened, which is no point of pi(r, y | x).
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol("r1-distill", "<think>", "<think></think>"),
         Protocol("r1-0528", "<think>", "<think></think>"),
+        Protocol("deepseek-v3.1", "<think>", "<think></think>"),
         Protocol("qwen3", "", "<think>\n\n</think>\n\n"),
+        Protocol("qwen3-thinking", "<think>", "<think>\n\n</think>\n\n"),
         Protocol("embedded", "<think>", "<think></think>"),
     )
 }
@@ -75,18 +85,23 @@ class Template:
     Attributes:
         protocol: The protocol.
         tokenizer: The model's fast tokenizer.
+        switch: What the chat template must be told for the model to think, e.g. ``(("thinking", True),)``.
     """
 
     protocol: Protocol
     tokenizer: PreTrainedTokenizerBase
+    switch: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
-        """Identity for the records: the protocol's name, with the empty trace where it is not the protocol's own."""
-        default = PROTOCOLS.get(self.protocol.name)
-        if default is not None and default.empty_trace == self.protocol.empty_trace:
-            return self.protocol.name
-        return f"{self.protocol.name}[{self.protocol.empty_trace!r}]"
+        """Identity for the records.
+
+        The protocol's name, the empty trace where it is not the protocol's own, and the date that a template was told.
+        """
+        default, name = PROTOCOLS.get(self.protocol.name), self.protocol.name
+        if default is None or default.empty_trace != self.protocol.empty_trace:
+            name += f"[{self.protocol.empty_trace!r}]"
+        return f"{name} on {CLOCK:%Y-%m-%d}" if _tells_time(self.tokenizer) else name
 
     def prompt_text(self, question: Question, mode: Mode) -> str:
         """The generation prompt: D_t form (``thinking``) or D_e form (``nothinking``), Appendix C.3 of the paper.
@@ -95,11 +110,11 @@ class Template:
             PromptError: A turn's text is not in it, or would be read as control tokens.
         """
         self._check_texts(question)
-        rendered = _render(self.tokenizer, question)
+        rendered = _render(self.tokenizer, question, **dict(self.switch))
         roles = tuple(turn.role for turn in question_turns(question))
         _check_standing(*_probes(self.tokenizer, str(self.tokenizer.chat_template), roles), self.protocol.close_tag)
         _check_standing(question, rendered, self.protocol.close_tag)
-        header = _OPENING.sub("", rendered)
+        header = _header(rendered, self.protocol)
         return header + (self.protocol.thinking_opening if mode == "thinking" else self.protocol.empty_trace)
 
     def prompt_ids(self, question: Question, mode: Mode) -> tuple[int, ...]:
@@ -190,7 +205,7 @@ class Template:
             return 0, None, self.answer_text(completion_ids)
         start = self.trace_length(completion_ids)
         trace = self._decode(list(completion_ids[:start]), skip_special_tokens=True)
-        trace = trace.partition(self.protocol.close_tag)[0].lstrip().removeprefix("<think>").strip()
+        trace = trace.partition(self.protocol.close_tag)[0].lstrip().removeprefix(self.protocol.open_tag).strip()
         if start is None:
             return None, trace, None
         return start, trace, self.answer_text(completion_ids[start:])
@@ -214,46 +229,144 @@ def find_template(
 ) -> Template:
     r"""Chooses the protocol by what the tokenizer's own template renders.
 
+    Where the template has a switch for thinking (``enable_thinking``, ``thinking``, ...), it is found by trying it and
+    is on in the prompts of both sets: D_e is D_t with an empty trace, not another conversation.
+
     Args:
         tokenizer: The model's tokenizer.
         name: Overrides the choice: one of :data:`PROTOCOLS`.
-        empty_trace: Overrides how an empty trace is spelled, e.g. ``<think>\n\n</think>``.
+        empty_trace: Overrides how an empty trace is spelled, e.g. ``<think>\n\n</think>``; ``\n`` may be spelled out.
 
     Raises:
-        UserError: No chat template, an unknown name, an unrecognised rendering, or a tokenizer without think tags and
-            no ``empty_trace`` to go by.
+        UserError: No chat template, an unknown name, an unrecognised rendering, one that closes the trace or that
+            changes from call to call, or a tokenizer without think tags and no ``empty_trace`` to go by.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("The tokenizer has no chat template. Use the model's own chat (not base) tokenizer.")
-    if name is not None:
-        if name not in PROTOCOLS:
-            raise UserError(f"`template={name!r}`: unknown. Choose one of {', '.join(PROTOCOLS)}.")
-        protocol = PROTOCOLS[name]
-    else:
-        protocol = _recognise(tokenizer, empty_trace)
-    if empty_trace is not None:
-        protocol = replace(protocol, empty_trace=empty_trace)
-    elif not _has_think_tags(tokenizer):
+    if name is not None and name not in PROTOCOLS:
+        raise UserError(f"`template={name!r}`: unknown. Choose one of {', '.join(PROTOCOLS)}.")
+    spelled = None if empty_trace is None else _tags_of(unescaped(empty_trace))
+    rendering = _find_rendering(tokenizer, spelled or _THINK_TAGS)
+    protocol = PROTOCOLS[name] if name is not None else _recognise(tokenizer, rendering, spelled)
+    if spelled is not None:
+        protocol = replace(
+            protocol, empty_trace=spelled.empty_trace, open_tag=spelled.open_tag, close_tag=spelled.close_tag
+        )
+    elif not _has_think_tags(tokenizer) and rendering.empty_trace is None:
         raise UserError(
             "The tokenizer has no <think> and </think> tokens, so it is unclear how this model spells an empty trace. "
             "Give it with `empty_trace`, e.g. `empty_trace='<think></think>'`."
         )
-    return Template(protocol, tokenizer)
+    return Template(protocol, tokenizer, rendering.switch)
 
 
-def _recognise(tokenizer: PreTrainedTokenizerBase, empty_trace: str | None) -> Protocol:
-    rendered = _render(tokenizer, _PROBE)
-    if "<\uff5cAssistant\uff5c>" in rendered:
-        if rendered.endswith("<think>"):
+def unescaped(text: str) -> str:
+    r"""A text as it was meant on a command line, where a newline is hard to write: ``\n`` and ``\t`` spelled out."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """What a template renders for one question, with thinking on.
+
+    Attributes:
+        text: The generation prompt.
+        switch: The argument that turns thinking on; empty where it is on by default.
+        empty_trace: How the template itself spells an empty trace when thinking is off; None where it does not.
+    """
+
+    text: str
+    switch: tuple[tuple[str, Any], ...]
+    empty_trace: str | None
+
+
+# Names that templates give their switch, by the words in it, and values of on and off. A rendering that does not change
+# tells that a name is not the template's, or not a switch.
+_SWITCH = re.compile(r"\b\w*(?:think|reason)\w*\b", re.IGNORECASE)
+_VALUES: tuple[tuple[Any, Any], ...] = (
+    (True, False),
+    ("on", "off"),
+    ("enabled", "disabled"),
+    ("high", "none"),
+    (-1, 0),
+)
+_NO_FLAG = ("effort", "budget", "content")
+_INVERTED = re.compile(r"(?:\A|_)(?:no|not|disable|skip|without|suppress)", re.IGNORECASE)
+
+
+def _find_rendering(tokenizer: PreTrainedTokenizerBase, tags: Protocol) -> _Rendering:
+    """The rendering with thinking on, found by trying the template's switches."""
+    source = str(tokenizer.get_chat_template())
+    probe: Question = _PROBE
+    try:
+        plain = _render(tokenizer, probe)
+    except UserError as error:  # some templates insist on a system message, which the prompts may bring
+        probe = (Message("system", "system"), Message("user", _PROBE))
+        try:
+            plain = _render(tokenizer, probe)
+        except UserError:
+            raise error from None
+    if any(_render(tokenizer, probe) != plain for _ in range(3)):
+        raise UserError(
+            "The tokenizer's chat template renders the same message differently from call to call, so a prompt cannot "
+            "be made again. Remove what is random from the template."
+        )
+    if "<|channel|>" in source:
+        raise UserError(
+            "The chat template puts traces into channels (<|channel|>analysis, as gpt-oss does) and not between tags; "
+            "such models are not supported. Use one that marks its trace with tags, as DeepSeek-R1 and Qwen3 do."
+        )
+    closed = _is_closed(plain, tags)
+    names = dict.fromkeys(_SWITCH.findall(source))
+    for on_value, off_value in _VALUES:
+        for switch in names:
+            flag = isinstance(on_value, bool)
+            if (flag and any(word in switch for word in _NO_FLAG)) or not (flag or closed):
+                continue  # text values are tried only where thinking is off: elsewhere a template may print any of them
+            value, other = (off_value, on_value) if _INVERTED.search(switch) else (on_value, off_value)
+            on, off = (_try_render(tokenizer, probe, {switch: each}) for each in (value, other))
+            if on is None or off is None or on == off or _is_closed(on, tags):
+                continue
+            needed = () if on == plain else ((switch, value),)
+            return _Rendering(on, needed, _empty_trace_in(off, tags))
+    if closed:
+        raise UserError(
+            "The chat template closes the trace before the model can think, and no switch of it was found that opens "
+            "it. Change the template in the model's folder so that it ends in an open trace."
+        )
+    return _Rendering(plain, (), None)
+
+
+def _try_render(tokenizer: PreTrainedTokenizerBase, probe: Question, options: dict[str, Any]) -> str | None:
+    try:
+        return _render(tokenizer, probe, **options)
+    except UserError:
+        return None
+
+
+def _recognise(tokenizer: PreTrainedTokenizerBase, rendering: _Rendering, spelled: Protocol | None) -> Protocol:
+    text = rendering.text
+    if "<\uff5cAssistant\uff5c>" in text:
+        if rendering.switch:
+            return PROTOCOLS["deepseek-v3.1"]
+        if text.endswith("<think>"):
             return PROTOCOLS["embedded"]
-        return PROTOCOLS["r1-distill" if rendered.rstrip().endswith("<think>") else "r1-0528"]
-    if "<|im_start|>assistant" in rendered:
-        off = _render(tokenizer, _PROBE, enable_thinking=False)
-        if off == rendered + PROTOCOLS["qwen3"].empty_trace:
-            return PROTOCOLS["qwen3"]
-    if empty_trace is not None:
-        opening = _OPENING.search(rendered)
-        return Protocol("custom", opening.group(0) if opening else "", empty_trace)
+        return PROTOCOLS["r1-distill" if text.rstrip().endswith("<think>") else "r1-0528"]
+    if "<|im_start|>assistant" in text and not rendering.switch:
+        qwen3, always = PROTOCOLS["qwen3"], PROTOCOLS["qwen3-thinking"]
+        if text.rstrip().endswith("<think>"):
+            if rendering.empty_trace in (always.empty_trace, None) and _has_think_tags(tokenizer):
+                return always
+        elif rendering.empty_trace == qwen3.empty_trace:
+            return qwen3
+    custom = spelled
+    if custom is None and rendering.empty_trace is not None:
+        custom = Protocol("custom", "", rendering.empty_trace)
+    if custom is not None:
+        opening = text[len(_header(text, custom)) :]
+        # White space behind a tag that is one token is left to the model, as in R1-Distill; where the tag is several
+        # tokens, its last may hold the newline.
+        return replace(custom, thinking_opening=opening.rstrip() if _has_think_tags(tokenizer) else opening)
     if not _has_think_tags(tokenizer):
         raise UserError(
             "The tokenizer has no <think> and </think> tokens and its chat template is none of "
@@ -265,10 +378,62 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, empty_trace: str | None) -> P
     )
 
 
+# A macro of the name of transformers' function, which the template then calls instead: strftime of CLOCK, directive by
+# directive. `{{ '' }}` keeps a newline at the template's start from being taken for the end of a block.
+_STOPPED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format|replace('%%', '\x00')"
+    + "".join(
+        f"|replace({directive!r}, {CLOCK.strftime(directive)!r})"
+        for letter in "aAbBcdefFDGHIjklmMpsStTRuUVwWxXyYzZ"
+        for directive in (f"%{letter}", f"%-{letter}")
+    )
+    + "|replace('\x00', '%') }}{% endmacro %}{{ '' }}"
+)
+
+_THINK_TAGS = Protocol("custom", "", "<think></think>")
+_TAG = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])"
+_EMPTY = re.compile(rf"\s*(?P<opening>{_TAG})?\s*(?P<closing>{_TAG})\s*")
+
+
+def _tags_of(empty_trace: str) -> Protocol:
+    """The tags by which a spelled empty trace opens and closes a trace.
+
+    Raises:
+        UserError: It closes none.
+    """
+    found = _EMPTY.fullmatch(empty_trace)
+    if found is None or not re.search("/|end", found["closing"], re.IGNORECASE):
+        raise UserError(
+            f"`empty_trace={empty_trace!r}`: must open a trace and close it, e.g. `empty_trace='<think></think>'`."
+        )
+    opening = found["opening"] or found["closing"].replace("/", "", 1)
+    return Protocol("custom", "", empty_trace, opening, found["closing"])
+
+
+def _header(rendered: str, tags: Protocol) -> str:
+    """A generation prompt up to and including the assistant marker: without a trace that it opens (and closes)."""
+    opening, close = re.escape(tags.open_tag), re.escape(tags.close_tag)
+    return re.sub(rf"{opening}\s*({close}\s*)?\Z", "", rendered)
+
+
+def _is_closed(rendered: str, tags: Protocol) -> bool:
+    return rendered.rstrip().endswith(tags.close_tag)
+
+
+def _empty_trace_in(rendered: str, tags: Protocol) -> str | None:
+    """The empty trace at the end of a prompt, as the template spells it."""
+    return rendered[len(_header(rendered, tags)) :] or None if _is_closed(rendered, tags) else None
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, question: Question, **options: Any) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in question_turns(question)]
+    source = str(tokenizer.get_chat_template())
+    if _tells_time(tokenizer):
+        source = _STOPPED_CLOCK + source
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        rendered = tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True, **options
+        )
     except Exception as error:  # a template is a program of the model's author; whatever it raises is about the model
         reason = " ".join(str(error).split())
         if isinstance(question, str):
@@ -305,6 +470,10 @@ def _probes(tokenizer: PreTrainedTokenizerBase, source: str, roles: tuple[Role, 
 
 def _is_word(token: str) -> bool:
     return not token.strip() or token.strip().isalnum()
+
+
+def _tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "strftime_now" in str(tokenizer.get_chat_template())
 
 
 def _has_think_tags(tokenizer: PreTrainedTokenizerBase) -> bool:

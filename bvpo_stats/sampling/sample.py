@@ -15,7 +15,7 @@ from bvpo_stats import options
 from bvpo_stats.errors import UserError, check_kind, check_whole
 from bvpo_stats.model.templates import PromptError, Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, Completion, Mode, Prompt, Question, question_turns, to_dict
+from bvpo_stats.records import MODES, Completion, Mode, Prompt, Question, content_of, question_turns, to_dict
 from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.store.jsonl import KeySet, append_jsonl, read_jsonl
@@ -393,7 +393,7 @@ def _keys(paths: Iterable[Path], **expected: str) -> Iterator[str]:
     for path in paths:
         for number, row in read_jsonl(path, growing=True):
             for field, value in expected.items():
-                if row.get(field) != value:
+                if content_of(row.get(field)) != content_of(value):
                     raise UserError(
                         f"{path}:{number}: a record of {field} {row.get(field)!r} among those of {value!r}. "
                         "Remove it, or name a new `output` folder."
@@ -416,7 +416,7 @@ def check_one_source(completions: Sequence[Completion]) -> None:
         check_kind(f"samples, row {number}", completion, Completion, "a Completion")
     for field in ("model", "template"):
         names = sorted({getattr(completion, field) for completion in completions})
-        if len(names) > 1:
+        if len({content_of(name) for name in names}) > 1:
             raise UserError(f"Samples of several {field}s are mixed: {', '.join(names)}. Analyse them one at a time.")
 
 

@@ -23,7 +23,7 @@ from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.progress import progress
-from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource
+from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource, content_of
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, sampler_identity, uniforms
 from bvpo_stats.store.sample_index import check_sampling_model
@@ -183,7 +183,7 @@ def window_traces(
     for pair in window:
         responses = samples(pair.prompt_id)
         for response in responses[:1]:
-            if (pair.model, pair.template) != (response.model, response.template):
+            if content_of([pair.model, pair.template]) != content_of([response.model, response.template]):
                 raise UserError(
                     f"Pair {pair.prompt_id} is of {pair.model} ({pair.template}), the samples of {response.model} "
                     f"({response.template}). Give the samples that the pairs were made from."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import content_of
 from bvpo_stats.store.jsonl import repair_tail, sha256_of, write_atomic
 
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -188,7 +189,7 @@ def differences(stored: Any, now: dict[str, Any], name: str = "") -> str:
         there, here = stored.get(key), now.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             found.append(differences(there, here, f"{name}{key}."))
-        elif there != here or (key in stored) != (key in now):
+        elif content_of(there) != content_of(here) or (key in stored) != (key in now):
             found.append(
                 f"{name}{key}: {repr(there) if key in stored else 'not recorded'} there, "
                 f"{repr(here) if key in now else 'none'} now"

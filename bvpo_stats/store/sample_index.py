@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Completion, Mode, from_dict
+from bvpo_stats.records import MODES, Completion, Mode, content_of, from_dict
 from bvpo_stats.store.jsonl import sha256_of
 from bvpo_stats.store.run_folder import run_files
 
@@ -74,7 +74,7 @@ def check_sampling_model(engine: str | None, model: str | None, identity: str) -
     Raises:
         UserError: It is another model.
     """
-    if engine == "transformers" and identity != model:
+    if engine == "transformers" and content_of(identity) != content_of(model):
         raise UserError(
             f"The samples were drawn by {model}, but `model` is {identity}. Reference log-probabilities and "
             "traces need the sampling model: give the same `model` and `adapter` as in sampling."

@@ -24,7 +24,7 @@ from bvpo_stats.gradients.reference import Reference, fill_reference
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy, with_tokenizer
 from bvpo_stats.model.scores import log_probabilities
-from bvpo_stats.model.subset import sharing_copy
+from bvpo_stats.model.subset import check_adapter_config, sharing_copy
 from bvpo_stats.records import MODES, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
 from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
@@ -490,6 +490,7 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
             raise UserError("The model has an adapter already; leave `peft_config` out, or start from the base model.")
         if not isinstance(peft_config, PeftConfig):
             raise UserError(f"`peft_config` must be a PEFT configuration, not a {type(peft_config).__name__}.")
+        check_adapter_config(peft_config, "The adapter of `peft_config`")
         with torch.random.fork_rng(), warnings.catch_warnings():
             # PEFT asks transformers by a name that is going out of use; nothing a user could do about it.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bvpo_stats.embedded.tokenizer import build_tokenizer
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.templates import PromptError, Template, find_template
+from bvpo_stats.model.templates import CLOCK, PromptError, Template, find_template
 from bvpo_stats.records import Message, Question, Role
 from tests.tokenizers import (
     ASSISTANT,
@@ -15,6 +15,7 @@ from tests.tokenizers import (
     CLOSE,
     EMBEDDED,
     EOS,
+    QWEN3,
     R1_0528,
     R1_DISTILL,
     THINK,
@@ -201,3 +202,122 @@ def test_a_template_may_trim_white_space_and_may_fail() -> None:
                              "{% endif %}{{ messages[-1].content }}"), name="r1-distill")  # fmt: skip
     with pytest.raises(PromptError, match=r"fails on these turns \(system, user\): no system prompts"):
         picky.prompt_text(TURNS[:2], "thinking")
+
+
+def closing(header: str) -> str:
+    """A template's end: the rendered turns, then a generation prompt."""
+    turns = QWEN3[: QWEN3.index("{% if add_generation_prompt %}")]
+    return turns + "{% if add_generation_prompt %}" + header + "{% endif %}"
+
+
+ON, OFF = "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def switched(condition: str, on: str = ON, off: str = OFF) -> str:
+    return closing("{% if " + condition + " %}" + on + "{% else %}" + off + "{% endif %}")
+
+
+V31 = R1_0528.replace(
+    "<｜Assistant｜>{% endif %}", "<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
+)
+HEADER = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def chat(template: str) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(template, QWEN, eos="<|im_end|>")
+
+
+SWITCHED = {
+    "always thinks": (closing(ON), "qwen3-thinking", ()),
+    "on by default": (switched("enable_thinking is not defined or enable_thinking"), "qwen3-thinking", ()),
+    "off by default": (switched("enable_thinking"), "custom", (("enable_thinking", True),)),
+    "of another name": (switched("reasoning is defined and reasoning"), "custom", (("reasoning", True),)),
+    "inverted": (switched("not disable_thinking"), "qwen3-thinking", ()),
+    "inverted, off by default": (
+        switched("disable_thinking is defined and not disable_thinking"),
+        "custom",
+        (("disable_thinking", False),),
+    ),
+    "a word": (switched("thinking_mode == 'on'"), "custom", (("thinking_mode", "on"),)),
+    "an effort": (switched("reasoning_effort == 'high'"), "custom", (("reasoning_effort", "high"),)),
+}
+
+
+@pytest.mark.parametrize("case", SWITCHED)
+def test_a_switch_for_thinking_is_found_and_is_on_in_both_sets(case: str) -> None:
+    """D_t ends in an open trace and D_e in the empty one, whatever the template does of itself."""
+    source, name, switch = SWITCHED[case]
+    template = find_template(chat(source))
+    assert template.protocol.name == name
+    assert template.switch == switch
+    assert template.prompt_text(QUESTION, "thinking") == HEADER + "<think>"
+    assert template.prompt_text(QUESTION, "nothinking") == HEADER + "<think>\n\n</think>\n\n"
+    prompt, closing_ids = template.empty_trace_ids(QUESTION)
+    assert closing_ids
+    assert prompt + closing_ids == template.prompt_ids(QUESTION, "nothinking")
+
+
+def test_deepseek_v31_thinks_on_request_only() -> None:
+    template = find_template(r1(V31))
+    assert (template.name, template.switch) == ("deepseek-v3.1", (("thinking", True),))
+    assert template.prompt_text(QUESTION, "thinking") == f"{BOS}{USER}{QUESTION}{ASSISTANT}<think>"
+    assert template.prompt_text(QUESTION, "nothinking") == f"{BOS}{USER}{QUESTION}{ASSISTANT}<think></think>"
+
+
+def test_a_switch_may_write_a_system_message() -> None:
+    """Granite's kind: thinking is asked for in the system message, and the prompt ends at the marker either way."""
+    source = "{% if thinking %}<|im_start|>system\nThink first.<|im_end|>\n{% endif %}" + closing(
+        "<|im_start|>assistant\n"
+    )
+    template = find_template(chat(source), empty_trace="<think></think>")
+    for mode, ending in (("thinking", ""), ("nothinking", "<think></think>")):
+        text = f"<|im_start|>system\nThink first.<|im_end|>\n{HEADER}{ending}"
+        assert template.prompt_text(QUESTION, mode) == text  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`empty_trace`"):
+        find_template(chat(source))
+
+
+def test_templates_that_cannot_be_used_are_refused_by_name() -> None:
+    cases = {
+        closing("<|im_start|>assistant\n</think>"): "closes the trace before the model can think",
+        closing("<|im_start|>assistant\n<|channel|>analysis"): "into channels",
+        QWEN3 + "{{ range(10**5) | random }}": "differently from call to call",
+        QWEN3 + "{{ raise_exception('only in French') }}": "only in French",
+    }
+    for source, words in cases.items():
+        with pytest.raises(UserError, match=words.replace("|", r"\|")):
+            find_template(chat(source))
+
+
+def test_a_template_that_wants_a_system_message_is_known_by_its_rendering_with_one() -> None:
+    source = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + QWEN3
+    template = find_template(chat(source))
+    assert template.name == "qwen3"
+    with pytest.raises(UserError, match="no system"):
+        template.prompt_text(QUESTION, "thinking")
+
+
+def test_the_clock_stands_still() -> None:
+    """A prompt must not change between sampling and pairing: what is told the date is told the same one, always."""
+    format = "%d %B %Y, %A %H:%M:%S.%f and %-d %b %y 100%%"
+    dated = "Today: {{ strftime_now('" + format + "') }}\n" + QWEN3
+    template = find_template(chat(dated))
+    assert template.name == "qwen3 on 2024-07-26"  # on record in every response
+    expected = f"Today: {CLOCK.strftime(format)}\n{HEADER}"
+    assert template.prompt_text(QUESTION, "thinking") == expected
+    defaulted = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    template = find_template(chat("\n{{ date_string }}".join([defaulted, QWEN3])))
+    assert template.prompt_text(QUESTION, "thinking").startswith("26 Jul 2024")
+
+
+def test_an_empty_trace_may_spell_its_newlines_out_and_have_tags_of_its_own() -> None:
+    tokenizer = r1(R1_DISTILL)
+    spelled = find_template(tokenizer, empty_trace=r"<think>\n\n</think>")
+    assert spelled == find_template(tokenizer, empty_trace="<think>\n\n</think>")
+    seed = find_template(plain(), empty_trace="<seed:think></seed:think>")
+    ids = tuple(seed.tokenizer.encode("<seed:think>abc</seed:think>42"))
+    assert seed.split((*ids, 0), "thinking")[1] == "abc"
+    for nonsense in ("", "<think>", "none", r"\n"):
+        with pytest.raises(UserError, match=r"`empty_trace=.*must open a trace and close it"):
+            find_template(tokenizer, empty_trace=nonsense)

@@ -104,8 +104,9 @@ def chat_rule(policy: ServedPolicy) -> ChatRule:
     found: ChatRule = {}
     attempts: tuple[tuple[Mode, dict[str, Any]], ...] = (
         ("thinking", {}),
-        ("thinking", {"enable_thinking": True}),
+        ("thinking", dict(policy.template.switch)),
         ("nothinking", {"enable_thinking": False}),
+        ("nothinking", {"thinking": False}),
     )
     for mode, arguments in attempts:
         rendered = policy.tokenizer.apply_chat_template(

@@ -121,7 +121,7 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from bvpo_stats.model.policy import DTYPES
+    from bvpo_stats.model.policy import DTYPES, pick_device
 
     source, name = options.source, f"`reward='model:{options.source}'`"
     folder = Path(source).expanduser()
@@ -129,10 +129,10 @@ def _load(options: RewardModelOptions) -> tuple[PreTrainedModel, PreTrainedToken
         raise UserError(f"{name}: the folder has no config.json, so it holds no transformers model.")
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UserError(f"{name}: no such folder.")
-    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device)
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise UserError(f"`dtype={options.dtype!r}`: unknown. Choose auto or one of {', '.join(DTYPES)}.")
-    dtype = DTYPES.get(options.dtype, torch.float32 if device == "cpu" else "auto")
+    dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else "auto")
     path = str(folder) if folder.exists() else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
