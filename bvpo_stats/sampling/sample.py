@@ -18,7 +18,7 @@ from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Completion, Mode, Prompt, Question, content_of, question_turns, to_dict
 from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.prompts import load_prompts
-from bvpo_stats.store.jsonl import KeySet, append_jsonl, read_jsonl
+from bvpo_stats.store.jsonl import KeySet, append_jsonl, mend, read_jsonl
 from bvpo_stats.store.run_folder import WHOLE, Shard, run_files
 from bvpo_stats.store.tables import Source
 
@@ -214,6 +214,11 @@ def sample_into(
             What was drawn is kept.
     """
     samples, aside = shard.file(folder, SAMPLES_FILE), shard.file(folder, SET_ASIDE_FILE)
+    mine = [samples, aside]
+    if shard.whole:  # nobody else is writing
+        mine = [path for name in (SAMPLES_FILE, SET_ASIDE_FILE) for path in run_files(folder, name)]
+    for path in mine:
+        mend(path)
     finished = finished_keys(folder, model=run.model, template=run.template.name)
     own = finished if shard.whole else KeySet(_keys(path for path in (samples, aside) if path.exists()))
     total = shard.share(n_prompts, window_size(run.options)) * len(run.modes) * run.options.samples

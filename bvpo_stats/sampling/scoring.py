@@ -13,7 +13,7 @@ from bvpo_stats.model.head import token_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.progress import progress
 from bvpo_stats.records import Completion
-from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
+from bvpo_stats.store.jsonl import append_jsonl, mend, read_jsonl
 
 LOGPROBS_FILE = "logprobs.jsonl"
 _DECIMALS = 7  # of a nat: beyond float32's own precision at the size of one token's log-probability
@@ -35,6 +35,7 @@ def score_into(path: Path, completions: Sequence[Completion], policy: Policy, *,
     Raises:
         UserError: A log-probability is NaN or infinite; the completion is named.
     """
+    mend(path)
     finished = {key for key, _ in read_logprobs(path)} if path.exists() else set()
     sequences = [TokenSequence(c.prompt_ids, c.completion_ids) for c in completions]
     budget = max_tokens or (8_192 if policy.device.type == "cpu" else 32_768)

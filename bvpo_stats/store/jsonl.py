@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.progress import say
 from bvpo_stats.records import half_character
 
 
@@ -31,8 +32,10 @@ def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict
         growing: Another process may be appending to it: a last line without its newline is not there yet, and left out.
 
     Raises:
-        UserError: The file is missing, not UTF-8, or a line is not a JSON object; the line is named.
+        UserError: The file is missing, not UTF-8, or a line is not a JSON object, or not as `append_jsonl` wrote it;
+            the line is named.
     """
+    sums = LineSums.of(path)
     for number, raw in enumerate(_lines(path), start=1):
         if not raw.strip() or (growing and not raw.endswith(b"\n")):
             continue
@@ -47,6 +50,8 @@ def read_jsonl(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict
             raise UserError(f"{where}: a JSON {type(row).__name__}, not an object. Write one object a line.")
         if _SURROGATE.search(raw):
             check_encodable(row, where)
+        if sums is not None:
+            sums.check(raw, where)
         yield number, row
 
 
@@ -133,16 +138,130 @@ def repair_tail(path: Path) -> bool:
     return True
 
 
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+class LineSums:
+    """The checksums of a file's lines as they were written, in a hidden file beside it.
+
+    A line that is not among them is damaged, and one that comes again is a copy: rows name their draw or prompt, so no
+    two of a file are equal. A line is on record before it is in the file, so that a kill in between costs nothing.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import numpy as np  # a quarter of a second, which --help has not
+
+        self._file, self._sums = path, sums_file(path)
+        self._known = self._read()
+        self._met = np.zeros(len(self._known), dtype=bool)
+
+    @classmethod
+    def of(cls, path: Path) -> LineSums | None:
+        """The checksums of a file; None where it has none, because somebody else wrote it."""
+        return cls(path) if sums_file(path).is_file() else None
+
+    def _read(self) -> Any:
+        import numpy as np
+
+        data = self._sums.read_bytes()
+        return np.unique(np.frombuffer(data[: len(data) // _SUM_BYTES * _SUM_BYTES], dtype="<u8"))
+
+    def admits(self, line: bytes) -> bool:
+        """Whether a line is one of those that were written, met for the first time."""
+        place = self._place(line)
+        if place is None:  # another process may have appended meanwhile
+            import numpy as np
+
+            met, self._known = self._known[self._met], self._read()
+            self._met = np.isin(self._known, met)
+            place = self._place(line)
+        if place is None or self._met[place]:
+            return False
+        self._met[place] = True
+        return True
+
+    def _place(self, line: bytes) -> int | None:
+        import numpy as np
+
+        wanted = np.frombuffer(line_sum(line), dtype="<u8")[0]
+        place = int(np.searchsorted(self._known, wanted))
+        return place if place < len(self._known) and self._known[place] == wanted else None
+
+    def check(self, line: bytes, where: str) -> None:
+        """Raises UserError for a line that `admits` refuses."""
+        if not self.admits(line):
+            raise UserError(
+                f"{where}: the line is not as it was written, or comes twice. Run the command that wrote it again in "
+                f"{self._file.parent}: it does such lines anew. If you changed it on purpose, delete {self._sums}."
+            )
+
+
+_SUM_BYTES = 8
+
+
+def line_sum(line: bytes) -> bytes:
+    """Checksum of a line, whatever ends it."""
+    return hashlib.blake2b(line.rstrip(b"\r\n"), digest_size=_SUM_BYTES).digest()
+
+
+def sums_file(path: Path) -> Path:
+    """Where the checksums of a file's lines are."""
+    return path.with_name(f".{path.name}.sums")
+
+
+def mend(path: Path, *, ordered: bool = False) -> None:
+    """Cuts lines that are damaged or come twice, and says so; whoever wrote them does them again.
+
+    Args:
+        path: The file.
+        ordered: The order of its lines counts, so that all from the first such line on are cut.
+
+    Raises:
+        UserError: The file cannot be read or written.
+    """
+    sums = LineSums.of(path)
+    if sums is None or not path.is_file():
+        return
+    temporary, bad = path.with_name(path.name + ".tmp"), []
+    try:
+        with temporary.open("wb") as handle:
+            for number, line in enumerate(_lines(path), start=1):
+                if line.strip() and not (ordered and bad) and sums.admits(line):
+                    handle.write(line)
+                elif line.strip():
+                    bad.append(number)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if bad:
+            temporary.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if bad and ordered:
+        say(f"{path}: line {bad[0]} is damaged or a copy; cut with the {len(bad) - 1} behind it, and done again.")
+    elif bad:
+        say(f"{path}: {len(bad)} damaged or copied lines cut, the first of them line {bad[0]}; done again.")
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]], *, sums: bool = True) -> None:
     """Appends rows and forces them to disk; if the disk fills up, the file is left as it was before the call.
+
+    Args:
+        path: The file.
+        rows: The rows, each different from all others of the file.
+        sums: Keep checksums of the lines, so that damage is noticed; not for files that people edit.
 
     Raises:
         UserError: The disk is full or the file cannot be written.
     """
-    data = "".join(encode_row(row) + "\n" for row in rows).encode("utf-8")
-    if not data:
+    lines = [encode_row(row).encode("utf-8") for row in rows]
+    if not lines:
         return
+    data = b"".join(line + b"\n" for line in lines)
     before = path.stat().st_size if path.is_file() else 0
+    if sums:
+        _append_sums(path, lines, new=not before)
     try:
         with path.open("ab", buffering=0) as handle:
             view = memoryview(data)
@@ -153,6 +272,20 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         if path.is_file() and path.stat().st_size > before:
             os.truncate(path, before)
         raise write_error(path, error) from error
+
+
+def _append_sums(path: Path, lines: Sequence[bytes], *, new: bool) -> None:
+    target = sums_file(path)
+    try:
+        if new:
+            target.unlink(missing_ok=True)
+        elif not target.exists():  # a file that had none so far
+            target.write_bytes(b"".join(line_sum(line) for line in _lines(path) if line.strip()))
+        with target.open("ab") as handle:
+            handle.truncate(handle.tell() // _SUM_BYTES * _SUM_BYTES)  # a kill may have left half of one
+            handle.write(b"".join(map(line_sum, lines)))
+    except OSError as error:
+        raise write_error(target, error) from error
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -192,9 +325,11 @@ class RowLog:
 
     Args:
         path: The file; a half-written last line must have been cut (:func:`~bvpo_stats.store.jsonl.repair_tail`).
+            Damaged rows are cut here, with all that follow.
     """
 
     def __init__(self, path: Path) -> None:
+        mend(path, ordered=True)
         self._path = path
         self._stored: Iterator[tuple[int, dict[str, Any]]] = read_jsonl(path) if path.exists() else iter(())
 

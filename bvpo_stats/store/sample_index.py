@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, content_of, from_dict
-from bvpo_stats.store.jsonl import sha256_of
+from bvpo_stats.store.jsonl import LineSums, sha256_of
 from bvpo_stats.store.run_folder import run_files
 
 _CACHE_KIB = 64 * 1024
@@ -194,12 +194,15 @@ class _Line:
 def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, modes: Sequence[Mode]) -> SampleSource:
     first: dict[str, str | None] = {}
     half_written = count = 0
+    sums = [LineSums.of(path) for path in paths]
     connection.execute("BEGIN")
     for line in _lines(paths):
         row = _parse(line)
         if row is None:
             half_written += 1
             continue
+        if (known := sums[line.file]) is not None:
+            known.check(line.raw, line.where)
         _check_same_source(row, line, first)
         if row["mode"] not in modes:
             continue

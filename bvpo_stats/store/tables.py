@@ -31,7 +31,7 @@ from bvpo_stats.records import (
     record_kind,
     to_dict,
 )
-from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, sha256_of, write_error
+from bvpo_stats.store.jsonl import encode_row, read_json_list, read_jsonl, sha256_of, sums_file, write_error
 from bvpo_stats.store.run_folder import run_files
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -306,6 +306,7 @@ def write_records(
                 raw.flush()
                 os.fsync(raw.fileno())
         temporary.replace(target)
+        sums_file(target).unlink(missing_ok=True)  # of what stood there before
     except OSError as error:
         raise write_error(target, error) from error
     finally:

@@ -63,6 +63,35 @@ def lines(folder: Path) -> list[str]:
     return sorted(line for path in folder.glob("samples*.jsonl") for line in path.read_text().splitlines())
 
 
+def test_damaged_responses_are_drawn_again_and_none_counts_twice(
+    uninterrupted: Path, config: SampleConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    samples = run / "samples.jsonl"
+    rows = samples.read_bytes().splitlines(keepends=True)
+    digit = rows[3].replace(b'"completion_ids":[', b'"completion_ids":[1', 1)
+    samples.write_bytes(b"".join([*rows[:3], digit, *rows[4:], rows[0]]))
+    with pytest.raises(UserError, match=r"samples\.jsonl:4: the line is not as it was written, or comes twice"):
+        list(read_records(run, Completion))
+    report = run_sample(config, run)
+    assert lines(run) == lines(uninterrupted)
+    assert report.modes["thinking"].responses == report.modes["nothinking"].responses == PROMPTS * 4
+    assert "samples.jsonl: 2 damaged or copied lines cut, the first of them line 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["answer", "prompt"])
+def test_corrected_prompts_or_golds_in_the_same_file(
+    uninterrupted: Path, config: SampleConfig, tmp_path: Path, column: str
+) -> None:
+    rows = [json.loads(line) for line in Path(config.prompts).read_text().splitlines()]
+    rows[5][column] = "7"
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"answer": "gold answers", "prompt": "prompts"}[column]
+    with pytest.raises(UserError, match=rf"different run \({words}: .* there, .* now\)"):
+        run_sample(replace(config, prompts=str(tmp_path / "prompts.jsonl")), uninterrupted)
+
+
 def test_a_run_is_complete_and_reported(uninterrupted: Path, config: SampleConfig) -> None:
     found = list(read_records(uninterrupted, Completion))
     assert len({completion.key for completion in found}) == len(found) == PROMPTS * 2 * 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.store.jsonl import append_jsonl, encode_row, read_jsonl, repair_tail, write_atomic
+from bvpo_stats.store.jsonl import append_jsonl, encode_row, mend, read_jsonl, repair_tail, write_atomic
 
 ROWS = [{"a": 1, "text": "é▁｜"}, {"a": 2, "text": "line\nbreak"}]
 
@@ -105,8 +105,73 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, small_disk: None)
     with pytest.raises(UserError, match=r"Disk full while writing .*goes on where it stopped"):
         append_jsonl(path, [{"a": "y" * 300}] * 5)
     assert path.read_bytes() == before
-    append_jsonl(path, ROWS[:1])  # there is still room for less
+    append_jsonl(path, [{"a": 3}])  # there is still room for less
     assert len(list(read_jsonl(path))) == 3
+
+
+def test_lines_that_are_not_as_written_are_named_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"n": n, "x": n * 1.5} for n in range(6)]
+    path = tmp_path / "x.jsonl"
+    append_jsonl(path, rows[:2])
+    append_jsonl(path, rows[2:])
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, (damaged, kept, bad) in enumerate(
+        [
+            ([*lines[:2], lines[2].replace(b"3.0", b"3.1"), *lines[3:]], [0, 1, 3, 4, 5], 3),
+            ([*lines[:2], lines[1], *lines[2:]], [0, 1, 2, 3, 4, 5], 3),
+            ([*lines, lines[0]], [0, 1, 2, 3, 4, 5], 7),
+            ([b'{"n":9,"x":0}\n', *lines], [0, 1, 2, 3, 4, 5], 1),
+        ]
+    ):
+        path.write_bytes(b"".join(damaged))
+        with pytest.raises(UserError, match=rf"x\.jsonl:{bad}: the line is not as it was written, or comes twice"):
+            list(read_jsonl(path))
+        if number % 2:
+            mend(path, ordered=True)
+            kept = kept[: bad - 1]
+            words = f"x.jsonl: line {bad} is damaged or a copy; cut with the"
+        else:
+            mend(path)
+            words = f"x.jsonl: 1 damaged or copied lines cut, the first of them line {bad};"
+        assert [row["n"] for _, row in read_jsonl(path)] == kept
+        assert words in capsys.readouterr().err
+        append_jsonl(path, [row for row in rows if row["n"] not in kept])
+        assert sorted(row["n"] for _, row in read_jsonl(path)) == list(range(6))
+    mend(path)
+    path.write_bytes(b"".join(lines[::-1][:4]))  # what is gone, or stands elsewhere, is no damage to a line
+    mend(path)
+    assert [row["n"] for _, row in read_jsonl(path)] == [5, 4, 3, 2]
+    assert capsys.readouterr().err == ""
+    assert sorted(os.listdir(tmp_path)) == [".x.jsonl.sums", "x.jsonl"]
+
+
+def test_sums_that_are_cut_or_missing_lose_no_more_than_their_lines(tmp_path: Path) -> None:
+    path, sums = tmp_path / "x.jsonl", tmp_path / ".x.jsonl.sums"
+    append_jsonl(path, ROWS)
+    whole = path.read_bytes()
+    for size in range(sums.stat().st_size):
+        path.write_bytes(whole)
+        sums.write_bytes(sums.read_bytes()[:size])
+        mend(path)
+        assert path.read_bytes().count(b"\n") == size // 8
+        append_jsonl(path, ROWS[size // 8 :])
+        assert list(read_jsonl(path)) == list(enumerate(ROWS, start=1))
+    sums.unlink()  # of somebody else: nothing is known against it
+    path.write_bytes(whole + b'{"a":3}\n')
+    append_jsonl(path, [{"a": 4}])
+    assert len(list(read_jsonl(path))) == 4
+    append_jsonl(path, [{"a": 5}], sums=False)
+    with pytest.raises(UserError, match=r":5: the line is not as it was written"):
+        list(read_jsonl(path))
+
+
+def test_lines_that_another_process_appends_meanwhile_are_good(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    append_jsonl(path, ROWS)
+    reading = read_jsonl(path, growing=True)
+    assert next(reading)[0] == 1
+    append_jsonl(path, [{"a": 3, "pad": "x" * 100_000}, {"a": 4}])
+    assert [number for number, _ in reading] == [2, 3, 4]
 
 
 def test_a_device_without_space_is_reported(tmp_path: Path) -> None:

@@ -45,9 +45,22 @@ def test_every_place_of_a_kill(tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
+def test_damaged_rows_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.jsonl"
+    run(path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (whole.replace(b'"square":9', b'"square":8'), b"".join([*lines[:3], lines[0], *lines[3:]])):
+        path.write_bytes(damaged)
+        assert run(path) == ([0, 1, 4, 9, 16, 25], [[3], [4, 5]])
+        assert path.read_bytes() == whole
+        assert "log.jsonl: " in capsys.readouterr().err
+
+
 def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     run(path)
     path.write_text(path.read_text().replace('"n":1', '"n":7'))
+    (tmp_path / ".log.jsonl.sums").unlink()  # of another run, then
     with pytest.raises(UserError, match=r"log\.jsonl:2: expected the row of 1"):
         run(path)

@@ -66,21 +66,44 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(inputs: Inputs) -> None
     content = (whole / "traces.jsonl").read_bytes()
     states = []
     limited = inputs.folder / "states"
-    for pairs in (2, 4, 6):  # what progress.json says after each window
+    for pairs in (2, 4, 6):  # what progress.jsonl says after each window
         run_traces(replace(inputs.config, limit=pairs), limited / str(pairs))
-        states.append((limited / str(pairs) / "progress.json").read_text())
+        states.append((limited / str(pairs) / "progress.jsonl").read_text())
     kills = [(None, 0), (None, 500), (states[0], 0), (states[0], 77), (states[1], 5000), (states[2], 1)]
     for number, (state, extra) in enumerate(kills):
         killed = inputs.folder / f"killed-{number}"
         killed.mkdir()
         shutil.copy(whole / "run.json", killed)
-        done = json.loads(state)["bytes"] if state else 0
+        done = json.loads(state.splitlines()[-1])["bytes"] if state else 0
         (killed / "traces.jsonl").write_bytes(content[: done + extra])
         if state:
-            (killed / "progress.json").write_text(state)
+            (killed / "progress.jsonl").write_text(state)
         report = run_traces(inputs.config, killed)
         assert (killed / "traces.jsonl").read_bytes() == content
         assert report == expected
+
+
+def test_damage_costs_the_windows_behind_it(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    """A digit changed, a row doubled, a row or half the file lost, in the bank or in what is said of its state."""
+    run = inputs.folder / "o"
+    expected = run_traces(inputs.config, run)
+    content = (run / "traces.jsonl").read_bytes()
+    for name in ("traces.jsonl", "progress.jsonl"):
+        whole = (run / name).read_bytes()
+        lines = whole.splitlines(keepends=True)
+        last = len(lines) - 1
+        digit = lines[last].replace(b"1", b"2", 1)
+        doubled = [*lines[:last], lines[0], lines[last]]
+        for damaged in (b"".join([*lines[:last], digit]), b"".join(doubled), b"".join(lines[:last])):
+            assert damaged != whole
+            (run / name).write_bytes(damaged)
+            assert run_traces(inputs.config, run) == expected
+            assert (run / "traces.jsonl").read_bytes() == content
+            assert (run / name).read_bytes() == whole
+    said = capsys.readouterr().err
+    assert "traces.jsonl: " in said
+    assert "progress.jsonl: " in said
+    assert "is shorter than it was" in said
 
 
 def test_a_finished_run_is_not_done_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress
 from bvpo_stats.records import MODES, Completion, Mode, from_dict, to_dict
 from bvpo_stats.sampling.sample import SAMPLES_FILE, SamplingTally
-from bvpo_stats.store.jsonl import append_jsonl, read_jsonl
+from bvpo_stats.store.jsonl import append_jsonl, mend, read_jsonl
 from bvpo_stats.store.tables import read_rows
 
 _LENGTH_REASONS = ("length", "max_tokens")
@@ -126,6 +126,7 @@ def adopt_into(
             templates; the line is named. What was adopted before it is kept.
     """
     target = folder / SAMPLES_FILE
+    mend(target, ordered=True)
     done = sum(1 for _ in read_jsonl(target)) if target.exists() else 0
     template, eos_id = (policy.template, policy.eos_ids[0]) if policy else (None, None)
     adopted = _one_source(adopt_completions(source, template, eos_id), source)

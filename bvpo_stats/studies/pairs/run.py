@@ -105,7 +105,7 @@ def _write_pairs(run: _Run, modes: Sequence[Mode], folder: Path) -> tuple[dict[M
             if run.policy is not None:
                 pairs = _with_ref_logps(run, run.policy, pairs)
             for mode, part in parts.items():
-                append_jsonl(part, (to_dict(pair) for pair in pairs if pair.mode == mode))
+                append_jsonl(part, (to_dict(pair) for pair in pairs if pair.mode == mode), sums=False)
             advance(len(window))
     for mode, part in parts.items():
         part.replace(folder / f"{mode}.jsonl")

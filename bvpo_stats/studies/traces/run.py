@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -11,7 +9,7 @@ from pathlib import Path
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import progress, say
 from bvpo_stats.records import PreferencePair, to_dict
 from bvpo_stats.sampling.traces import (
     WINDOW,
@@ -21,7 +19,7 @@ from bvpo_stats.sampling.traces import (
     sampling_temperature,
     window_traces,
 )
-from bvpo_stats.store.jsonl import append_jsonl, write_atomic
+from bvpo_stats.store.jsonl import append_jsonl, encode_row, mend, read_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
 from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
@@ -29,12 +27,12 @@ from bvpo_stats.studies.traces.config import TracesConfig
 from bvpo_stats.studies.traces.report import TracesReport
 
 TRACES_FILE = "traces.jsonl"
-_STATE_FILE = "progress.json"
+_STATES_FILE = "progress.jsonl"
 
 
 @dataclass(frozen=True)
 class _State:
-    """How far a run has got: the bank is its file's first ``bytes`` bytes, made from the first ``pairs`` pairs."""
+    """How far a run has got: the bank's first ``bytes`` bytes were made from the first ``pairs`` pairs."""
 
     pairs: int
     bytes: int
@@ -94,8 +92,8 @@ def _fill_bank(
     folder: Path,
 ) -> tuple[_State, float]:
     """Adds what is missing to the bank; returns its state and the temperature of the pairs' samples."""
-    bank, state_path = folder / TRACES_FILE, folder / _STATE_FILE
-    state = _restore(bank, state_path)
+    bank, states = folder / TRACES_FILE, folder / _STATES_FILE
+    state = _restore(bank, states)
     drawer = TraceDrawer(policy, config.bank.temperature, config.seed, config.batch_size)
     temperatures: set[float] = set()
     done = 0
@@ -109,26 +107,32 @@ def _fill_bank(
             records = window_traces(window, index.completions, drawer, config.bank, state.tally)
             append_jsonl(bank, map(to_dict, records))
             state = _State(done, bank.stat().st_size, state.tally)
-            write_atomic(state_path, json.dumps(asdict(state)) + "\n")
+            append_jsonl(states, [asdict(state)])
             advance(len(window))
     return state, temperatures.pop()
 
 
-def _restore(bank: Path, state_path: Path) -> _State:
-    """Reads how far a run has got and cuts the bank back to there.
+def _restore(bank: Path, states: Path) -> _State:
+    """Reads how far a run has got, and cuts the bank back to there; to an earlier window where rows of it are damaged.
 
     Raises:
-        UserError: The bank is shorter than it was.
+        UserError: The states are of another kind.
     """
-    if not state_path.exists():
-        bank.write_bytes(b"")
-        return _State(0, 0, BankTally())
-    try:
-        stored = json.loads(state_path.read_text(encoding="utf-8"))
-        state = _State(stored["pairs"], stored["bytes"], BankTally(**stored["tally"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Cannot read {state_path} ({error}). Name a new `output` folder.") from error
-    if not bank.exists() or bank.stat().st_size < state.bytes:
-        raise UserError(f"{bank} was cut since the run began. Name a new `output` folder.")
-    os.truncate(bank, state.bytes)
+    for path in (bank, states):
+        mend(path, ordered=True)
+    size = bank.stat().st_size if bank.exists() else 0
+    state, kept = _State(0, 0, BankTally()), []
+    for number, row in read_jsonl(states) if states.exists() else ():
+        try:
+            found = _State(row["pairs"], row["bytes"], BankTally(**row["tally"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{states}:{number}: no state of a traces run. Name a new `output` folder.") from error
+        if found.bytes > size:
+            say(f"{bank} is shorter than it was: goes on behind pair {state.pairs}.")
+            break
+        state = found
+        kept.append(row)
+    write_atomic(states, "".join(encode_row(row) + "\n" for row in kept))
+    with bank.open("ab") as handle:
+        handle.truncate(state.bytes)
     return state
