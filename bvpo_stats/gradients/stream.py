@@ -36,7 +36,7 @@ from bvpo_stats.gradients.reference import batch_of, check_stored_log_probs, to_
 from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, as_policy
-from bvpo_stats.model.scores import ScoreOptions, check_scores, score_pass
+from bvpo_stats.model.scores import ScoreOptions, check_alone, check_scores, score_pass
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
 from bvpo_stats.records import TraceRecord
@@ -169,6 +169,7 @@ def _microbatch(
         few = shortest[:_CHECKED_SEQUENCES]
         batch = batch_of(reference.policy, [sequences.sequences[i] for i in few], [sequences.names[i] for i in few])
         check_scores(reference.policy.model, passes.subset, batch)
+        check_alone(reference.policy, sequences.sequences)
     # A member's rows lie together, so that they can be given out without a copy.
     places: list[tuple[int, str]] = [
         (number, member)

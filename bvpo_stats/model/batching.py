@@ -114,7 +114,8 @@ def check_sequence(sequence: TokenSequence, name: str, max_positions: int | None
         raise UserError(f"{name}: the prompt is empty, so its first token has no log-probability; add a BOS token.")
     if max_positions is not None and len(sequence) > max_positions:
         raise UserError(
-            f"{name}: {len(sequence)} tokens, but the model has positions for {max_positions}; "
+            f"{name}: {len(sequence)} tokens, but the model has positions for {max_positions} (with LongRoPE, up to "
+            "where its frequencies change); "
             "drop the record or sample with a smaller limit on new tokens."
         )
 

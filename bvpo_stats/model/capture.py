@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.sinks import Mixture, Sink
-from bvpo_stats.model.subset import LinearSite, LoraSite, Subset
+from bvpo_stats.model.subset import LinearSite, LoraSite, Subset, attention_advice
 
 _BMM_WITH_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 
@@ -40,6 +40,7 @@ class Tape:
         counting: True during the forward pass. Off in backward, where checkpointing runs layers a second time.
         uses: Outstanding uses per weight; a weight used twice is complete after two contributions.
         partial: Scores of weights with outstanding uses.
+        model: Whose layers these are, for messages.
     """
 
     sequences: int
@@ -49,6 +50,7 @@ class Tape:
     counting: bool = True
     uses: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     def expect(self, name: str | None) -> None:
         """Counts one use of a weight in the forward pass."""
@@ -131,7 +133,8 @@ def _check_input(name: str, x: Tensor, tape: Tape) -> None:
     if x.dim() != 3 or x.shape[0] != tape.sequences:
         raise UserError(
             f"{name}: its input has shape {tuple(x.shape)}, not [{tape.sequences} sequences, tokens, features]; layers "
-            "that mix sequences (mixture-of-experts routing, for one) are not supported. Leave it out of the subset."
+            "that mix sequences (mixture-of-experts routing, for one) are not supported. "
+            f"{attention_advice(tape.model)}"
         )
 
 

@@ -175,6 +175,8 @@ def load_policy(
         policy = _wrap(model, tokenizer, template, empty_trace)
         if dtype != "auto":
             policy.model.to(_dtype(dtype, device))  # type: ignore[arg-type]
+            if dtype == "float64" and hasattr(policy.model, "set_experts_implementation"):
+                policy.model.set_experts_implementation("eager")  # as in _load
         if device != "auto":
             policy.model.to(pick_device(device))  # type: ignore[arg-type]
         if adapter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def score_pass(
     options = options or ScoreOptions()
     check_deterministic(model)
     device = batch.input_ids.device
-    tape = Tape(len(batch), torch.empty(0, device=device, requires_grad=True), sinks)
+    tape = Tape(len(batch), torch.empty(0, device=device, requires_grad=True), sinks, model=model)
     with torch.enable_grad(), captured(subset, tape):
         token_logps = token_logprobs(model, batch, chunk_tokens=options.chunk_tokens)
         logps = sequence_logprobs(token_logps)
@@ -207,6 +208,8 @@ def completion_logprobs(
         UserError: A sequence is empty or longer than the model's positions, or a log-probability is NaN or infinite.
     """
     budget = max_tokens or (8_192 if policy.device.type == "cpu" else 32_768)
+    if sequences:
+        check_alone(policy, sequences)
     results: list[Float[np.ndarray, "temperatures tokens"] | None] = [None] * len(sequences)
     for rows in length_batches([len(sequence) for sequence in sequences], max_tokens=budget):
         batch = collate(
@@ -334,6 +337,48 @@ def check_log_probabilities(model: nn.Module, batch: Batch, *, tolerance: float)
             f"Log-probabilities of the chunked head differ from the model's own logits by {difference:.1e} nats; the "
             f"output layer of {type(causal_lm_of(model)).__name__} is not supported."
         )
+
+
+_CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ALONE_TOLERANCES = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-3,
+}  # nats a token; parts of a model may be float32
+
+
+def check_alone(policy: Policy, sequences: Sequence[TokenSequence]) -> None:
+    """Refuses a model that gives a sequence other log-probabilities beside a longer one than alone.
+
+    What is compared is the shortest sequence, alone and in one batch with the longest; once for each model. Positions,
+    routing or a recurrent state that depend on the batch would change every number with the size of the batches, and a
+    check inside one batch does not see it.
+
+    Args:
+        policy: Who scores.
+        sequences: What it will score.
+
+    Raises:
+        UserError: It depends on the batch by more than rounding.
+    """
+    shortest, longest = min(sequences, key=len), max(sequences, key=len)
+    model, most = policy.model, policy.max_positions
+    if len(shortest) == len(longest) or model in _CHECKED:
+        return
+    if not shortest.completion_ids or not shortest.prompt_ids or (most is not None and len(longest) > most):
+        return  # is refused, with its name, when its turn comes
+    single, pair = (
+        log_probabilities(model, collate(some, pad_id=policy.pad_id, device=policy.device))[0]
+        for some in ([shortest], [shortest, longest])
+    )
+    tokens = len(shortest.completion_ids)
+    difference = float((pair[: len(single)] - single).abs().sum() / tokens)
+    if not difference <= _ALONE_TOLERANCES.get(model.dtype, 0.1):
+        raise UserError(
+            f"{type(causal_lm_of(model)).__name__} gives a sequence of {len(shortest)} tokens other log-probabilities "
+            f"beside one of {len(longest)} than alone (by {difference:.1g} nats a token), so every number would depend "
+            "on how sequences are batched; this model is not supported."
+        )
+    _CHECKED.add(model)
 
 
 def batch_variation(model: nn.Module, subset: Subset, batch: Batch) -> Float[Tensor, " sequences"]:

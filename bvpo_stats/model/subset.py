@@ -6,6 +6,7 @@ import copy
 import difflib
 import fnmatch
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,21 @@ def create_lora(model: nn.Module, options: LoraOptions) -> Any:
             raise UserError(f"LoRA targets {', '.join(wanted)}: {error} {_near(wanted, names)}") from error
 
 
+_ATTENTION = re.compile(r"(?:\A|\.)\w*att(?:n|ention)\w*\.(\w+)\Z")
+
+
+def attention_advice(model: nn.Module | None) -> str:
+    """What to select instead of layers that mix sequences, as experts do: those of the attention."""
+    found = {}
+    for name, module in () if model is None else model.named_modules():
+        ending = _ATTENTION.search(name)
+        if ending and type(getattr(module, "base_layer", module)) in (nn.Linear, Conv1D):
+            found[ending.group(1)] = True
+    if not found:
+        return "Leave it out of the subset."
+    return f"Select the attention layers alone: `target_modules='{','.join(found)}'` for a new adapter."
+
+
 def sharing_copy(model: nn.Module) -> nn.Module:
     """The same model out of new modules around the same weights and buffers.
 
@@ -173,7 +189,9 @@ def lora_subset(model: nn.Module, patterns: Sequence[str] | None = None) -> Subs
     candidates: dict[str, tuple[str, Any, str, bool]] = {}
     for name, layer in layers:
         if type(layer) is not LoraLinear:
-            raise UserError(f"{name}: {_kind(layer)} is not supported; only LoRA on Linear layers is.")
+            raise UserError(
+                f"{name}: {_kind(layer)} is not supported; only LoRA on Linear layers is. {attention_advice(model)}"
+            )
         adapter = _check_lora_layer(name, layer)
         if adapter is not None:
             candidates[names[id(layer.lora_A[adapter].weight)]] = (name, layer, adapter, True)
@@ -339,9 +357,14 @@ def _check_lora_layer(name: str, layer: Any) -> str | None:
 def _check_weight(name: str, layer: Any) -> None:
     weight = layer.weight
     if type(layer) not in (nn.Linear, Conv1D) or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise UserError(f"{name}: {_kind(layer)} ({weight.dtype}) is not supported; load the model unquantised.")
+        kind = _kind(layer)
+        advice = "load the model unquantised" if "quantised" in kind or weight.dtype.itemsize < 2 else _PLAIN
+        raise UserError(f"{name}: {kind} ({weight.dtype}) is not supported; {advice}.")
     if weight.is_meta:
         raise UserError(f"{name}: the weight is offloaded; load the whole model on one device.")
+
+
+_PLAIN = "only plain Linear layers are"
 
 
 def _is_linear_like(layer: Any) -> bool:

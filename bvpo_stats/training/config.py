@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -162,3 +163,37 @@ def _positive(field: str, value: float | str) -> float:
     if not 0 < number < math.inf:
         raise UserError(f"`{field}={value}`: give a positive number, or auto.")
     return number
+
+
+_SHARDING = {
+    "fsdp": ("FSDP", "ACCELERATE_USE_FSDP"),
+    "deepspeed": ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
+    "parallelism_config": ("tensor and context parallelism", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+    "": ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
+}
+
+
+def check_distribution(args: TrainingArguments, kind: str = "NO") -> None:
+    """Refuses ways to spread a model over processes under which its gradients would be missing or wrong.
+
+    What was asked for counts, not only what accelerate made of it: on a CPU it drops FSDP without a word.
+
+    Args:
+        args: The settings; a launcher adds its own by environment variables.
+        kind: accelerate's ``distributed_type``, once it is known.
+
+    Raises:
+        UserError: Anything but one process, or several with the whole model each (DistributedDataParallel).
+    """
+    names = [
+        name
+        for setting, (name, variable) in _SHARDING.items()
+        if (setting and getattr(args, setting, None)) or os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    ]
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        names.append(kind)
+    if names:
+        raise UserError(
+            f"{names[0]} is not supported in training: each process must hold the whole model. Start with torchrun, or "
+            "with accelerate launch --multi_gpu, and without sharding."
+        )

@@ -140,6 +140,11 @@ def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Se
     """
     # One number to look at: a norm is finite exactly if every entry is (float64 keeps float32's squares from overflow).
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
+    if not norms:
+        raise UserError(
+            "No trained weight has a gradient: the loss does not depend on any of them, so a step would train nothing. "
+            "Are the weights that require gradients part of the model that is run?"
+        )
     if bool(torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())):
         return
     what = "loss" if not bool(torch.isfinite(loss)) else "gradient"
@@ -149,6 +154,37 @@ def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Se
         f"The {what} of the batch with prompts {listed}{more} is NaN or infinite; no step was taken. Lower the "
         "learning rate or use a wider dtype, and resume from the last checkpoint."
     )
+
+
+_SAMPLED = 1 << 20  # elements of one weight that are looked at
+
+
+def moving_share(weights: Sequence[Tensor], step: float) -> float:
+    """Share of 16-bit weights that a step of a given size moves: |w +- step|, rounded to their type, is not w.
+
+    A step below half the distance to the next number is lost. Weights that are zero (a fresh adapter's B) are left out:
+    they stop only when they have become larger. Of a large weight, evenly spaced elements are looked at.
+
+    Args:
+        weights: Trained weights; those of 32 bits and more move.
+        step: The step's size in each element, Adam's learning rate.
+
+    Returns:
+        Between 0 and 1, by number of elements; 1 where all have 32 bits or more.
+    """
+    moved = seen = 0.0
+    for weight in weights:
+        if weight.dtype.itemsize >= 4:
+            continue
+        some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
+        some = some[some != 0]
+        if not some.numel():
+            continue
+        wide = some.double()
+        both = sum(float(((wide + sign * step).to(some.dtype) != some).double().mean()) for sign in (1, -1))
+        moved += weight.numel() * both / 2
+        seen += weight.numel()
+    return moved / seen if seen else 1.0
 
 
 class PromptSums:

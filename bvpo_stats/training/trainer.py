@@ -20,22 +20,23 @@ from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.gradients.examples import Example, Joined, join
-from bvpo_stats.gradients.reference import Reference, fill_reference
+from bvpo_stats.gradients.reference import Reference, fill_reference, pair_sequences
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy, with_tokenizer
-from bvpo_stats.model.scores import log_probabilities
+from bvpo_stats.model.scores import check_alone, log_probabilities
 from bvpo_stats.model.subset import check_adapter_config, sharing_copy
 from bvpo_stats.records import MODES, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
 from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
-from bvpo_stats.training.config import BVPOConfig
+from bvpo_stats.training.config import BVPOConfig, check_distribution
 from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
 from bvpo_stats.training.gradient import (
     PairModel,
     StepGradient,
     mixed_gradient,
+    moving_share,
     scored_gradient,
     through_wrapper,
     with_gradient,
@@ -44,6 +45,7 @@ from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metric
 from bvpo_stats.training.state import TRAINER_STATE_FILE, last_checkpoint, load_state, run_identity, save_state
 
 _SETS = {"trace", "empty"}
+_LEAST_MOVING = 0.5  # share of 16-bit weights that a step must move; in bfloat16 a rate that moves few is common
 
 
 class BVPOTrainer(Trainer):
@@ -116,6 +118,8 @@ class BVPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_distribution(args, self.accelerator.distributed_type.value)
+        _check_trainable(self.policy.model, _step_size(args, optimizers[0]))
         if self.args.n_gpu > 1:
             raise UserError(
                 "Several GPUs in one process are not supported; start with torchrun or accelerate launch, or make one "
@@ -131,6 +135,7 @@ class BVPOTrainer(Trainer):
         reference = self._reference()
         if reference is not None and reference.stored:
             self._fill()
+        check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
         self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens)
         self._metrics = PairMetrics()
         self.estimator, self._subset = make_estimator(
@@ -452,7 +457,11 @@ def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dat
     if not isinstance(args, BVPOConfig):
         raise UserError(f"`args` must be a BVPOConfig, not a {type(args).__name__}: alpha and beta stand in it.")
     if args.bf16 or args.fp16:
-        raise UserError("Mixed precision by autocast is not supported; load the model in bfloat16 instead (`dtype`).")
+        raise UserError(
+            "Mixed precision by autocast (`bf16`, `fp16`) is not supported. Train float32 weights (`dtype='float32'`): "
+            "16-bit weights lose small steps."
+        )
+    check_distribution(args)
     if train_dataset is None and empty_dataset is None:
         raise UserError("There is nothing to train on: give D_t as `train_dataset`, and D_e as `empty_dataset`.")
     if args.eval_strategy != "no" and eval_dataset is None:
@@ -469,6 +478,45 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
     policy = load_policy(str(model), device=str(args.device))
     return policy if tokenizer is None else with_tokenizer(policy, tokenizer)
+
+
+def _step_size(args: BVPOConfig, optimizer: Any) -> float:
+    """The largest step that Adam takes in a weight, its learning rate; 0 (unknown) for an optimizer of another kind."""
+    if optimizer is None:
+        return float(args.learning_rate)
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return 0.0  # it may keep float32 copies of the weights, or round at random
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _check_trainable(model: nn.Module, step: float) -> None:
+    """Refuses to train no weight at all, or 16-bit weights that most steps would leave where they are.
+
+    Raises:
+        UserError: Nothing is trainable, weights are sharded, or a step rounds away in most of the weights.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError("No weight of the model is trainable (`requires_grad`), so there is nothing to train.")
+    if any(type(weight.data).__name__ == "DTensor" for weight in weights):
+        raise UserError(
+            "The model's weights are sharded (DTensor: FSDP2 or tensor parallelism), which is not supported here; give "
+            "the whole model to each process."
+        )
+    share = moving_share(weights, step)
+    if step <= 0 or share >= _LEAST_MOVING:
+        return
+    low = [weight for weight in weights if weight.dtype.itemsize < 4]
+    rate = step
+    while moving_share(weights, rate) < _LEAST_MOVING:
+        rate *= 2
+    dtype = str(low[0].dtype).removeprefix("torch.")
+    raise UserError(
+        f"`learning_rate={step:g}` rounds away: the trained weights are {dtype}, and a step of that size would move "
+        f"only {100 * share:.2g}% of them (of {sum(w.numel() for w in low):,}): the others' next number is more than "
+        f"twice as far away. Train float32 weights (`dtype='float32'`), or take a larger rate (at {rate:.1g} half of "
+        "them move)."
+    )
 
 
 def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> Policy:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy
-from bvpo_stats.training.config import BVPOConfig
+from bvpo_stats.model.policy import DTYPES, Policy, PolicyOptions, load_policy
+from bvpo_stats.training.config import BVPOConfig, check_distribution
+from bvpo_stats.training.gradient import moving_share
 from bvpo_stats.training.trainer import BVPOTrainer
 from tests.training.records import adapted, both_sets, gradients, settings
 
@@ -229,3 +230,80 @@ def test_fewer_prompts_than_a_batch(random_model: Path, tmp_path: Path) -> None:
     policy = adapted(random_model)
     with pytest.raises(UserError, match="12 prompts to train on, fewer than one batch of 64"):
         BVPOTrainer(policy, settings(tmp_path, per_device_train_batch_size=64), both_sets(policy, PROMPTS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("lora", [None, 2])
+def test_16_bit_weights_at_a_rate_that_rounds_away_are_refused(
+    dtype: str, lora: int | None, random_model: Path, tmp_path: Path
+) -> None:
+    policy = load_policy(str(random_model), lora=lora, device="cpu")
+    policy.model.to(DTYPES[dtype])
+    pairs = both_sets(policy, PROMPTS)
+    words = rf"`learning_rate=7e-07` rounds away: the trained weights are {dtype}.*would move only .*% of them"
+    with pytest.raises(UserError, match=words + r".*`dtype='float32'`"):
+        BVPOTrainer(policy, settings(tmp_path, learning_rate=7e-7), pairs)
+    BVPOTrainer(policy, settings(tmp_path, learning_rate=1e-2), pairs)
+    sgd = torch.optim.SGD([w for w in policy.model.parameters() if w.requires_grad], lr=7e-7)
+    with pytest.raises(UserError, match="rounds away"):  # an optimizer that brings a rate of its own
+        BVPOTrainer(policy, settings(tmp_path, learning_rate=1e-2), pairs, optimizers=(sgd, None))
+    policy.model.float()
+    BVPOTrainer(policy, settings(tmp_path, learning_rate=7e-7), pairs)
+
+
+def test_the_share_that_moves_is_that_of_an_adam_step() -> None:
+    """Truth: Adam's first step, learning rate times the gradient's sign, on weights of a language model's size."""
+    torch.manual_seed(0)
+    for dtype, rate in ((torch.bfloat16, 7e-7), (torch.bfloat16, 3e-5), (torch.float16, 3e-6)):
+        weight = torch.nn.Parameter((0.02 * torch.randn(200, 300)).to(dtype))
+        before = weight.detach().clone()
+        share = moving_share([weight], rate)
+        weight.grad = torch.randn(200, 300).sign().to(dtype)
+        torch.optim.SGD([weight], lr=rate).step()  # lr * sign(g), which is Adam's first step
+        assert share == pytest.approx(float((weight != before).double().mean()), abs=0.01)
+        assert 0.001 < share < 0.9
+    wide = torch.nn.Parameter(torch.randn(5))
+    assert moving_share([wide], 1e-12) == 1.0
+    assert moving_share([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], 1e-12) == 1.0
+    large = torch.nn.Parameter((0.02 * torch.randn(3, 1_000_003)).to(torch.bfloat16))
+    assert moving_share([large], 3e-5) == pytest.approx(moving_share([large[0]], 3e-5), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor and context parallelism"),
+    ],
+)
+def test_sharded_training_is_refused_by_name(
+    variable: str, name: str, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, policy = settings(tmp_path), adapted(random_model)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"{name} is not supported in training"):
+        BVPOTrainer(policy, args, both_sets(policy, PROMPTS))
+
+
+def test_distributed_types_that_are_not_ours_are_refused() -> None:
+    args = BVPOConfig(use_cpu=True)
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"):
+        check_distribution(args, kind)
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        with pytest.raises(UserError, match=f"{kind} is not supported"):
+            check_distribution(args, kind)
+
+
+def test_a_step_without_any_gradient_is_an_error(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    trainer = BVPOTrainer(policy, settings(tmp_path), pairs)
+    stray = torch.nn.Parameter(torch.zeros(3))
+    for weight in policy.model.parameters():
+        weight.requires_grad_(False)
+    policy.model.register_parameter("stray", stray)  # trainable, and no part of what is computed
+    trainer._pair_model.__dict__.pop("weights", None)
+    with pytest.raises(UserError, match="No trained weight has a gradient"):
+        trainer.compute_loss(trainer.model, {"rows": torch.arange(4)})

@@ -13,9 +13,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions
 
+_LOOK = 3  # tokens of the comparison of a prompt alone with the same prompt in a batch
+_LAW_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-2}  # of probabilities, in the coarsest arithmetic on the way
 _STRETCH = 32  # steps between two looks at which rows are finished
 
 
@@ -98,6 +101,7 @@ class TransformersEngine:
     def __init__(self, policy: Policy, stop_ids: Sequence[int] = ()) -> None:
         self._policy = policy
         self._stop_ids = [*policy.eos_ids, *stop_ids]
+        self._pads: bool | None = None
 
     def draw(
         self, batches: Iterable[Sequence[Request]], options: SamplingOptions
@@ -108,7 +112,17 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
-        """Draws one batch; halves it and tries again where memory runs out."""
+        """Draws one batch; halves it and tries again where memory runs out.
+
+        Where the model's draws would depend on the padding of its batch, prompts of one length are drawn together.
+        """
+        lengths = [len(request.prompt_ids) for request in requests]
+        if not self._padding_is_ignored(requests) and len(set(lengths)) > 1:
+            found: dict[int, Draw] = {}
+            for length in dict.fromkeys(lengths):
+                rows = [row for row, its in enumerate(lengths) if its == length]
+                found |= zip(rows, self.generate([requests[row] for row in rows], options), strict=True)
+            return [found[row] for row in range(len(requests))]
         try:
             return self._generate(requests, options)
         except torch.OutOfMemoryError:
@@ -120,6 +134,61 @@ class TransformersEngine:
         torch.cuda.empty_cache()
         half = len(requests) // 2
         return [*self.generate(requests[:half], options), *self.generate(requests[half:], options)]
+
+    def _padding_is_ignored(self, requests: Sequence[Request]) -> bool:
+        """Whether the shortest prompt is continued alike alone and padded to the length of the longest.
+
+        Looked at once, over a few tokens, together with what the continuation should be: the model's own forward.
+
+        Raises:
+            UserError: What ``generate`` draws from is not what the model's forward computes, which scores take.
+        """
+        if self._pads is None:
+            pair = [min(requests, key=lambda r: len(r.prompt_ids)), max(requests, key=lambda r: len(r.prompt_ids))]
+            (ids, alone), (_, together) = self._greedy(pair[:1]), self._greedy(pair)
+            logits = self._policy.model(input_ids=ids[:1], use_cache=False).logits[:, -len(alone[0]) - 1 : -1]
+            truth = torch.softmax(logits.double(), dim=-1)
+            model, tolerance = self._policy.model, _LAW_TOLERANCES.get(self._policy.model.dtype, 0.1)
+            difference = float((alone - truth).abs().max())
+            if not bool(torch.isnan(truth).any()) and not difference <= tolerance:
+                raise UserError(
+                    f"{type(causal_lm_of(model)).__name__} cannot be sampled from with transformers: with its cache it "
+                    f"gives tokens other probabilities than without (by up to {difference:.1g}). Sample with another "
+                    "engine or another version of transformers."
+                )
+            self._pads = bool((together[0] - alone[0]).abs().max() <= tolerance)  # False where there is a NaN
+        return self._pads
+
+    def _greedy(
+        self, requests: Sequence[Request]
+    ) -> tuple[Int[Tensor, "rows length"], Float[Tensor, "rows steps vocabulary"]]:
+        """The most probable continuation of left-padded prompts, and the law of each of its tokens."""
+        width = max(len(request.prompt_ids) for request in requests)
+        input_ids, mask = _left_padded(requests, width, self._policy.pad_id)
+        most = self._policy.max_positions
+        settings = self._settings(_LOOK if most is None else max(1, min(_LOOK, most - width)))
+        settings.eos_token_id, settings.output_logits = None, True
+        output = self._run(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+        return output.sequences, torch.softmax(torch.stack(output.logits, dim=1).double(), dim=-1)
+
+    def _run(self, **inputs: Any) -> Any:
+        """The model's own ``generate``.
+
+        Raises:
+            UserError: It fails, which is the model's affair.
+        """
+        model: Any = self._policy.model
+        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        try:
+            return model.generate(**moved)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"{type(causal_lm_of(model)).__name__} cannot be sampled from with transformers: its generate fails "
+                f"with {type(error).__name__} ({reason}). Sample with another engine, or take another `dtype` or model."
+            ) from error
 
     def _generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
         # In stretches, leaving finished rows behind after each: plain `generate` computes every row until the longest
@@ -133,9 +202,9 @@ class TransformersEngine:
         while len(alive):
             done = input_ids.shape[1] - width
             sampler = InverseCdfSampler(uniform[alive].to(policy.device), width, options)
-            output = policy.model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(policy.device),
-                attention_mask=mask.to(policy.device),
+            output = self._run(
+                input_ids=input_ids,
+                attention_mask=mask,
                 past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
                 generation_config=self._settings(min(_STRETCH, int(limits[alive].min()) - done)),
@@ -198,7 +267,13 @@ def _selected(cache: Any, rows: Bool[Tensor, " rows"]) -> Any:
     """
     if rows.all():
         return cache
-    if not rows.any() or not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+    layers = getattr(cache, "layers", [None])
+    if not rows.any() or not all(_has_rows(layer) for layer in layers):
         return None
     cache.batch_select_indices(rows.nonzero().squeeze(1).to(cache.layers[0].keys.device))
     return cache
+
+
+def _has_rows(layer: Any) -> bool:
+    """Whether a layer's cache can be cut: layers of linear attention keep their state in other ways."""
+    return hasattr(layer, "batch_select_indices") and getattr(layer, "keys", None) is not None

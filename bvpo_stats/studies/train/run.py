@@ -24,7 +24,7 @@ from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.studies.train.report import TrainReport
-from bvpo_stats.training.config import BVPOConfig
+from bvpo_stats.training.config import BVPOConfig, check_distribution
 from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
@@ -48,6 +48,7 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         UserError: Anything wrong with the input; see the message.
     """
     args = _arguments(config, output)
+    check_distribution(args)  # before anything is loaded
     world = World(args.process_index, args.world_size, args.local_process_index)
     pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, config.policy))
     traces = load_traces(config.inputs) if args.adaptive else ()
