@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo quick test lint docs format bench acceptance figures notebooks clean
+.PHONY: help setup setup-test demo quick test lint docs format bench zoo acceptance figures notebooks clean
 
 help:
 	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make figures     draw the committed figures again from their reports"
 	@echo "make notebooks   run the notebooks again and keep their outputs"
 	@echo "make bench       speed and memory, as ratios against peers (quiet machine, minutes)"
+	@echo "make zoo         67 configurations of models: exact, or refused by name (minutes)"
 	@echo "make acceptance  long statistical studies"
 	@echo "make clean       remove the virtual environment and build files"
 
@@ -79,6 +80,9 @@ bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/alpha_star.py
+
+zoo: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
 
 acceptance: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/acceptance.py

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bvpo_stats.errors import UserError
@@ -18,6 +19,7 @@ from bvpo_stats.model.policy import Policy
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions
 
 _LOOK = 3  # tokens of the comparison of a prompt alone with the same prompt in a batch
+_PADS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # looked at once for each model
 _LAW_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-2}  # of probabilities, in the coarsest arithmetic on the way
 _STRETCH = 32  # steps between two looks at which rows are finished
 
@@ -101,7 +103,6 @@ class TransformersEngine:
     def __init__(self, policy: Policy, stop_ids: Sequence[int] = ()) -> None:
         self._policy = policy
         self._stop_ids = [*policy.eos_ids, *stop_ids]
-        self._pads: bool | None = None
 
     def draw(
         self, batches: Iterable[Sequence[Request]], options: SamplingOptions
@@ -143,7 +144,7 @@ class TransformersEngine:
         Raises:
             UserError: What ``generate`` draws from is not what the model's forward computes, which scores take.
         """
-        if self._pads is None:
+        if self._policy.model not in _PADS:
             pair = [min(requests, key=lambda r: len(r.prompt_ids)), max(requests, key=lambda r: len(r.prompt_ids))]
             (ids, alone), (_, together) = self._greedy(pair[:1]), self._greedy(pair)
             logits = self._policy.model(input_ids=ids[:1], use_cache=False).logits[:, -len(alone[0]) - 1 : -1]
@@ -156,8 +157,8 @@ class TransformersEngine:
                     f"gives tokens other probabilities than without (by up to {difference:.1g}). Sample with another "
                     "engine or another version of transformers."
                 )
-            self._pads = bool((together[0] - alone[0]).abs().max() <= tolerance)  # False where there is a NaN
-        return self._pads
+            _PADS[model] = bool((together[0] - alone[0]).abs().max() <= tolerance)  # False where there is a NaN
+        return _PADS[self._policy.model]
 
     def _greedy(
         self, requests: Sequence[Request]
