@@ -423,8 +423,8 @@ def _report(outcomes: list[Outcome], setting: str) -> str:
     return f"""# Model zoo
 
 {len(outcomes)} tiny random models of {kinds} types, in float64: {words}. Draws: those of a padded batch are those of
-one prompt at a time. Scores: log-probabilities (largest difference of a sequence, in nats) and gradients (relative to the
-sequence's norm) of a padded batch are those of the model's own logits and autograd, one sequence at a time. Longer
+one prompt at a time. Scores: log-probabilities (largest difference of a sequence, in nats) and gradients (relative to
+the sequence's norm) of a padded batch are those of the model's own logits and autograd, one sequence at a time. Longer
 sequences than these are refused, since the models' frequencies change there: {limits}. Made by `make zoo`.
 
 {_table(outcomes)}
