@@ -121,6 +121,9 @@ def _pair(rng: np.random.Generator, number: int, mode: str, policy: Policy) -> P
         rejected_index=1,
         temperature=1.0,
         top_p=1.0,
+        top_k=0,
+        cut_share=0.0,
+        unclosed_share=0.0,
         model=policy.identity,
         template=policy.template.name,
     )

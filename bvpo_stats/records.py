@@ -111,6 +111,7 @@ class Completion:
             is None where it is not known; unknown is never taken for a default.
         temperature: Sampling temperature.
         top_p: Nucleus mass (1 = off).
+        top_k: Tokens that a draw was limited to (0 = off).
         max_new_tokens: Cut-off.
         model: Identity of the model that wrote it.
         template: Name of the template protocol.
@@ -134,6 +135,7 @@ class Completion:
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
     max_new_tokens: int | None = None
     model: str | None = None
     template: str | None = None
@@ -156,6 +158,65 @@ class Completion:
     def complete(self) -> bool:
         """Whether the response finished by itself and has a final answer."""
         return self.finish_reason == "stop" and self.answer_start is not None
+
+
+MOST_LOST = 0.02
+"""Share of lost responses beyond which pairs select by trace: at 5% cut, norm(b_t) / norm(mu) is .022 on the oracle."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many of the responses sampled in one mode have no answer; pairs are a selection from the others.
+
+    Attributes:
+        responses: All of them.
+        cut: Cut at the token limit, in the trace or in the answer.
+        unclosed: Ended by themselves without closing their trace.
+    """
+
+    responses: int = 0
+    cut: int = 0
+    unclosed: int = 0
+
+    @classmethod
+    def of(cls, completions: Iterable[Completion]) -> Truncation:
+        """Counts completions."""
+        found = cls()
+        for completion in completions:
+            found = found.count(completion.finish_reason, completion.answer_start)
+        return found
+
+    def count(self, finish_reason: Any, answer_start: Any) -> Truncation:
+        """With one more response."""
+        cut = finish_reason != "stop"
+        return Truncation(self.responses + 1, self.cut + cut, self.unclosed + (not cut and answer_start is None))
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the responses that were cut."""
+        return self.cut / max(1, self.responses)
+
+    @property
+    def unclosed_share(self) -> float:
+        """Share of the responses that never closed their trace."""
+        return self.unclosed / max(1, self.responses)
+
+    def cautions(self, mode: Mode) -> list[str]:
+        """What a reader of a report should worry about, by cause."""
+        found = []
+        if self.cut_share > MOST_LOST:
+            found.append(
+                f"{self.cut_share:.1%} of the {mode} responses were cut at the token limit; what is left is a "
+                "selection of short ones"
+                + (", and of pairs made of it mu = E g_t does not hold" if mode == "thinking" else "")
+                + ". Raise `max_new_tokens`."
+            )
+        if self.unclosed_share > MOST_LOST:
+            found.append(
+                f"{self.unclosed_share:.1%} of the {mode} responses ended by themselves without closing their trace. "
+                "More tokens do not help: check `template`, and that the model was trained to close it."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,6 +248,9 @@ class PreferencePair:
         rejected_index: ``sample_index`` of the rejected response.
         temperature: Temperature the responses were sampled at.
         top_p: Nucleus mass they were sampled with.
+        top_k: Tokens that a draw was limited to (0 = off).
+        cut_share: Share of all responses sampled in this mode, pairs or not, that were cut at the token limit.
+        unclosed_share: Share of them that ended by themselves without closing their trace.
         model: Identity of the sampling model.
         template: Name of the template protocol.
         ref_chosen_logps: Reference log pi(chosen_ids | prompt_ids), summed over tokens, where stored.
@@ -211,6 +275,9 @@ class PreferencePair:
     rejected_index: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    cut_share: float | None = None
+    unclosed_share: float | None = None
     model: str | None = None
     template: str | None = None
     ref_chosen_logps: float | None = None
@@ -512,6 +579,8 @@ def from_dict(kind: type[RecordT], row: dict[str, Any], where: str = "record") -
     missing = missing_fields(kind, row)
     if missing:
         raise UserError(f"{where}: not a {kind.__name__} record; missing {', '.join(missing)}.")
+    if row.get("top_k") == -1:  # vLLM's word for off
+        row = row | {"top_k": 0}
     record: Any = kind(
         **{name: field.read(row[name], where) for name, field in record_fields(kind).items() if name in row},
     )

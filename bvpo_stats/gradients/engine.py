@@ -354,6 +354,7 @@ def _side_traces(choice: TraceChoice, logps: LogProbs) -> SideTraces:
         answer_tokens=choice.answer_tokens,
         anchored=choice.anchored,
         normalised=choice.is_prior,
+        names=np.asarray(choice.rows),
     )
 
 

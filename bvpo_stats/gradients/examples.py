@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from bvpo_stats.errors import UserError, check_choice, check_kind, rows_of
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.records import MODES, Mode, PreferencePair, Side, TraceRecord, content_of
+from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, Side, TraceRecord, content_of
 
 Unmatched = Literal["error", "drop"]
 SETS: dict[Mode, str] = {"thinking": "D_t", "nothinking": "D_e"}
@@ -103,7 +103,7 @@ class Example:
 
     @property
     def sampled_plainly(self) -> bool:
-        """Whether the D_t pair was sampled at temperature 1 without top-p: then its traces are draws of pi_ref."""
+        """Whether the traces of the D_t pair are draws of pi_ref: temperature 1, no top-p, no top-k, nothing cut."""
         return self.not_plain is None
 
     @property
@@ -113,16 +113,27 @@ class Example:
         unknown = {
             "the temperature of D_t": pair.temperature,
             "the top-p of D_t": pair.top_p,
+            "the top-k of D_t (0 for none)": pair.top_k,
             "the model that sampled D_t": pair.model,
             "where the chosen answers of D_t begin": pair.chosen_answer_start,
             "where the rejected answers of D_t begin": pair.rejected_answer_start,
+            "which share of the responses behind D_t was cut (`cut_share`)": pair.cut_share,
+            "which share of the responses behind D_t never closed its trace (`unclosed_share`)": pair.unclosed_share,
         }
         missing = next((what for what, value in unknown.items() if value is None), None)
         if missing is not None:
             return f"{missing} is not recorded"
-        if pair.temperature == 1.0 and pair.top_p is not None and pair.top_p >= 1.0:
-            return None
-        return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
+        if pair.temperature != 1.0 or (pair.top_p or 0) < 1.0:
+            return f"pairs were sampled at temperature {pair.temperature:g} and top-p {pair.top_p:g}, not 1 and 1"
+        if pair.top_k:
+            return f"pairs were sampled with top-k {pair.top_k}, not without"
+        cut, unclosed = pair.cut_share or 0.0, pair.unclosed_share or 0.0
+        if cut + unclosed > MOST_LOST:
+            return (
+                f"{cut:.1%} of the responses behind D_t were cut and {unclosed:.1%} never closed their trace, which "
+                f"selects by trace (up to {MOST_LOST:.0%} is taken for none)"
+            )
+        return None
 
     @property
     def longest(self) -> int:
@@ -140,6 +151,7 @@ class Joined:
         only_empty: D_e pairs without a partner in D_t.
         only_bank: Prompts with traces but without both pairs.
         too_long: Examples with a sequence beyond the longest allowed.
+        repeated: Records of the bank that stand there more than once; each is counted once.
     """
 
     examples: tuple[Example, ...]
@@ -147,6 +159,7 @@ class Joined:
     only_empty: int = 0
     only_bank: int = 0
     too_long: int = 0
+    repeated: int = 0
 
     @property
     def prompts(self) -> int:
@@ -175,8 +188,8 @@ def join(
 
     Raises:
         UserError: A set is empty; no prompt has pairs in both; a pair without a partner (``unmatched="error"``); all
-            examples are too long; a record without token ids; a trace whose prompt or answer is not a pair's. The
-            record is named.
+            examples are too long; a record without token ids; a pair whose two sides are the same; a trace whose prompt
+            or answer is not a pair's; a bank of other prompts. The record is named.
     """
     sets: dict[Mode, dict[str, list[PreferencePair]]] = {mode: {} for mode in MODES if mode in needs}
     check_choice("unmatched", unmatched, get_args(Unmatched))
@@ -207,12 +220,24 @@ def join(
     shared, kept_prompts = set(common), set(kept)
     bank: dict[str, list[TraceRecord]] = {prompt: [] for prompt in kept}
     stray: set[str] = set()
+    seen: set[TraceRecord] = set()
+    repeated, other = 0, None
     for number, trace in enumerate(rows_of("traces", traces), start=1):
         check_kind(f"traces, row {number}", trace, TraceRecord, "a TraceRecord")
-        if trace.prompt_id in kept_prompts:
+        if trace in seen:  # a file put behind itself; equal draws of a chain have numbers of their own
+            repeated += 1
+        elif trace.prompt_id in kept_prompts:
+            seen.add(trace)
             bank[trace.prompt_id].append(trace)
-        elif trace.prompt_id not in shared:
-            stray.add(trace.prompt_id)
+        else:
+            other = trace.prompt_id
+            if other not in shared:
+                stray.add(other)
+    if other is not None and not seen:
+        raise UserError(
+            f"The trace bank has no traces of these pairs' prompts, but of others, e.g. {other!r}. Give the bank that "
+            "was made from these pairs."
+        )
     thinking, empty = (sets.get(mode, {}) for mode in MODES)
     examples: list[Example] = []
     for prompt in kept:
@@ -232,6 +257,7 @@ def join(
         only_empty=alone.get("nothinking", 0),
         only_bank=len(stray),
         too_long=len(examples) - len(fitting),
+        repeated=repeated,
     )
 
 
@@ -280,6 +306,11 @@ def _unmatched_words(
 def _check_pair(pair: PreferencePair) -> None:
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         _check_ids(f"The {pair.mode} pair of prompt {pair.prompt_id}", name, getattr(pair, name))
+    if pair.chosen_ids == pair.rejected_ids:
+        raise UserError(
+            f"The {pair.mode} pair of prompt {pair.prompt_id} has the same tokens as chosen and as rejected, so it "
+            "prefers nothing and its gradient is 0. Leave it out."
+        )
 
 
 def _check_ids(record: str, name: str, ids: Sequence[int]) -> None:
@@ -341,8 +372,8 @@ def _own_trace(pair: PreferencePair, side: Side) -> TraceRecord:
         answer_start=(pair.chosen_answer_start if chosen else pair.rejected_answer_start) or 0,
         trace_logp=math.nan,
         joint_logp=math.nan if reference is None else reference,
-        # without model and nucleus, a temperature does not say of which law the trace is a draw
-        temperature=None if pair.model is None or pair.top_p is None else pair.temperature,
+        # without model, nucleus and top-k, a temperature does not say of which law the trace is a draw
+        temperature=None if None in (pair.model, pair.top_p, pair.top_k) else pair.temperature,
         model=pair.model,
         template=pair.template,
     )

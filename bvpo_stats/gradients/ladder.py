@@ -16,6 +16,7 @@ from bvpo_stats.gradients.marginal import MarginalDiagnostics, aggregate, select
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.reference import Reference
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.progress import say
 
 Rung = Literal["reference point", "posterior traces", "prior traces", "small drift", "not estimable", "asked for"]
 
@@ -50,7 +51,8 @@ class MarginalChoice:
 def choose_marginal(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> MarginalChoice:
     """Climbs down the ladder until a rung bears.
 
-    1. ``reference point``: DPO at theta_ref, temperature 1, no top-p: b_t = 0, mu = E g_t, no m is needed.
+    1. ``reference point``: DPO with a reward of the answer alone, at theta_ref, temperature 1, no top-p, no top-k, at
+       most 2% of the responses cut: b_t = 0, mu = E g_t, no m is needed.
     2. ``posterior traces``: at least two traces of each answer whose weights exp(Delta) the drift has not collapsed.
     3. ``prior traces``: traces drawn regardless of the answer, where enough of them survive.
     4. ``small drift``: mu is not estimable, but g_t's bias is small.
@@ -62,7 +64,8 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
         options: Objective, budget, and the method, which is checked and kept where it is not ``auto``.
 
     Raises:
-        UserError: A method was asked for that this data or objective rules out.
+        UserError: A method was asked for that this data or objective rules out; or a bank is needed, and the one that
+            was given covers only some prompts. All of it before the first forward.
     """
     ladder = Ladder(policy, examples, options)
     if options.method == "none":
@@ -74,11 +77,13 @@ def choose_marginal(policy: Policy, examples: Sequence[Example], options: Stream
         if method == "reference-point":
             if (obstacle := ladder.obstacle(method)) is None:
                 reason = (
-                    "theta = theta_ref and all pairs were sampled at temperature 1 without top-p, so b_t = 0 exactly "
-                    "and mu = E g_t: no marginal gradient is needed."
+                    "theta = theta_ref and all pairs were sampled at temperature 1 without top-p or top-k, with "
+                    "(nearly) nothing cut, so b_t = 0 exactly and mu = E g_t: no marginal gradient is needed."
                 )
                 return MarginalChoice(method, rung, reason, True)
             reasons.append(obstacle)
+            if not ladder.check_coverage():
+                say(f"There is no trace bank, and {obstacle}: mu may not be estimable. `bvpo-stats traces` makes one.")
             continue
         bears, reason = ladder.verdict(method)
         reasons.append(reason)
@@ -110,6 +115,25 @@ class Ladder:
         self._reference = reference_of(policy, options)
         step = max(1, len(examples) // PROBED_PROMPTS)
         self._probed = examples[::step][:PROBED_PROMPTS]
+
+    def check_coverage(self) -> bool:
+        """Whether there is a bank; refuses one that has traces for some answers only, as every answer needs its own.
+
+        Raises:
+            UserError: Names a prompt that lacks them.
+        """
+        bare = [
+            example
+            for example in self.examples
+            if not all(bank.same_answer or bank.chain or bank.prior for _, bank in example.sides)
+        ]
+        if len(bare) < len(self.examples) and bare:
+            raise UserError(
+                f"mu needs the trace bank, which covers {len(self.examples) - len(bare)} of {len(self.examples)} pairs "
+                f"of D_t (not that of prompt {bare[0].prompt_id}). Make the bank from all pairs (`bvpo-stats traces`), "
+                "or leave those without traces out of the pairs; without any bank, alpha* is not estimated."
+            )
+        return not bare
 
     def rungs(self, *, off_reference: bool = False) -> list[tuple[MarginalMethod, Rung]]:
         """Methods from the best to the last resort.
@@ -169,7 +193,8 @@ class Ladder:
 
     def obstacle(self, method: MarginalMethod) -> str | None:
         """What rules a method out before any weight is looked at; None where nothing does."""
-        name, nucleus = self.options.objective.name, [e for e in self.examples if (e.both[0].top_p or 1) < 1]
+        name = self.options.objective.name
+        nucleus = [e for e in self.examples if (e.both[0].top_p or 1) < 1 or e.both[0].top_k]
         if method == "reference-point":
             if name != "dpo":
                 return f"the weights of {name} depend on each trace's length, so E g_t is not mu even at theta_ref"
@@ -179,11 +204,14 @@ class Ladder:
         if any(None in (e.both[0].chosen_answer_start, e.both[0].rejected_answer_start) for e in self.examples):
             return "where the answers of D_t begin is not recorded"
         if method == "anchored" and not self.plain:
-            return "anchors are posterior draws only if the pairs were sampled at temperature 1 without top-p"
+            reason = next(reason for e in self.examples if (reason := e.not_plain) is not None)
+            return (
+                f"anchors are posterior draws only at temperature 1, without top-p or top-k and nothing cut ({reason})"
+            )
         if method == "posterior" and name == "simpo":
             return "simpo needs log pi(y | x) itself, which posterior traces do not give (their normaliser is unknown)"
         if method == "posterior" and nucleus:
-            return "the pairs were sampled with top-p below 1, so the law of their own traces is not known"
+            return "the pairs were sampled with top-p below 1 or top-k, so the law of their own traces is not known"
         try:
             counts = [len(select_traces(bank, method, self.options.traces_per_answer)) for bank in self._banks()]
         except UserError as error:

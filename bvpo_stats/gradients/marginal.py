@@ -186,8 +186,9 @@ class WeightDiagnostics:
 
     Attributes:
         traces: K.
-        effective_size: ``1 / sum_k wbar_k^2`` of the normalised weights, between 1 and K.
-        largest: Largest normalised weight.
+        effective_size: ``1 / sum_j wbar_j^2`` over the distinct traces, each with the weights of all its copies: the
+            same trace eight times is one. Between 1 and K.
+        largest: Largest normalised weight of a trace.
         anchor_gap: ``J = E_posterior[log w] - E_q[log w]``, the Jeffreys divergence between posterior and proposal; it
             needs no normaliser. None without draws of both kinds.
         log_traces: ``log K``; ``J <= log K`` certifies, ``J >> log K`` is a red flag.
@@ -196,6 +197,9 @@ class WeightDiagnostics:
             (Vehtari et al. 2024). Under K = 25 a certificate is out of reach.
         certified: Whether the weights pass: ``J <= log K`` (where J is known) and ``k_hat < k_threshold`` (where
             known), with at least one of the two known.
+        distinct: Distinct traces among the K.
+        draws_size: ``1 / sum_k wbar_k^2`` over the K draws, copies apart: what shows weights that have collapsed. A
+            posterior with one likely trace gives K copies of it, and a good estimate.
     """
 
     traces: int
@@ -206,6 +210,8 @@ class WeightDiagnostics:
     k_hat: float | None
     k_threshold: float
     certified: bool
+    distinct: int = 0
+    draws_size: float = math.nan
 
 
 def effective_sample_size(log_weights: Float[np.ndarray, "*batch traces"]) -> Float[np.ndarray, "*batch"]:
@@ -265,16 +271,21 @@ def pareto_k_hat(log_weights: Float[np.ndarray, " traces"]) -> float | None:
 
 
 def diagnose(
-    log_weights: Float[np.ndarray, " traces"], anchors: Float[np.ndarray, " anchors"] | None = None
+    log_weights: Float[np.ndarray, " traces"],
+    anchors: Float[np.ndarray, " anchors"] | None = None,
+    names: Int[np.ndarray, " traces"] | None = None,
 ) -> WeightDiagnostics:
     """All diagnostics of the weights of one answer.
 
     Args:
         log_weights: Log-weights of the K draws of q.
         anchors: Log-weights of exact posterior draws, where there are any.
+        names: Which trace each draw is: equal numbers for equal traces; None for all different.
     """
-    weights = normalised_weights(log_weights)
-    traces = len(weights)
+    draws = normalised_weights(log_weights)
+    traces = len(draws)
+    which = np.arange(traces) if names is None else np.unique(names, return_inverse=True)[1]
+    weights = np.bincount(which, weights=draws)
     gap = None if anchors is None or len(anchors) == 0 else anchor_gap(anchors, log_weights)
     k_hat, threshold = pareto_k_hat(log_weights), k_hat_threshold(traces)
     tests = [] if gap is None else [gap <= math.log(traces)]
@@ -288,6 +299,8 @@ def diagnose(
         k_hat=k_hat,
         k_threshold=threshold,
         certified=bool(tests) and all(tests),
+        distinct=len(weights),
+        draws_size=float(1 / (draws**2).sum()),
     )
 
 
@@ -316,6 +329,7 @@ class SideTraces:
         answer_tokens: Tokens of y.
         anchored: Whether trace 0 is a posterior draw while the others are draws of q.
         normalised: Whether q is the law of the traces with its normaliser, so that the mean of w estimates pi(y | x).
+        names: Which trace each is: equal numbers for equal traces; None for all different.
     """
 
     log_policy: Float[np.ndarray, " traces"]
@@ -324,6 +338,7 @@ class SideTraces:
     answer_tokens: int
     anchored: bool = False
     normalised: bool = False
+    names: Int[np.ndarray, " traces"] | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.log_weights).all():
@@ -482,12 +497,13 @@ def diagnose_side(side: SideTraces, anchor: float | None = None) -> WeightDiagno
         anchor: Log-weight of an exact posterior draw, where the traces have none among them.
     """
     if not side.anchored:
-        return diagnose(side.log_weights, None if anchor is None else np.array([anchor]))
-    used = diagnose(side.log_weights)
+        return diagnose(side.log_weights, None if anchor is None else np.array([anchor]), side.names)
+    used = diagnose(side.log_weights, names=side.names)
     if len(side) == 1:
         return used
     drawn = diagnose(side.log_weights[1:], side.log_weights[:1])
-    return replace(drawn, traces=used.traces, effective_size=used.effective_size, largest=used.largest)
+    kept = ("traces", "effective_size", "largest", "distinct", "draws_size")
+    return replace(drawn, **{name: getattr(used, name) for name in kept})
 
 
 def _log_sum_exp(values: Float[np.ndarray, " traces"]) -> float:
@@ -536,7 +552,8 @@ class MarginalDiagnostics:
         k_hat: Largest Pareto k-hat over the sides where it could be fitted; None without.
         k_threshold: Threshold for k-hat at the largest number of traces.
         certified: Share of sides whose own diagnostics certify them.
-        collapsed_share: Share of sides with at least two traces whose effective size is below `COLLAPSED_SIZE`.
+        collapsed_share: Share of sides with at least two traces whose weights, copies apart, are worth less than
+            `COLLAPSED_SIZE` of them.
         collapsed: Whether mu is not estimable from these weights: most such sides are collapsed, or the anchor gap is
             far beyond log K (draws that all miss the posterior can have equal weights and a large effective size).
     """
@@ -577,10 +594,11 @@ def aggregate(diagnostics: Sequence[SideDiagnostics]) -> MarginalDiagnostics:
         raise UserError("There are no trace weights to diagnose; the method uses no trace bank.")
     weights = [side.weights for side in diagnostics]
     sizes = np.array([w.effective_size for w in weights])
+    draws = np.array([w.draws_size for w in weights])
     several = np.array([w.traces > 1 for w in weights])
     gaps = [w.anchor_gap for w in weights if w.anchor_gap is not None]
     k_hats = [w.k_hat for w in weights if w.k_hat is not None]
-    collapsed_share = float((sizes[several] < COLLAPSED_SIZE).mean()) if several.any() else 0.0
+    collapsed_share = float((draws[several] < COLLAPSED_SIZE).mean()) if several.any() else 0.0
     log_traces = float(np.log(np.mean(np.exp([w.log_traces for w in weights]))))
     gap = float(np.mean(gaps)) if gaps else None
     missed = gap is not None and gap > ANCHOR_GAP_FACTOR * max(log_traces, np.log(2))

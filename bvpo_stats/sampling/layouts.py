@@ -31,7 +31,7 @@ _PROBE = "probe\x1f"
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CARRIED = (
     *("chosen_reward", "rejected_reward", "chosen_index", "rejected_index"),
-    *("temperature", "top_p", "model", "template"),
+    *("temperature", "top_p", "top_k", "cut_share", "unclosed_share", "model", "template"),
 )
 _NEEDED = (
     "A pair needs `prompt`, `chosen` and `rejected` as text or messages (the prompt may stand inside both), or "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bvpo_stats.errors import UserError, check_kind, rows_of
-from bvpo_stats.records import MODES, Completion, Mode, PreferencePair
+from bvpo_stats.records import MODES, Completion, Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
 from bvpo_stats.sampling.sample import check_one_source
 
@@ -62,6 +62,7 @@ def make_pairs(
     if not samples:
         raise UserError("There are no samples to make pairs from.")
     check_one_source(samples)
+    truncation = {mode: Truncation.of(c for c in samples if c.mode == mode) for mode in MODES}
     by_prompt: dict[str, list[Completion]] = {}
     for completion in samples:
         by_prompt.setdefault(completion.prompt_id, []).append(completion)
@@ -71,7 +72,7 @@ def make_pairs(
     set_aside: dict[str, int] = {}
     for responses in by_prompt.values():
         scored = [ScoredCompletion(c, next(scores) if c.complete else None) for c in responses]
-        for _, _, choice, pair in prompt_pairs(scored, MODES, known):
+        for _, _, choice, pair in prompt_pairs(scored, truncation, known):
             if pair is not None:
                 pairs.append(pair)
             elif not isinstance(choice, Choice):
@@ -151,13 +152,13 @@ def _reward(response: ScoredCompletion) -> float:
 
 
 def prompt_pairs(
-    responses: Sequence[ScoredCompletion], modes: Sequence[Mode], template: Template
+    responses: Sequence[ScoredCompletion], truncation: Mapping[Mode, Truncation], template: Template
 ) -> Iterator[tuple[Mode, list[ScoredCompletion], Choice | SetAside, PreferencePair | None]]:
     """Chooses and builds the pairs of one prompt.
 
     Args:
         responses: All its responses.
-        modes: Which sets to make.
+        truncation: Which sets to make, and how many of all responses in that mode have no answer.
         template: The sampling model's template.
 
     Yields:
@@ -173,11 +174,11 @@ def prompt_pairs(
             f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
             "samples. Make ids unique and sample again."
         )
-    for mode in modes:
+    for mode, lost in truncation.items():
         mine = [r for r in responses if r.completion.mode == mode]
         if mine:
             choice = choose(mine)
-            yield mode, mine, choice, build_pair(choice, template) if isinstance(choice, Choice) else None
+            yield mode, mine, choice, build_pair(choice, template, lost) if isinstance(choice, Choice) else None
 
 
 def reference_logps(policy: Policy, pairs: Sequence[PreferencePair]) -> list[dict[str, float]]:
@@ -202,7 +203,7 @@ def reference_logps(policy: Policy, pairs: Sequence[PreferencePair]) -> list[dic
     ]
 
 
-def build_pair(choice: Choice, template: Template) -> PreferencePair:
+def build_pair(choice: Choice, template: Template, truncation: Truncation | None = None) -> PreferencePair:
     """The record of a choice in training form.
 
     In both modes the prompt is the D_t prompt. A ``nothinking`` response begins with the tokens that close the empty
@@ -211,6 +212,7 @@ def build_pair(choice: Choice, template: Template) -> PreferencePair:
     Args:
         choice: Best and worst response.
         template: The sampling model's template.
+        truncation: How many of all responses in this mode have no answer; None where that is not known.
 
     Raises:
         UserError: The template does not give the prompt ids that the sampler saw.
@@ -237,6 +239,10 @@ def build_pair(choice: Choice, template: Template) -> PreferencePair:
         rejected_index=rejected.sample_index,
         temperature=chosen.temperature,
         top_p=chosen.top_p,
+        # our own engine never limits a draw, and said so nowhere before it had the field
+        top_k=0 if chosen.top_k is None and chosen.engine == "transformers" else chosen.top_k,
+        cut_share=None if truncation is None else truncation.cut_share,
+        unclosed_share=None if truncation is None else truncation.unclosed_share,
         model=chosen.model,
         template=chosen.template,
     )

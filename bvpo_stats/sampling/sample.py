@@ -15,7 +15,17 @@ from bvpo_stats import options
 from bvpo_stats.errors import UserError, check_kind, check_whole
 from bvpo_stats.model.templates import PromptError, Template
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, Completion, Mode, Prompt, Question, content_of, question_turns, to_dict
+from bvpo_stats.records import (
+    MODES,
+    Completion,
+    Mode,
+    Prompt,
+    Question,
+    Truncation,
+    content_of,
+    question_turns,
+    to_dict,
+)
 from bvpo_stats.sampling.engines.base import Draw, Engine, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.store.jsonl import KeySet, append_jsonl, mend, read_jsonl
@@ -375,6 +385,7 @@ def completion_record(request: Request, draw: Draw, run: SamplingRun) -> Complet
         seed=run.options.seed,
         temperature=run.options.temperature,
         top_p=run.options.top_p,
+        top_k=run.engine.top_k,
         max_new_tokens=run.options.max_new_tokens,
         model=run.model,
         template=run.template.name,
@@ -433,7 +444,7 @@ class ModeSummary:
         responses: How many.
         tokens: Their tokens in all.
         truncated: Cut at the length limit.
-        unclosed: Traces that never close, truncated or not: responses without an answer.
+        unclosed: Ended by themselves without closing their trace.
         empty_answers: Finished responses whose answer is empty.
         mean_tokens: Mean length, end-of-sequence included, of all of them.
         mean_trace_tokens: Mean number of trace tokens among those that have an answer, None in NoThinking mode.
@@ -448,6 +459,11 @@ class ModeSummary:
     mean_tokens: float | None
     mean_trace_tokens: float | None
     mean_answer_tokens: float | None
+
+    @property
+    def truncation(self) -> Truncation:
+        """The responses without an answer."""
+        return Truncation(self.responses, self.truncated, self.unclosed)
 
 
 def summarise(completions: Iterable[Completion]) -> dict[Mode, ModeSummary]:
@@ -464,7 +480,7 @@ def summarise(completions: Iterable[Completion]) -> dict[Mode, ModeSummary]:
         count["tokens"] += length
         count["truncated"] += completion.finish_reason == "length"
         if start is None:
-            count["unclosed"] += 1
+            count["unclosed"] += completion.finish_reason == "stop"
         else:
             count["answers"] += 1
             count["trace"] += start

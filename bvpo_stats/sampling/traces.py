@@ -83,9 +83,12 @@ class BankTally:
         sides: Pair sides done.
         by_source: Traces by source.
         proposals: Metropolis-Hastings moves.
-        accepted: Accepted ones.
-        stuck: Sides whose chain never moved.
+        accepted: Accepted ones, those whose proposal was the very trace where the chain stood included.
+        stuck: Sides whose chain never changed its trace.
         unclosed: Prior traces given up because they would not close.
+        moved: Moves that changed the trace.
+        distinct: Distinct traces by source, summed over sides.
+        posterior: Distinct traces among a side's posterior ones (all sources but ``prior``), summed over sides.
     """
 
     sides: int = 0
@@ -94,6 +97,9 @@ class BankTally:
     accepted: int = 0
     stuck: int = 0
     unclosed: int = 0
+    moved: int = 0
+    distinct: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
+    posterior: int = 0
 
 
 WINDOW = 32
@@ -253,10 +259,11 @@ def sampling_temperature(pair: PreferencePair) -> float:
             f"The temperature and top-p that pair {pair.prompt_id} was sampled at are not recorded; without them its "
             "traces have no weights. Make pairs with `bvpo-stats sample` and `pairs`, or give both fields."
         )
-    if pair.top_p < 1:
+    if pair.top_p < 1 or pair.top_k:
+        limit = f"top-p {pair.top_p:g}" if pair.top_p < 1 else f"top-k {pair.top_k}"
         raise UserError(
-            f"Pair {pair.prompt_id} was sampled with top-p {pair.top_p:g}: cut-off traces have no proposal "
-            "probability, so no weights. Sample with `top_p=1`."
+            f"Pair {pair.prompt_id} was sampled with {limit}: cut-off traces have no proposal probability, so no "
+            "weights. Sample without (`top_p=1`)."
         )
     return pair.temperature
 
@@ -563,6 +570,10 @@ def trace_bank(
     fresh = {"mh"} | ({"prior"} if options.prior == "fresh" else set())
     for side, bank in zip(sides, taken, strict=True):
         tally.sides += 1
+        traces = {source: {scored.ids for scored in bank.get(source, ())} for source in SOURCES}
+        for source, found in traces.items():
+            tally.distinct[source] += len(found)
+        tally.posterior += len(set().union(*(found for source, found in traces.items() if source != "prior")))
         for source in SOURCES:
             temperature = drawer.temperature if source in fresh else sampled_at
             for index, scored in enumerate(bank.get(source, ())):
@@ -600,7 +611,7 @@ def _chains(
 ) -> list[list[ScoredTrace]]:
     """``wanted`` states of each side's chain, ``options.mh_moves`` apart, after ``burn_in`` moves from the anchor."""
     kept: list[list[ScoredTrace]] = [[] for _ in sides]
-    states, accepted = list(anchors), [0] * len(sides)
+    states, moved = list(anchors), [0] * len(sides)
     active = [row for row, number in enumerate(wanted) if number > 0]
     moving = list(active)
     step = 0
@@ -608,14 +619,15 @@ def _chains(
         moves = metropolis_moves(drawer, [sides[row] for row in active], [states[row] for row in active], step)
         step += 1
         for row, move in zip(active, moves, strict=True):
+            moved[row] += move.state.ids != states[row].ids
+            tally.accepted += move.accepted
             states[row] = move.state
-            accepted[row] += move.accepted
             if step > burn_in and (step - burn_in) % options.mh_moves == 0:
                 kept[row].append(move.state)
         tally.proposals += len(active)
         active = [row for row in active if len(kept[row]) < wanted[row]]
-    tally.accepted += sum(accepted)
-    tally.stuck += sum(accepted[row] == 0 for row in moving)
+    tally.moved += sum(moved)
+    tally.stuck += sum(moved[row] == 0 for row in moving)
     return kept
 
 

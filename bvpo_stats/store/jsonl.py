@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import gzip
 import hashlib
@@ -74,7 +75,7 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         UserError: The file cannot be read, or is no list of objects; the entry is named.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
     except ValueError as error:
@@ -93,7 +94,8 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
-            yield from handle
+            for number, line in enumerate(handle):
+                yield line if number else line.removeprefix(codecs.BOM_UTF8)  # as some editors begin a file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"Cannot read {path}: {reason}. Check the path.") from error

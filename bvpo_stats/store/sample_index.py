@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Completion, Mode, content_of, from_dict
+from bvpo_stats.records import MODES, Completion, Mode, Truncation, content_of, from_dict
 from bvpo_stats.store.jsonl import LineSums, sha256_of
 from bvpo_stats.store.run_folder import run_files
 
@@ -42,6 +42,7 @@ class SampleSource:
         n_prompts: Prompts with a response in one of the wanted modes.
         n_responses: Responses in the wanted modes.
         half_written: Half-written last lines that were passed over, the trace of a kill during sampling.
+        truncation: How many of the responses in each wanted mode have no answer.
     """
 
     model: str | None
@@ -50,6 +51,7 @@ class SampleSource:
     n_prompts: int
     n_responses: int
     half_written: int
+    truncation: dict[Mode, Truncation]
 
     def check_sampling_model(self, identity: str) -> None:
         """Refuses a policy that did not draw these samples; a server's name for its model cannot be checked.
@@ -195,6 +197,7 @@ def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, 
     first: dict[str, str | None] = {}
     half_written = count = 0
     sums = [LineSums.of(path) for path in paths]
+    truncation = {mode: Truncation() for mode in MODES if mode in modes}
     connection.execute("BEGIN")
     for line in _lines(paths):
         row = _parse(line)
@@ -207,6 +210,7 @@ def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, 
         if row["mode"] not in modes:
             continue
         count += 1
+        truncation[row["mode"]] = truncation[row["mode"]].count(row["finish_reason"], row["answer_start"])
         key = (row["prompt_id"], MODES.index(row["mode"]), row["sample_index"])
         try:
             connection.execute(
@@ -219,7 +223,7 @@ def _fill(connection: sqlite3.Connection, paths: Sequence[Path], samples: Path, 
     if not count:
         raise UserError(f"`samples={str(samples)!r}`: no responses in {' or '.join(modes)} mode there.")
     prompts = connection.execute("SELECT COUNT(*) FROM (SELECT DISTINCT prompt_id FROM samples)").fetchone()[0]
-    return SampleSource(first["model"], first["template"], first["engine"], prompts, count, half_written)
+    return SampleSource(first["model"], first["template"], first["engine"], prompts, count, half_written, truncation)
 
 
 def _lines(paths: Sequence[Path]) -> Iterator[_Line]:
@@ -251,7 +255,7 @@ def _parse(line: _Line) -> dict[str, Any] | None:
             f"{line.where}: not a sample (check {', '.join(bad or ['mode', 'prompt_id'])}). Give the `output` folder "
             "of `bvpo-stats sample`; responses from elsewhere go through its file engine first."
         )
-    return {name: row.get(name) for name in wanted}
+    return {name: row.get(name) for name in (*wanted, "finish_reason", "answer_start")}
 
 
 def _check_same_source(row: dict[str, Any], line: _Line, first: dict[str, str | None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -21,7 +22,7 @@ from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, one_line
 from bvpo_stats.store.jsonl import write_atomic
 
 ReportT = TypeVar("ReportT", bound="Report")
@@ -100,8 +101,11 @@ class Presentation:
             written: What was written, and where, for a last line.
         """
         from rich.console import Console
-        from rich.markup import escape as plain
+        from rich.markup import escape as without_markup
         from rich.table import Table
+
+        def plain(text: str) -> str:
+            return without_markup(one_line(text))
 
         console = Console()
         for head, group in groupby(self.tables, key=lambda table: table.head):
@@ -127,13 +131,13 @@ class Presentation:
 
     def markdown(self, figures: Sequence[Path], versions: Mapping[str, str]) -> str:
         """Markdown, with links to figures in the folder ``figures`` beside it."""
-        lines = [f"# {self.title}", ""]
+        lines = [f"# {escaped(self.title)}", ""]
         for finding in self.findings:
-            lines += [f"**{finding.sentence}**", ""]
+            lines += [f"**{escaped(finding.sentence)}**", ""]
         for table in self.tables:
-            lines += [f"## {table.title}", "", *_markdown_table(table), ""]
+            lines += [f"## {escaped(table.title)}", "", *_markdown_table(table), ""]
         if self.lines():
-            lines += ["## What the numbers are", "", *(f"- {line}" for line in self.lines()), ""]
+            lines += ["## What the numbers are", "", *(f"- {escaped(line)}" for line in self.lines()), ""]
         if figures:
             lines += ["## Figures", "", *(f"![{caption(path)}](figures/{path.name})" for path in figures), ""]
         lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
@@ -375,7 +379,28 @@ def _markdown_table(table: ResultTable) -> list[str]:
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(escaped(cell.strip()) for cell in cells) + " |"
+
+
+_CODE = re.compile(r"`[\w ,.:;=+/()'\"-]+`")  # a field or a command between backticks, as our sentences write them
+_MARKS = re.compile(r"[\\`*|~]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")
+
+
+def escaped(text: str) -> str:
+    r"""A text in Markdown that shows as it is: names of models and prompts may hold anything.
+
+    Line breaks and control characters go (`one_line`), marks get a backslash, ``<`` and ``&`` their entities; fields
+    that our own sentences put between backticks stay code.
+
+    >>> print(escaped("alpha* of a|b, <b>: raise `limit`"))
+    alpha\* of a\|b, &lt;b>: raise `limit`
+    """
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    parts, at = [], 0
+    for code in _CODE.finditer(text):
+        parts += [_MARKS.sub(r"\\\g<0>", text[at : code.start()]), code[0]]
+        at = code.end()
+    return "".join([*parts, _MARKS.sub(r"\\\g<0>", text[at:])])
 
 
 def _html_row(tag: str, cells: Iterable[str]) -> str:

@@ -51,6 +51,9 @@ def make_pair(rng: random.Random, prompt_id: str, mode: Mode, lengths: tuple[int
         rejected_index=1,
         temperature=1.0,
         top_p=1.0,
+        top_k=0,
+        cut_share=0.0,
+        unclosed_share=0.0,
         model="tiny",
         template="embedded",
     )

@@ -137,6 +137,9 @@ def test_draws_that_all_miss_the_posterior_are_a_red_flag():
     [
         ("temperature", "the temperature of D_t is not recorded"),
         ("top_p", "the top-p of D_t is not recorded"),
+        ("top_k", "the top-k of D_t (0 for none) is not recorded"),
+        ("cut_share", "which share of the responses behind D_t was cut (`cut_share`) is not recorded"),
+        ("unclosed_share", "which share of the responses behind D_t never closed its trace (`unclosed_share`) is not"),
         ("model", "the model that sampled D_t is not recorded"),
         ("chosen_answer_start", "where the chosen answers of D_t begin is not recorded"),
     ],
@@ -154,7 +157,81 @@ def test_unknown_provenance_rules_out_the_reference_point(plain, field, words):
         assert choose_marginal(plain.oracle.policy, join(unknown, bank).examples, AUTO).method == "prior"
 
 
-@pytest.mark.parametrize("field", ["temperature", "top_p", "model"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_k": 50}, "pairs were sampled with top-k 50, not without"),
+        ({"cut_share": 0.021}, "2.1% of the responses behind D_t were cut and 0.0% never closed their trace"),
+        ({"unclosed_share": 0.03}, "0.0% of the responses behind D_t were cut and 3.0% never closed their trace"),
+        ({"cut_share": 0.015, "unclosed_share": 0.015}, "selects by trace (up to 2% is taken for none)"),
+    ],
+)
+def test_what_selects_by_trace_rules_out_the_reference_point(plain, changes, words):
+    """b_t = 0 needs all of pi_ref's law: a limit on tokens, or answers dropped for their trace's length, cut it."""
+    selected = [replace(pair, **changes) if pair.mode == "thinking" else pair for pair in plain.pairs]
+    choice = choose_marginal(plain.oracle.policy, join(selected).examples, AUTO)
+    assert (choice.rung, choice.estimable) == ("not estimable", False)
+    assert words in choice.reason[0].lower() + choice.reason[1:]
+    assert Ladder(plain.oracle.policy, join(selected).examples, AUTO).by_records()[0] == "none"  # as training asks
+    with pytest.raises(UserError, match="ruled out"):
+        choose_marginal(plain.oracle.policy, join(selected).examples, replace(AUTO, method="anchored"))
+
+
+@pytest.mark.parametrize("changes", [{"cut_share": 0.02}, {"cut_share": 0.01, "unclosed_share": 0.01}, {"top_k": 0}])
+def test_what_is_taken_for_none(plain, changes):
+    nearly = [replace(pair, **changes) for pair in plain.pairs]
+    assert choose_marginal(plain.oracle.policy, join(nearly).examples, AUTO).method == "reference-point"
+
+
+def test_responses_lost_in_d_e_do_not_matter_to_b_t(plain):
+    pairs = [replace(pair, cut_share=0.3) if pair.mode == "nothinking" else pair for pair in plain.pairs]
+    assert choose_marginal(plain.oracle.policy, join(pairs).examples, AUTO).method == "reference-point"
+
+
+def test_a_bank_for_some_prompts_only_is_said_before_the_first_forward(drifted, plain, monkeypatch, capsys):
+    bank = drifted.bank(4, "same-answer")
+    few = [trace for trace in bank if trace.prompt_id != drifted.pairs[0].prompt_id]
+    with monkeypatch.context() as patch:
+        patch.setattr("bvpo_stats.gradients.ladder.log_probs", None)  # whoever runs the model fails
+        with pytest.raises(UserError, match=r"covers 11 of 12 pairs of D_t \(not that of prompt 000000-q"):
+            choose(drifted, few)
+        with pytest.raises(UserError, match=r"no traces of these pairs' prompts, but of others, e\.g\. 'elsewhere'"):
+            join(drifted.pairs, [replace(trace, prompt_id="elsewhere") for trace in bank])
+    assert choose(plain, plain.bank(4, "same-answer")[9:]).method == "reference-point"  # where it is not needed
+    assert capsys.readouterr().err == ""
+    choose(drifted)
+    assert "There is no trace bank, and the policy is off theta_ref" in capsys.readouterr().err
+
+
+def test_a_bank_put_behind_itself_is_counted_once(drifted):
+    bank = drifted.bank(4, "same-answer")
+    twice = join(drifted.pairs, [*bank, *bank])
+    assert twice.repeated == len(bank)
+    assert twice.examples == join(drifted.pairs, bank).examples
+
+
+def test_a_pair_of_two_equal_sides_is_refused(plain):
+    for mode in ("thinking", "nothinking"):
+        same = [replace(p, rejected_ids=p.chosen_ids) if p.mode == mode else p for p in plain.pairs]
+        with pytest.raises(UserError, match=f"The {mode} pair of prompt .* has the same tokens as chosen and as rej"):
+            join(same)
+
+
+def test_copies_of_a_trace_are_one_effective_trace():
+    zeros = np.zeros(8)
+    stuck = diagnose_side(SideTraces(zeros, zeros, zeros, 2, names=np.zeros(8, dtype=int)))
+    assert (stuck.traces, stuck.distinct, stuck.effective_size, stuck.draws_size) == (
+        8,
+        1,
+        pytest.approx(1),
+        pytest.approx(8),
+    )
+    mixed = diagnose_side(SideTraces(zeros, zeros, zeros, 2, names=np.array([3, 3, 3, 3, 5, 5, 7, 7])))
+    assert (mixed.distinct, mixed.effective_size) == (3, pytest.approx(1 / (0.5**2 + 2 * 0.25**2)))
+    assert not aggregate([SideDiagnostics("p", "chosen", stuck)]).collapsed  # one likely trace is no bad weight
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "model"])
 def test_an_unknown_law_leaves_the_pairs_own_traces_out(plain, field):
     unknown = [replace(pair, **{field: None}) for pair in plain.pairs]
     for method in ("posterior", "jackknife"):

@@ -49,6 +49,7 @@ def sample(
         seed=0,
         temperature=1.0,
         top_p=1.0,
+        top_k=0,
         max_new_tokens=64,
         model="embedded@test",
         template="embedded",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from bvpo_stats.embedded.task import grade
 from bvpo_stats.embedded.tokenizer import EOS, build_tokenizer
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES
-from bvpo_stats.sampling.rewards import Answer, load_reward, score_answers
+from bvpo_stats.sampling.rewards import Answer, as_reward, load_reward, score_answers
 from tests.tokenizers import BOS
 
 
@@ -225,6 +226,55 @@ def test_a_python_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_reward("no_such_module:f")
 
 
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+def _raises(error: BaseException) -> float:
+    raise error
+
+
+def _without_end() -> Iterator[float]:
+    while True:
+        yield 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda prompt, answer: _raises(SystemExit(0)), "SystemExit"),
+        (lambda prompt, answer: _raises(_Mute()), "fails with _Mute"),
+        (lambda prompt, answer: "5", "a str where a number belongs"),
+        (lambda prompt, answer: {"reward": 1}, "TypeError"),
+        (lambda prompt, answer: 10**400, "OverflowError"),
+        (lambda prompts, completions, gold: _without_end(), "gave more than 2 scores for 2 answers"),
+        (lambda prompts, completions, gold: None, "TypeError"),
+        (lambda prompts, completions, gold: [[1.0], [2.0]], "TypeError"),
+    ],
+)
+def test_a_function_that_does_anything_else(function: Callable[..., object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        score_answers(as_reward(function), answers_of("17", "18"))
+
+
+def test_numbers_of_any_kind_are_scores() -> None:
+    reward = as_reward(lambda prompts, completions, gold: (x for x in (np.float32(0.5), torch.tensor(2.0), True)))
+    assert score_answers(reward, answers_of("17", "18", "19")) == [0.5, 2.0, 1.0]
+
+
+def test_ctrl_c_in_a_reward_function_is_passed_on() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score_answers(as_reward(lambda prompt, answer: _raises(KeyboardInterrupt())), answers_of("17"))
+
+
+def test_a_module_that_ends_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit()\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"cannot import leaving \(SystemExit\)"):
+        load_reward("leaving:f")
+
+
 def test_scores_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     rows = [("p0", "thinking", 0, 0.5), ("p0", "thinking", 1, None), ("p0", "nothinking", 0, 2)]
@@ -239,9 +289,16 @@ def test_scores_from_a_file(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0}', "no field reward"),
-        ('{"prompt_id": "p0", "mode": "loud", "sample_index": 0, "reward": 1}', "mode must be"),
-        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": "high"}', "reward a number"),
-        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": NaN}', "p0/thinking/0 is NaN"),
+        ('{"prompt_id": "p0", "mode": "loud", "sample_index": 0, "reward": 1}', "`mode` must be `thinking`"),
+        (
+            '{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": "high"}',
+            "`reward` must be a number or null",
+        ),
+        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": NaN}', "p0/thinking/0 is nan"),
+        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": -Infinity}', "p0/thinking/0 is -inf"),
+        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 0, "reward": 1' + "0" * 400 + "}", "must be finite"),
+        ('{"prompt_id": "p0", "mode": "thinking", "sample_index": "0", "reward": 1}', "`sample_index` must be"),
+        ('{"prompt_id": ["p0"], "mode": "thinking", "sample_index": 0, "reward": 1}', "`prompt_id` must be a text"),
         ('{"prompt_id": "p0", "mode": "thinking", "sample_index": 1, "reward": 1}', "second score"),
         ("0.5", "not an object"),
     ],

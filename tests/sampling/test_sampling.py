@@ -37,6 +37,7 @@ class ScriptedEngine:
     name = "scripted"
 
     def __init__(self, *, whole_batches: bool = True, stop_after: int | None = None, aside: Sequence[str] = ()) -> None:
+        self.top_k = 0
         self.whole_batches = whole_batches
         self.batches: list[list[str]] = []
         self._stop_after = stop_after
@@ -258,11 +259,12 @@ def test_a_summary_counts_by_hand() -> None:
     unclosed = replace(answered, sample_index=1, finish_reason="length", answer_start=None, answer=None)
     cut = replace(answered, sample_index=2, finish_reason="length")
     silent = replace(answered, sample_index=3, answer="")
+    never = replace(answered, sample_index=4, answer_start=None, answer=None)  # ended by itself
     length, start = len(answered.completion_ids), answered.answer_start
     assert start is not None
     direct = sample("a", 0, "17", mode="nothinking")
-    found = summarise([answered, unclosed, cut, direct, silent])
+    found = summarise([answered, unclosed, cut, direct, silent, never])
     assert list(found) == ["thinking", "nothinking"]
-    assert found["thinking"] == ModeSummary(4, 4 * length, 2, 1, 1, length, start, length - start)
+    assert found["thinking"] == ModeSummary(5, 5 * length, 2, 1, 1, length, start, length - start)
     size = len(direct.completion_ids)
     assert found["nothinking"] == ModeSummary(1, size, 0, 0, 0, size, None, size)

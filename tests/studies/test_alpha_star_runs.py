@@ -55,6 +55,9 @@ def make_pair(policy, number: int, mode: str) -> PreferencePair:
         rejected_index=1,
         temperature=1.0,
         top_p=1.0,
+        top_k=0,
+        cut_share=0.0,
+        unclosed_share=0.0,
         model=policy.identity,
         template=policy.template.name,
     )

@@ -69,7 +69,7 @@ SMALL = Small(
 
 def test_markdown_keeps_cells_apart() -> None:
     text = SHOWN.markdown([Path("x/by_layer.png")], {"torch": "2"})
-    assert "| a\\|b | 1 | <b> |" in text
+    assert "| a\\|b | 1 | &lt;b> |" in text
     assert "|---|--:|---|" in text
     assert "**It holds [95%].**" in text
     assert "- Careful: few prompts" in text
@@ -82,6 +82,28 @@ def test_terminal_shows_brackets_and_sections(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for words in ("It holds [95%].", "[red]", "First", "Second", "Careful: few prompts", "Written: x."):
         assert words in printed
+
+
+NASTY = "a|b *c* <script>`x\x1b[31m\n# title ![i](u) __d__"
+
+
+@pytest.mark.parametrize("place", ["title", "finding", "cell", "note", "caution"])
+def test_names_show_as_they_are_everywhere(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {name: NASTY if name == place else "x" for name in ("title", "finding", "cell", "note", "caution")}
+    shown = Presentation(
+        said["title"],
+        (Finding(said["finding"]),),
+        (ResultTable("Table", ("", "n"), ((said["cell"], "1"),)),),
+        (said["note"],),
+        (said["caution"],),
+    )
+    text = shown.markdown([], {})
+    assert "a\\|b \\*c\\* &lt;script>\\`x\\\\x1b[31m # title ![i\\](u) \\_\\_d\\_\\_" in text
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
+    shown.print()
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "<script>" in printed.replace("\n", "") or place == "title"
 
 
 def test_html_escapes() -> None:

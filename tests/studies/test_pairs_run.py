@@ -14,10 +14,11 @@ import pytest
 from bvpo_stats.embedded.task import grade
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.records import Completion, PreferencePair
+from bvpo_stats.records import Completion, PreferencePair, Truncation
+from bvpo_stats.sampling.pairs import make_pairs
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
-from tests.sampling.samples import both_modes, sample, truncated, unclosed, write_samples
+from tests.sampling.samples import both_modes, sample, template, truncated, unclosed, write_samples
 
 WORDINGS = ("{}", "It is {}.", "The answer is {}.")
 
@@ -59,6 +60,15 @@ def test_counts_of_everything_that_is_set_aside(tmp_path: Path) -> None:
     assert (d_t.min_gap, d_t.max_gap) == pytest.approx((min(gaps), max(gaps)))
     assert (d_e.prompts, d_e.pairs, d_e.too_few, d_e.mean_gap) == (1, 0, 1, None)
     assert report.in_both_modes == 0
+    assert report.truncation == {"thinking": Truncation(16, 3, 1), "nothinking": Truncation(1, 0, 0)}
+    pairs = list(read_records(tmp_path / "o" / "thinking.jsonl", PreferencePair))
+    assert {(p.cut_share, p.unclosed_share, p.top_k) for p in pairs} == {(3 / 16, 1 / 16, 0)}
+    cautions = report.present().cautions
+    assert any(line.startswith("18.8% of the thinking responses were cut at the token limit") for line in cautions)
+    assert any(line.startswith("6.2% of the thinking responses ended by themselves without") for line in cautions)
+    assert not any("nothinking responses" in line for line in cautions)
+    made = [p for p in make_pairs(rows, "embedded", policy=template()) if p.mode == "thinking"]
+    assert {p.prompt_id: p for p in made} == {p.prompt_id: p for p in pairs}  # in memory as on disk
     stored = json.loads((tmp_path / "o" / "report.json").read_text())
     assert stored["modes"]["thinking"]["ties"] == 1
     text = (tmp_path / "o" / "report.md").read_text()
@@ -210,7 +220,7 @@ def test_samples_that_cannot_be_paired(tmp_path: Path) -> None:
         run_pairs(config(write_samples(tmp_path / "c", clash)), tmp_path / "oc")
     scores = tmp_path / "nan.jsonl"
     scores.write_text('{"prompt_id": "p0000", "mode": "thinking", "sample_index": 0, "reward": Infinity}\n')
-    with pytest.raises(UserError, match="inf to the sample p0000/thinking/0"):
+    with pytest.raises(UserError, match="the reward of p0000/thinking/0 is inf"):
         run_pairs(config(write_samples(tmp_path / "s", synthetic(2)), f"file:{scores}"), tmp_path / "on")
 
 

@@ -51,12 +51,16 @@ def test_a_bank_on_disk_and_its_report(inputs: Inputs) -> None:
     assert len(records) == N_PAIRS * 2 * 2 * K == sum(report.tally.by_source.values())
     assert len({(r.prompt_id, r.side, r.source, r.index) for r in records}) == len(records)
     assert report.tally.sides == 2 * N_PAIRS
-    assert report.acceptance is not None
+    distinct = {(r.prompt_id, r.side, r.source, r.completion_ids) for r in records}
+    for source, count in report.tally.distinct.items():
+        assert count == sum(1 for name in distinct if name[2] == source)
+    assert report.tally.posterior == len({(*name[:2], name[3]) for name in distinct if name[2] != "prior"})
+    assert report.mobility is not None
     stored = json.loads((inputs.folder / "o" / "report.json").read_text())
     assert stored["tally"]["by_source"] == report.tally.by_source
-    assert stored["acceptance"] == report.acceptance
+    assert stored["mobility"] == report.mobility == report.tally.moved / report.tally.proposals
     text = (inputs.folder / "o" / "report.md").read_text()
-    assert f"| anchor | the pair's own trace | {2 * N_PAIRS} | 1.00 |" in text
+    assert f"| anchor | the pair's own trace | {2 * N_PAIRS} | 1.00 | 1.00 |" in text
     assert "Careful" not in text
 
 

@@ -355,6 +355,11 @@ class OpenAIEngine:
     name = "openai"
     whole_batches = False
 
+    @property
+    def top_k(self) -> int | None:
+        """0 where it was switched off; None where the server takes no such field, or has not been asked yet."""
+        return 0 if self.dialect is not None and self.dialect.extras != "plain" else None
+
     def __init__(self, policy: ServedPolicy, options: ServerOptions, modes: tuple[Mode, ...]) -> None:
         self.options = options
         self.dialect: Dialect | None = None

@@ -98,6 +98,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    top_k = 0
     whole_batches = True
 
     def __init__(self, policy: Policy, stop_ids: Sequence[int] = ()) -> None:

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError
@@ -60,7 +61,10 @@ class Reward(Protocol):
 
 def in_words(error: BaseException) -> str:
     """What a user's function raised, on one line."""
-    reason = next(iter(str(error).splitlines()), "")
+    try:
+        reason = next(iter(str(error).splitlines()), "")
+    except Exception:  # an exception of the user's own that cannot say what it is
+        reason = ""
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
@@ -81,8 +85,9 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
     for name, answer in zip(names, answers, strict=True):
         first.setdefault(name, answer)
     try:
-        scores = list(reward.score(list(first.values())))
+        scores = list(islice(reward.score(list(first.values())), len(first) + 1))  # which may never end
         wrong = next((score for score in scores if not (score is None or isinstance(score, numbers.Real))), None)
+        scores = [float(score) if isinstance(score, numbers.Real) else score for score in scores]
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the user's program; whatever it raises is about that program
@@ -90,9 +95,9 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
     if wrong is not None:
         raise UserError(f"`reward={reward.identity!r}` gave a {type(wrong).__name__} where a number belongs.")
     if len(scores) != len(first):
+        count = str(len(scores)) if len(scores) < len(first) else f"more than {len(first)}"
         raise UserError(
-            f"`reward={reward.identity!r}` gave {len(scores)} scores for {len(first)} answers. It must give "
-            "one for each."
+            f"`reward={reward.identity!r}` gave {count} scores for {len(first)} answers. It must give one for each."
         )
     for answer, score in zip(first.values(), scores, strict=True):
         if score is not None and not math.isfinite(score):
@@ -101,4 +106,4 @@ def score_answers(reward: Reward, answers: Sequence[Answer]) -> list[float | Non
                 "model: check its weights, or use `dtype='float32'`), or give None to leave a sample out."
             )
     by_name = dict(zip(first, scores, strict=True))
-    return [None if (score := by_name[name]) is None else float(score) for name in names]
+    return [by_name[name] for name in names]

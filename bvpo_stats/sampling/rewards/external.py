@@ -10,13 +10,18 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES
+from bvpo_stats.errors import UserError, shown
+from bvpo_stats.records import Completion, record_fields
 from bvpo_stats.sampling.rewards.base import Answer, in_words
 from bvpo_stats.store.tables import fingerprint, read_rows
+
+_FIELDS = record_fields(Completion)
+_LARGEST = sys.float_info.max
 
 
 class FunctionReward:
@@ -59,7 +64,8 @@ class FunctionReward:
                 )
             else:
                 scores = [self._function(answer.prompt, answer.text) for answer in answers]
-            return [None if score is None else float(score) for score in scores]
+            found = list(islice(scores, len(answers) + 1))  # a generator may never end; one too many is refused later
+            return [None if score is None else _number(score) for score in found]
         except (
             Exception,
             SystemExit,
@@ -70,6 +76,13 @@ class FunctionReward:
                 else "function(question, answer) and must return a number or None"
             )
             raise UserError(f"`reward={self._name!r}` fails with {in_words(error)}. It is called as {call}.") from error
+
+
+def _number(score: Any) -> float:
+    """A score of any kind of number, arrays and tensors of one included."""
+    if isinstance(score, (str, bytes, bytearray)):
+        raise TypeError(f"a {type(score).__name__} where a number belongs")
+    return float(score)
 
 
 def _takes_lists(function: Callable[..., Any]) -> bool:
@@ -87,8 +100,8 @@ def _import(spec: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"`reward={spec!r}`: cannot import {module_name} ({type(error).__name__}: {error}).") from error
+    except (Exception, SystemExit) as error:  # the module is the user's program
+        raise UserError(f"`reward={spec!r}`: cannot import {module_name} ({in_words(error)}).") from error
     finally:
         if added:
             sys.path.remove(here)
@@ -152,12 +165,11 @@ class FileReward:
                 raise UserError(
                     f"{where}: no field {', '.join(missing)}. A row needs prompt_id, mode, sample_index, reward."
                 )
-            reward = row["reward"]
-            if row["mode"] not in MODES or isinstance(reward, (bool, str, list, dict)):
-                raise UserError(f"{where}: mode must be thinking or nothinking, and reward a number or null.")
-            if reward is not None and reward != reward:
+            named = {name: _FIELDS[name].read(row[name], where) for name in ("prompt_id", "mode", "sample_index")}
+            key, reward = "/".join(map(str, named.values())), row["reward"]
+            if isinstance(reward, bool) or not isinstance(reward, (int, float, NoneType)):
+                raise UserError(f"{where}: field `reward` must be a number or null, not {shown(reward)}.")
+            if reward is not None and not -_LARGEST <= reward <= _LARGEST:
                 # SQLite would store NaN as NULL, i.e. as "no score"
-                raise UserError(
-                    f"{where}: the reward of {row['prompt_id']}/{row['mode']}/{row['sample_index']} is NaN."
-                )
-            yield where, f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}", reward
+                raise UserError(f"{where}: the reward of {key} is {shown(reward)}; it must be finite.")
+            yield where, key, None if reward is None else float(reward)

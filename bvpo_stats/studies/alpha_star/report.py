@@ -231,7 +231,7 @@ class Marginal:
         reason: Why that one.
         estimable: Whether mu can be had; if not, nothing in the report is called alpha*.
         traces_per_answer: K, traces behind each answer (median).
-        ess: Effective number of traces (median over answers).
+        ess: Effective number of distinct traces (median over answers).
         largest_weight: Largest normalised weight (median over answers).
         anchor_gap: J, the Jeffreys divergence between posterior and proposal in nats (median over answers); ``J <= log
             K`` certifies.
@@ -241,6 +241,7 @@ class Marginal:
         certified_share: Share of answers whose weights pass their tests; None where no test could be made.
         half_split: Unclipped alpha from one half of the traces less that from the other; its interval; do they agree?
         answers: Per answer: ``ess`` and ``anchor_gap``, for the figure.
+        distinct: Distinct traces behind each answer (median).
     """
 
     method: str
@@ -257,6 +258,7 @@ class Marginal:
     certified_share: float | None = None
     half_split: dict[str, Any] | None = None
     answers: dict[str, list[float | None]] = field(default_factory=dict)
+    distinct: float | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from bvpo_stats.model.policy import (
 )
 from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
 from bvpo_stats.progress import progress
-from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
+from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
@@ -51,6 +51,7 @@ from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Mar
 MOMENTS_FILE = "moments.npz"
 _SAVE_EVERY_SECONDS = 30.0
 _HALVES_GROUPS = 5  # enough for a test of one number, at a quarter of the memory
+_MANY_COPIES = 0.5  # share of answers with copies of one trace only beyond which the report warns
 _SAVE_SHARE = 20.0  # a save may take one part in so many of the time
 
 Pairs: TypeAlias = str | Path | Iterable[Any]
@@ -241,7 +242,7 @@ def _estimate(
     report = None
     if world.leads:
         merged = merge_states(PassState.from_arrays(arrays) for arrays in states)
-        report = _report(policy, subset, examples, options, words, choice, merged)
+        report = _report(policy, subset, joined, options, words, choice, merged)
     sent = world.broadcast(report)
     assert sent is not None
     return sent
@@ -280,7 +281,7 @@ def _stream(
 def _report(
     policy: Policy,
     subset: Subset,
-    examples: Sequence[Example],
+    joined: Joined,
     options: AlphaOptions,
     words: str,
     choice: MarginalChoice,
@@ -288,7 +289,7 @@ def _report(
 ) -> AlphaReport:
     if state.moments is None:
         raise UserError("No prompt gave gradients; check the pairs.")
-    settings, measured, drift = options.settings, None, None
+    settings, measured, drift, examples = options.settings, None, None, joined.examples
     if options.curvature is not None:
         pairs = [example.both[0] for example in examples]
         curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
@@ -303,7 +304,7 @@ def _report(
         adam=None if state.adam is None else state.adam.finalize(),
         halves=None if state.halves is None else state.halves.finalize(),
         drift=drift,
-        warnings=bias_warnings(choice, examples),
+        warnings=(*bias_warnings(choice, examples), *bank_warnings(joined, choice, state.diagnostics)),
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
@@ -496,6 +497,7 @@ def marginal_entry(choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics
         k_hat=_median(tails),
         k_threshold=_median([w.k_threshold for w in weights if math.isfinite(w.k_threshold)]),
         certified_share=sum(tested) / len(tested) if tested else None,
+        distinct=_median([float(w.distinct) for w in weights if w.distinct]),
         answers={
             "ess": [finite(w.effective_size) for w in weights],
             "anchor_gap": [None if w.anchor_gap is None else finite(w.anchor_gap) for w in weights],
@@ -526,6 +528,34 @@ def bias_warnings(choice: MarginalChoice, examples: Sequence[Example]) -> tuple[
         "by E(g_t - g_e) . bias / A, which more prompts do not reduce. More traces do; `method='multilevel'` "
         "leaves a bias of order 1/K^2.",
     )
+
+
+def bank_warnings(joined: Joined, choice: MarginalChoice, diagnostics: Sequence[SideDiagnostics]) -> tuple[str, ...]:
+    """What is odd about the pairs and the bank: responses that were cut, records that repeat, copies of one trace.
+
+    Args:
+        joined: The examples.
+        choice: Rung of the ladder.
+        diagnostics: Trace weights of every answer.
+    """
+    found = []
+    pair = joined.examples[0].both[0]
+    lost = (pair.cut_share or 0.0) + (pair.unclosed_share or 0.0)
+    if choice.estimable and choice.method != "reference-point" and lost > MOST_LOST:
+        found.append(
+            f"{lost:.1%} of the responses behind D_t were cut or never closed their trace. mu is that of the responses "
+            "that fit under the limit, as the traces of the bank do; raise `max_new_tokens` in sampling."
+        )
+    if joined.repeated:
+        found.append(f"{joined.repeated} records of the trace bank repeat others, number included; counted once.")
+    several = [entry.weights for entry in diagnostics if entry.weights.traces > 1]
+    copies = sum(weights.distinct == 1 for weights in several)
+    if several and copies > _MANY_COPIES * len(several):
+        found.append(
+            f"Behind {copies} of {len(several)} answers all traces are one and the same: the bank has not seen their "
+            "posterior move. Make it with more moves (`mh_moves`)."
+        )
+    return tuple(found)
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from bvpo_stats.records import Mode, PreferencePair
+from bvpo_stats.records import Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.studies.base import Presentation, Report, ResultTable, number
@@ -145,6 +145,7 @@ class PairsReport(Report):
         in_both_modes: Prompts with a pair in D_t and in D_e, which joint statistics need; None for one mode.
         modes: Counts by mode.
         ref_logps: Whether reference log-probabilities are stored.
+        truncation: Responses without an answer by mode; their shares stand in every pair.
     """
 
     study: ClassVar[str] = "pairs"
@@ -159,6 +160,7 @@ class PairsReport(Report):
     in_both_modes: int | None
     modes: dict[Mode, ModeSummary]
     ref_logps: bool
+    truncation: dict[Mode, Truncation] = field(default_factory=dict)
 
     def present(self) -> Presentation:
         """Counts by mode."""
@@ -207,6 +209,8 @@ class PairsReport(Report):
         for mode, counts in self.modes.items():
             if not counts.pairs:
                 lines.append(f"No pairs in {_NAMES[mode]}; the counts above say why.")
+            if mode in self.truncation:
+                lines += self.truncation[mode].cautions(mode)
             if counts.other_tokens:
                 lines.append(
                     f"In {counts.other_tokens} of {counts.pairs} pairs of {_NAMES[mode]} the sampler wrote other "

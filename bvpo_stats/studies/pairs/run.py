@@ -82,6 +82,7 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             in_both_modes=joint if len(config.modes) == 2 else None,
             modes={mode: tally.summary() for mode, tally in tallies.items()},
             ref_logps=config.ref_logps,
+            truncation={mode: index.source.truncation[mode] for mode in config.modes},
         )
         without = () if config.ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
         for mode in config.modes:
@@ -124,7 +125,9 @@ def _scored(run: _Run, window: list[list[Completion]]) -> Iterator[list[ScoredCo
 def _pairs(
     run: _Run, responses: list[ScoredCompletion], modes: Sequence[Mode], tallies: dict[Mode, ModeTally]
 ) -> Iterator[PreferencePair]:
-    for mode, mine, choice, pair in prompt_pairs(responses, modes, run.template):
+    for mode, mine, choice, pair in prompt_pairs(
+        responses, {mode: run.index.source.truncation[mode] for mode in modes}, run.template
+    ):
         tallies[mode].count(mine, choice)
         if pair is not None:
             tallies[mode].count_pair(pair, exact_text=reads_back(pair, run.template.tokenizer))

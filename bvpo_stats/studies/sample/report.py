@@ -13,7 +13,6 @@ from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import parse_shard
 from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report, ResultTable
 
-_MANY_CUT = 0.1
 _HEAD = ("Mode", "Responses", "Length", "Trace", "Answer", "Cut", "Unclosed", "Empty")
 
 
@@ -97,12 +96,7 @@ class SampleReport(Report):
         """What a reader should worry about."""
         lines = []
         for name, mode in self.modes.items():
-            cut = mode.truncated / mode.responses
-            if cut > _MANY_CUT:
-                lines.append(
-                    f"{cut:.0%} of the {name} responses were cut; what is left for pairs is a selection of short ones. "
-                    "Raise `max_new_tokens`."
-                )
+            lines += mode.truncation.cautions(name)
         if sum(self.set_aside.values()) > sum(mode.responses for mode in self.modes.values()):
             lines.append("More was set aside than kept. Is `model` the model that the server serves?")
         if self.dialect is not None and self.dialect.endswith("plain"):

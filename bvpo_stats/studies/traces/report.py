@@ -17,6 +17,10 @@ _MEANING = {
 }
 
 
+_STUCK = 0.5
+"""Share of answers whose chain never moved beyond which the report warns."""
+
+
 @dataclass(frozen=True)
 class TracesReport(Report):
     """A trace bank.
@@ -44,22 +48,23 @@ class TracesReport(Report):
     tally: BankTally
 
     @property
-    def acceptance(self) -> float | None:
-        """Share of accepted Metropolis-Hastings moves; None without any."""
-        return self.tally.accepted / self.tally.proposals if self.tally.proposals else None
+    def mobility(self) -> float | None:
+        """Share of the Metropolis-Hastings moves that changed the trace; None without any."""
+        return self.tally.moved / self.tally.proposals if self.tally.proposals else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As every report, with the ``acceptance``."""
-        return super().to_dict() | {"acceptance": self.acceptance}
+        """As every report, with the ``mobility``."""
+        return super().to_dict() | {"mobility": self.mobility}
 
     def present(self) -> Presentation:
         """Counts by source, and how well the chains moved."""
         sides = max(1, self.tally.sides)
         rows = tuple(
-            (source, _MEANING[source], str(count), f"{count / sides:.2f}")
+            (source, _MEANING[source], str(count), f"{count / sides:.2f}", f"{self.tally.distinct[source] / sides:.2f}")
             for source, count in self.tally.by_source.items()
         )
-        table = ResultTable("Traces by source", ("Source", "Meaning", "Traces", "Per answer"), rows, text_columns=(1,))
+        head = ("Source", "Meaning", "Traces", "Per answer", "Distinct per answer")
+        table = ResultTable("Traces by source", head, rows, text_columns=(1,))
         return Presentation("Trace bank", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions()))
 
     def written(self, folder: Path) -> str:
@@ -72,11 +77,18 @@ class TracesReport(Report):
             f"{self.n_pairs} pairs, {tally.sides} answers, K = {bank.traces_per_answer}; model "
             f"{self.model}, template {self.template}, seed {self.seed}.",
         ]
-        if self.acceptance is not None:
+        posterior = sum(count for source, count in tally.by_source.items() if source != "prior")
+        if posterior:
+            sides = max(1, tally.sides)
             lines.append(
-                f"Metropolis-Hastings: {self.acceptance:.0%} of {tally.proposals} moves accepted, "
-                f"{bank.mh_moves} moves between kept traces, burn-in {self.burn_in}; {tally.stuck} chains never "
-                "moved."
+                f"{posterior / sides:.2f} posterior traces stand behind an answer, {tally.posterior / sides:.2f} of "
+                "them distinct."
+            )
+        if self.mobility is not None:
+            lines.append(
+                f"Metropolis-Hastings: {self.mobility:.0%} of {tally.proposals} moves changed the trace "
+                f"({tally.accepted} were accepted, copies of the same trace included), {bank.mh_moves} moves between "
+                f"kept traces, burn-in {self.burn_in}; {tally.stuck} chains never changed theirs."
             )
         if tally.unclosed:
             lines.append(f"{tally.unclosed} prior traces would not close within the cut-off and were given up.")
@@ -84,6 +96,11 @@ class TracesReport(Report):
 
     def _cautions(self) -> list[str]:
         lines = []
+        if self.mobility is not None and self.tally.stuck > _STUCK * max(1, self.tally.sides):
+            lines.append(
+                f"{self.tally.stuck} of {self.tally.sides} answers have a chain that never changed its trace: their "
+                "traces are copies of the anchor. Raise `mh_moves`, or the posterior has one likely trace."
+            )
         if self.sampled_at != 1.0:
             lines.append(
                 f"The responses were sampled at temperature {self.sampled_at:g}. Anchors and same-answer traces are "

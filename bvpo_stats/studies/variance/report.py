@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Completion, Mode
+from bvpo_stats.records import MODES, Completion, Mode, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.statistics.proportions import Interval, Statistic, jackknife_interval
 from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable
@@ -190,7 +190,7 @@ def variance_tables(samples: Iterable[ScoredSample], definitions: Definitions | 
     if not usable:
         raise UserError(
             f"No question has at least 2 complete responses in both modes ({truncated} truncated or unclosed responses "
-            "were set aside). Raise `max_new_tokens` or `samples`."
+            "were set aside). Draw more `samples`, or raise `max_new_tokens` if they were cut."
         )
     rows = np.stack([question_features(g["thinking"], g["nothinking"], definitions.ddof) for g in usable.values()])
     tables = _entries(rows, definitions)
@@ -352,7 +352,6 @@ _LABELS = {
     "nll_answer": "NLL answer",
     "nll_ratio": "NLL ratio (trace / answer)",
 }
-_MANY_CUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -369,6 +368,7 @@ class VarianceReport(VarianceTables, Report):
         lengths: Distribution of lengths, tokens.
         logps: Distribution of joint log-probabilities, nats.
         positions: NLL along the trace and the answer.
+        lost: Responses without an answer, by mode and cause.
     """
 
     study: ClassVar[str] = "variance"
@@ -383,6 +383,7 @@ class VarianceReport(VarianceTables, Report):
     lengths: Histogram
     logps: Histogram
     positions: dict[str, list[PositionBin]]
+    lost: dict[Mode, Truncation] = field(default_factory=dict)
 
     def present(self) -> Presentation:
         """Tables 3 to 5, and what their numbers are."""
@@ -454,13 +455,7 @@ class VarianceReport(VarianceTables, Report):
         return lines
 
     def _cautions(self) -> list[str]:
-        share = self.truncated / max(1, self.truncated + self.n_samples)
-        if share <= _MANY_CUT:
-            return []
-        return [
-            f"{share:.0%} of the responses were truncated; what is left is a selection of short ones. Raise "
-            "`max_new_tokens`."
-        ]
+        return [caution for mode, lost in self.lost.items() for caution in lost.cautions(mode)]
 
 
 def _number(value: float | None) -> str:

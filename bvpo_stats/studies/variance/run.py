@@ -10,7 +10,7 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy
-from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt
+from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.file_engine import adopt_completions
 from bvpo_stats.sampling.prompts import load_prompts, survey_prompts
@@ -145,7 +145,12 @@ def _scored(completions: list[Completion], logprobs_path: Path, profile: Positio
 def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_path: Path, model: str) -> VarianceReport:
     profile = PositionProfile()
     samples = list(_scored(completions, logprobs_path, profile))
-    tables = variance_tables(samples, config.definitions)
+    lost = {mode: Truncation.of(c for c in completions if c.mode == mode) for mode in MODES}
+    try:
+        tables = variance_tables(samples, config.definitions)
+    except UserError as error:
+        causes = (caution for mode, found in lost.items() for caution in found.cautions(mode))
+        raise UserError(" ".join((str(error), *causes))) from error
     name = published_name(config.policy.model)
     return VarianceReport(
         model=model,
@@ -158,4 +163,5 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
         lengths=histogram(samples, "length"),
         logps=histogram(samples, "logp"),
         positions=profile.bins(config.definitions.level),
+        lost=lost,
     )
