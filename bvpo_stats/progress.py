@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with a rate on a terminal, an occasional line elsewhere."""
+"""Progress of long work: what it will take is said before it begins; then a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-_LINE_EVERY_SECONDS = 15.0
+_LINE_EVERY_SECONDS = 30.0
+_LINE_AT_SHARES = 10  # and at every tenth of the work, but no line sooner than this after another:
+_LINES_APART_SECONDS = 5.0
 
 
 def say(line: str) -> None:
@@ -17,9 +20,79 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def spoken_bytes(size: float) -> str:
+    """A size in words.
+
+    >>> spoken_bytes(900), spoken_bytes(1_130_000_000)
+    ('900 bytes', '1.1 GB')
+    """
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.1f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def spoken_seconds(seconds: float) -> str:
+    """A time in words.
+
+    >>> spoken_seconds(42), spoken_seconds(700), spoken_seconds(9_000), spoken_seconds(200_000)
+    ('42 s', '12 min', '2.5 h', '2.3 days')
+    """
+    for unit, one, most in (("s", 1, 100), ("min", 60, 100 * 60), ("h", 3600, 48 * 3600)):
+        if seconds < most:
+            return f"{seconds / one:.1f} {unit}" if unit == "h" else f"{seconds / one:.0f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+@dataclass
+class _Course:
+    """How far some work has got."""
+
+    description: str
+    total: int
+    unit: str
+    done: int
+    show: Callable[[_Course], None]
+    started: float = 0.0
+    finished: int = 0
+    in_hand: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.finished += count
+        self.in_hand = 0.0
+        self.show(self)
+
+    @property
+    def reached(self) -> float:
+        """Units behind us, those of earlier runs included."""
+        return min(self.done + self.finished + self.in_hand, float(self.total))
+
+    @property
+    def pace(self) -> str:
+        """The rate, and from it the time left."""
+        rate = (self.finished + self.in_hand) / max(time.monotonic() - self.started, 1e-9)
+        if not rate:
+            return ""
+        shown = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{spoken_seconds(1 / rate)} for one"
+        return f", {shown}, {spoken_seconds((self.total - self.reached) / rate)} left"
+
+
+_open: list[_Course] = []  # the innermost course is the last
+
+
+def within(units: float) -> None:
+    """Says how many units of the batch in hand are done, where a batch is long; nothing is on record of them yet."""
+    if _open:
+        _open[-1].in_hand = units
+        _open[-1].show(_open[-1])
+
+
 @contextmanager
 def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows progress on stderr.
+    """Shows progress on stderr, with the time left.
 
     Args:
         description: What is being done.
@@ -30,55 +103,47 @@ def progress(description: str, total: int, unit: str, *, done: int = 0) -> Itera
     Yields:
         A function that is told how many more units are finished.
     """
-    if sys.stderr.isatty():
-        with _bar(description, total, unit, done) as advance:
-            yield advance
-    else:
-        with _lines(description, total, unit, done) as advance:
-            yield advance
+    shown = _bar if sys.stderr.isatty() else _lines
+    with shown(description, total, unit, done) as course:
+        _open.append(course)
+        try:
+            yield course.advance
+        finally:
+            _open.remove(course)
 
 
 @contextmanager
-def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int, unit: str, done: int) -> Iterator[_Course]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    started = time.monotonic()
-    finished = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=done, rate="")
-
-        def advance(count: int) -> None:
-            nonlocal finished
-            finished += count
-            rate = finished / max(time.monotonic() - started, 1e-9)
-            bar.update(task, advance=count, rate=f"{rate:.1f} {unit}/s")
-
-        yield advance
+        task = bar.add_task(description, total=total, completed=done, pace="")
+        yield _Course(
+            description, total, unit, done, lambda c: bar.update(task, completed=c.reached, pace=c.pace.lstrip(", "))
+        )
 
 
 @contextmanager
-def _lines(description: str, total: int, unit: str, done: int) -> Iterator[Callable[[int], None]]:
-    started = shown = time.monotonic()
-    finished = 0
+def _lines(description: str, total: int, unit: str, done: int) -> Iterator[_Course]:
+    shown, tenth = time.monotonic(), int(_LINE_AT_SHARES * done / max(total, 1))
 
-    def advance(count: int) -> None:
-        nonlocal shown, finished
-        finished += count
-        now = time.monotonic()
-        if now - shown >= _LINE_EVERY_SECONDS:
-            shown = now
-            print(f"{description}: {done + finished}/{total} {unit}, {finished / (now - started):.1f} {unit}/s",
-                  file=sys.stderr, flush=True)  # fmt: skip
+    def show(course: _Course) -> None:
+        nonlocal shown, tenth
+        now, reached = time.monotonic(), int(_LINE_AT_SHARES * course.reached / max(total, 1))
+        if now - shown >= (_LINES_APART_SECONDS if reached > tenth else _LINE_EVERY_SECONDS):
+            shown, tenth = now, reached
+            about = "about " if course.in_hand else ""
+            say(f"{description}: {about}{course.reached:.0f}/{total} {unit}{course.pace}")
 
-    yield advance
-    seconds = time.monotonic() - started
-    if finished:
-        print(f"{description}: {done + finished}/{total} {unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    course = _Course(description, total, unit, done, show)
+    yield course
+    if course.finished:
+        seconds = time.monotonic() - course.started
+        say(f"{description}: {done + course.finished}/{total} {unit} in {seconds:.1f} s")

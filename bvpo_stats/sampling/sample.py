@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bvpo_stats import options
 from bvpo_stats.errors import UserError, check_kind, check_whole
 from bvpo_stats.model.templates import PromptError, Template
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import (
     MODES,
     Completion,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 SAMPLES_FILE = "samples.jsonl"
 SET_ASIDE_FILE = "set_aside.jsonl"
+_BYTES_PER_TOKEN = 12  # of samples.jsonl: a number, and the token's text twice
 _WINDOW_ROWS = 160  # responses planned at a time: bounds memory, and lets prompts of like length share a batch
 
 
@@ -233,6 +235,14 @@ def sample_into(
     own = finished if shard.whole else KeySet(_keys(path for path in (samples, aside) if path.exists()))
     total = shard.share(n_prompts, window_size(run.options)) * len(run.modes) * run.options.samples
     responses = tokens = put_aside = 0
+    missing = total - len(own)
+    if missing > 0:
+        most = missing * run.options.max_new_tokens
+        say(
+            f"Sampling: {missing:,} responses of at most {run.options.max_new_tokens:,} tokens ({most:,} in all), "
+            f"at most about {spoken_bytes(_BYTES_PER_TOKEN * most)} on disk in {folder} "
+            f"({spoken_bytes(shutil.disk_usage(folder).free)} free)."
+        )
     started = time.monotonic()
     unusable: list[tuple[Prompt, SetAside]] = []
     with progress("Sampling", total, "responses", done=len(own)) as advance:

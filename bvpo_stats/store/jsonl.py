@@ -11,6 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
             for number, line in enumerate(handle):
                 yield line if number else line.removeprefix(codecs.BOM_UTF8)  # as some editors begin a file
-    except (OSError, EOFError, zlib.error) as error:
+    except EOFError as error:
+        raise UserError(f"Cannot read {path}: its end is missing. Copy or download it again.") from error
+    except (OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"Cannot read {path}: {reason}. Check the path.") from error
 
@@ -316,6 +319,30 @@ def write_error(path: Path, error: OSError) -> UserError:
             "stopped."
         )
     return UserError(f"Cannot write {path}: {error.strerror}. Check the folder's permissions.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says what went wrong while a library wrote to a file or folder, in words of `write_error`.
+
+    Raises:
+        UserError: The disk is full, or the file cannot be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise write_error(Path(error.filename) if isinstance(error.filename, str) else path, error) from error
+    except Exception as error:  # torch, safetensors and SQLite have errors of their own for it
+        words = str(error).lower()
+        if not any(sign in words for sign in _FULL):
+            raise
+        raise write_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+
+
+_FULL = ("no space left", "storagefull", "disk is full", "quota", "file too large", "filetoolarge", "file write failed",
+         "unexpected pos", "iostream error")  # fmt: skip
 
 
 class RowLog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.progress import spoken_bytes
 from bvpo_stats.records import content_of
 from bvpo_stats.store.jsonl import repair_tail, sha256_of, write_atomic
 
@@ -239,6 +241,25 @@ def folder_damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def check_room(folder: Path, size: float) -> str:
+    """What files will take on disk and what is free there, in words.
+
+    Args:
+        folder: The run's folder.
+        size: Bytes that are going to be written.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"This run writes about {spoken_bytes(size)} to {folder}, where {spoken_bytes(free)} are free. Free some "
+            "space, or name an `output` folder on a larger disk."
+        )
+    return f"about {spoken_bytes(size)} on disk ({spoken_bytes(free)} free)"
 
 
 def _take_locks(folder: Path, shard: Shard, held: ExitStack) -> None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, Truncation, content_of, from_dict
-from bvpo_stats.store.jsonl import LineSums, sha256_of
+from bvpo_stats.store.jsonl import LineSums, sha256_of, writing
 from bvpo_stats.store.run_folder import run_files
 
 _CACHE_KIB = 64 * 1024
@@ -141,13 +141,14 @@ def open_sample_index(samples: Path, database: Path, modes: Sequence[Mode] = MOD
     paths = sample_files(samples)
     database.unlink(missing_ok=True)
     with ExitStack() as stack:
-        connection = sqlite3.connect(database, isolation_level=None)
-        stack.callback(database.unlink, missing_ok=True)
-        stack.callback(connection.close)
-        for pragma in ("journal_mode = off", "synchronous = off", f"cache_size = -{_CACHE_KIB}"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute(_TABLES)
-        source = _fill(connection, paths, samples, modes)
+        with writing(database):
+            connection = sqlite3.connect(database, isolation_level=None)
+            stack.callback(database.unlink, missing_ok=True)
+            stack.callback(connection.close)
+            for pragma in ("journal_mode = off", "synchronous = off", f"cache_size = -{_CACHE_KIB}"):
+                connection.execute(f"PRAGMA {pragma}")
+            connection.execute(_TABLES)
+            source = _fill(connection, paths, samples, modes)
         files = [(path, stack.enter_context(path.open("rb"))) for path in paths]
         yield SampleIndex(connection, files, source)
 

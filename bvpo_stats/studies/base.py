@@ -23,7 +23,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bvpo_stats.errors import UserError, one_line
-from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.jsonl import write_atomic, writing
 
 ReportT = TypeVar("ReportT", bound="Report")
 
@@ -268,7 +268,8 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Writes figures, ``report.md`` and, last, ``report.json``."""
-        figures = self.figures(folder / "figures")
+        with writing(folder / "figures"):
+            figures = self.figures(folder / "figures")
         write_atomic(folder / "report.md", self.markdown(figures))
         write_atomic(folder / REPORT_FILE, self.to_json())
 

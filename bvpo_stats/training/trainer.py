@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,8 +26,10 @@ from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy, with_tokenizer
 from bvpo_stats.model.scores import check_alone, log_probabilities
 from bvpo_stats.model.subset import check_adapter_config, sharing_copy
-from bvpo_stats.records import MODES, PreferencePair, TraceRecord
+from bvpo_stats.progress import within
+from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
+from bvpo_stats.store.jsonl import writing
 from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
@@ -192,14 +195,20 @@ class BVPOTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)  # of a damaged checkpoint that is now written again
-        super()._save_checkpoint(model, trial)
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except UserError:  # a full disk needs the room more than half a checkpoint does
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()  # each process has written a random state of its own
         if self.args.should_save and not self.args.save_only_model:
             seal_folder(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model (an adapter in PEFT's format), the tokenizer, and alpha's state beside them."""
-        super().save_model(output_dir, _internal_call=_internal_call)
+        with writing(Path(str(output_dir or self.args.output_dir))):
+            super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
             save_state(Path(str(output_dir or self.args.output_dir)), self.identity, self.estimator.to_state())
 
@@ -312,10 +321,18 @@ class BVPOTrainer(Trainer):
 
     def _gradient(self, prompts: Sequence[Any]) -> StepGradient:
         self._alpha_in_use = self.alpha
+        pairs, seen = sum(len(prompt.pairs) for prompt in prompts), 0
+
+        def observe(modes: list[Mode], *values: Any) -> None:
+            nonlocal seen
+            seen += len(modes)
+            within(seen / pairs)
+            self._metrics.add(modes, *values)
+
         if not self.estimator.collects:
-            return mixed_gradient(self._pair_model, prompts, self.alpha, self._metrics.add)
+            return mixed_gradient(self._pair_model, prompts, self.alpha, observe)
         assert self._subset is not None  # whoever wants sums has made one
-        found, sums = scored_gradient(self._pair_model, self._subset, prompts, self.alpha, self._metrics.add)
+        found, sums = scored_gradient(self._pair_model, self._subset, prompts, self.alpha, observe)
         self.estimator.add(sums)
         return found
 

@@ -68,6 +68,18 @@ def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
         list(read_jsonl(path))
 
 
+def test_a_compressed_file_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"a":1}\n' * 1_000)
+    for size in range(1, len(whole)):
+        (tmp_path / "x.jsonl.gz").write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"Cannot read .*x\.jsonl\.gz: .*its end is missing"):
+            list(read_jsonl(tmp_path / "x.jsonl.gz"))
+    for damaged in (b"x" + whole[1:], whole[:12] + b"\xff" * 4 + whole[16:], whole[:-8] + b"\0" * 8):
+        (tmp_path / "x.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"Cannot read .*x\.jsonl\.gz: "):
+            list(read_jsonl(tmp_path / "x.jsonl.gz"))
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read .*none\.jsonl: No such file"):
         list(read_jsonl(tmp_path / "none.jsonl"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,24 @@ def test_other_records_never_get_the_old_numbers(random_model: Path, pairs: Path
         with pytest.raises(UserError, match=rf"different run \({words}'\w+' there, '\w+' now\)"):
             run_train(config, tmp_path / "run")
         (mine / name).write_text(before)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    random_model: Path, pairs: Path, short: Path, tmp_path: Path
+) -> None:
+    """Whatever file it is that the kernel (EFBIG here) lets grow no further."""
+    run, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = {path.stat().st_size for path in (short / "checkpoints" / "checkpoint-2").iterdir()}
+    for size in sorted(sizes)[-2:]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))
+        try:
+            with pytest.raises(UserError, match=rf"Disk full while writing {run}/checkpoints/checkpoint-2[^ ]*\. Free"):
+                run_train(run_config(random_model, pairs, **SHORT), run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not (run / "checkpoints" / "checkpoint-2").exists()
+    run_train(run_config(random_model, pairs, **SHORT), run)
+    assert same(run, short)
 
 
 def test_resume_insists_on_a_checkpoint(random_model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -36,14 +36,15 @@ from bvpo_stats.model.policy import (
     with_lora,
 )
 from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.intervals import Method
 from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
-from bvpo_stats.store.run_folder import Shard, open_run
+from bvpo_stats.store.jsonl import write_error
+from bvpo_stats.store.run_folder import Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
 from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Marginal, finite
@@ -267,6 +268,8 @@ def _stream(
         metric = block_metric(subset, options.second_moments, options.epsilon)
     stream = replace(options.stream, method=choice.method)
     own = [example for example in examples if example.prompt_id in mine]
+    if folder is not None and mine - checkpoint.state.done:
+        say(_estimated(subset, own, len(order), options, choice, folder))
     try:
         with progress("Gradients", len(mine), "prompts", done=len(checkpoint.state.done)) as advance:
             if mine - checkpoint.state.done:
@@ -276,6 +279,38 @@ def _stream(
     finally:
         checkpoint.save()
     return checkpoint.state
+
+
+def _estimated(
+    subset: Subset,
+    examples: Sequence[Example],
+    n_prompts: int,
+    options: AlphaOptions,
+    choice: MarginalChoice,
+    folder: Path,
+) -> str:
+    """What a pass takes, in words.
+
+    Raises:
+        UserError: Its moments do not fit the disk.
+    """
+    tokens = sum(
+        2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        for example in examples
+        for pair in example.pairs
+    )
+    plain = choice.method == "reference-point"
+    members = 2 if plain else 3
+    groups = jackknife_groups(n_prompts, subset.size, members, options.groups) or n_prompts
+    vectors = members * min(groups, n_prompts) * (1 if options.second_moments is None else 2)
+    vectors += 0 if plain or not options.stream.half_splits else 2 * _HALVES_GROUPS
+    size = 8 * subset.size * vectors
+    banks = "" if plain else ", those of traces apart"
+    return (
+        f"Gradients: {len(examples):,} pairs of pairs, {tokens:,} tokens{banks}, by {subset.size:,} parameters. Their "
+        f"moments take about {spoken_bytes(size)} of memory, and as {MOMENTS_FILE} {check_room(folder, size)}: it "
+        "answers for other batch and step sizes without the model; delete it when you need no more of these."
+    )
 
 
 def _report(
@@ -695,7 +730,7 @@ class Checkpoint:
             temporary.replace(self.path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"Cannot write {self.path}: {error.strerror}. Free some space and run again.") from error
+            raise write_error(self.path, error) from error
         self._saved = self.state
         now = time.monotonic()
         self._next_save = now + max(_SAVE_EVERY_SECONDS, _SAVE_SHARE * (now - started))

@@ -10,6 +10,7 @@ from pathlib import Path
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, PolicyOptions, load_policy, model_source, with_adapter
+from bvpo_stats.progress import say
 from bvpo_stats.store.jsonl import encode_row, write_atomic
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index
 from bvpo_stats.studies.evaluate.benchmarks import Benchmark, prompt_rows
@@ -36,6 +37,12 @@ def draw_responses(
         UserError: Anything wrong with a model or its responses. What was drawn is kept.
     """
     reports: dict[str, SampleReport] = {}
+    if folder.exists():
+        count = sum(len(b.problems) * b.samples for b in benchmarks) * len(config.modes)
+        say(
+            f"Evaluation: {len(entrants)} models, {len(benchmarks)} benchmarks: {len(entrants) * count:,} responses of "
+            f"at most {config.tokens:,} tokens, those of earlier runs included."
+        )
     problems = {benchmark.name: _problems_file(benchmark, config, folder) for benchmark in benchmarks}
 
     def draw(entrant: Contestant, policy: Policy | None) -> None:

@@ -96,7 +96,14 @@ def _fill_bank(
     state = _restore(bank, states)
     drawer = TraceDrawer(policy, config.bank.temperature, config.seed, config.batch_size)
     temperatures: set[float] = set()
-    done = 0
+    done, k = 0, config.bank.traces_per_answer
+    if state.pairs < total:
+        kinds = {"posterior": {"anchor", "same-answer", "mh"}, "prior": {"prior"}}
+        wanted = [f"{k} {kind}" for kind, sources in kinds.items() if sources & set(config.bank.sources)]
+        say(
+            f"Tracing: {total - state.pairs:,} pairs, two answers each, up to {' and '.join(wanted)} traces an answer: "
+            f"{2 * k * len(wanted) * (total - state.pairs):,} traces at most."
+        )
     with progress("Tracing", total, "pairs", done=state.pairs) as advance:
         while window := list(islice(pairs, WINDOW)):
             done += len(window)

@@ -17,9 +17,9 @@ from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import load_policy, on_own_device, pick_device, with_lora
-from bvpo_stats.progress import progress, say
+from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.store.run_folder import Shard, folder_damage, open_run, seal_folder
+from bvpo_stats.store.run_folder import Shard, check_room, folder_damage, open_run, seal_folder
 from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import TrainConfig
@@ -69,6 +69,8 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         trainer = BVPOTrainer(policy, args, joined)
         trainer.remove_callback(PrinterCallback)  # our progress instead of a printed dictionary a step
         done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        if done < _steps(trainer):
+            say(_estimated(trainer, done, folder))
         with progress("Training", _steps(trainer), "steps", done=done) as advance:
             trainer.add_callback(_Progress(advance))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -82,6 +84,34 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
         write_atomic(folder / "timing.json", to_json(timing))
         report.write(folder)
     return report
+
+
+_KEPT = 2  # checkpoints, and one more while it is written
+
+
+def _estimated(trainer: BVPOTrainer, done: int, folder: Path) -> str:
+    """What the steps to come take, in words.
+
+    Raises:
+        UserError: The checkpoints do not fit the disk.
+    """
+    args, train = trainer.config, trainer.selection.train
+    tokens = sum(
+        2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        for prompt in train
+        for pair in prompt.pairs
+    )
+    steps = _steps(trainer) - done
+    trained = sum(w.numel() * w.element_size() for w in trainer.policy.model.parameters() if w.requires_grad)
+    checkpoint = 3 * trained  # weights, and two moments of Adam
+    there = sum(path.stat().st_size for path in (folder / _CHECKPOINTS).rglob("*") if path.is_file())
+    size = (_KEPT + 1) * checkpoint + trained
+    return (
+        f"Training: {steps:,} steps of {args.prompts_per_step} prompts, about "
+        f"{round(tokens / max(1, len(train)) * args.prompts_per_step):,} tokens each. Weights, gradients and Adam's "
+        f"state take about {spoken_bytes(4 * trained)} of memory beside the model's forward pass; checkpoints and "
+        f"model {check_room(folder, max(0, size - there))}."
+    )
 
 
 def _finished_report(folder: Path) -> TrainReport | None:
@@ -116,7 +146,7 @@ def _arguments(config: TrainConfig, output: Path) -> BVPOConfig:
     own = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in known}
     settings = config.named.settings(**own) | {
         "report_to": list(config.report_to),
-        "save_total_limit": 2,
+        "save_total_limit": _KEPT,
         "use_cpu": pick_device(config.policy.device).type == "cpu",  # transformers joins processes only if it knows
         "disable_tqdm": True,
     }
