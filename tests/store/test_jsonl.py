@@ -61,16 +61,9 @@ def test_lines_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, wor
         list(read_jsonl(path))
 
 
-def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a":1}\n' * 1000)[:-12])
-    with pytest.raises(UserError, match=r"Cannot read .*x\.jsonl\.gz: Compressed file ended"):
-        list(read_jsonl(path))
-
-
 def test_a_compressed_file_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"a":1}\n' * 1_000)
-    for size in range(1, len(whole)):
+    for size in range(2, len(whole)):  # of one byte, gzip says that it is no gzip
         (tmp_path / "x.jsonl.gz").write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"Cannot read .*x\.jsonl\.gz: .*its end is missing"):
             list(read_jsonl(tmp_path / "x.jsonl.gz"))
