@@ -225,6 +225,11 @@ def _load(options: PolicyOptions) -> Policy:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        raise _load_error(options.model, error) from error
+    template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)  # before the weights
+    try:
+        with quiet_transformers():
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
@@ -237,7 +242,6 @@ def _load(options: PolicyOptions) -> Policy:
     except Exception as error:
         raise _load_error(options.model, error) from error
     check_loaded(f"`model={options.model!r}`", model, found)
-    template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
     eos_ids = _eos_ids(model, tokenizer)
     words = model.get_input_embeddings().weight.shape[0]
     if max(*template.prompt_ids("probe", "nothinking"), *eos_ids) >= words:

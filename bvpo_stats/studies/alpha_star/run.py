@@ -99,10 +99,12 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         identity = fingerprints(config.inputs)
         joined = load_examples(config.inputs, config.policy)
         _check_groups(joined.prompts, config.groups)
+        options = _options(config)
+        if config.optimizer_state is not None and not config.optimizer_state.exists():
+            raise UserError(f"`optimizer_state={str(config.optimizer_state)!r}`: no such file or folder.")
         policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
         lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
         policy, subset, words = prepare_subset(policy, config.params, lora)
-        options = _options(config)
         if config.optimizer_state is not None:
             options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
         identity |= _identity(config, lora, options, policy, words)

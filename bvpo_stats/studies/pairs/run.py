@@ -50,12 +50,12 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
         UserError: Anything wrong with the input; see the message.
     """
     fingerprint = samples_fingerprint(config.samples)
-    policy = load_policy(config.policy) if config.ref_logps else None
-    template = load_template(config.policy) if policy is None else policy.template
+    template = load_template(config.policy)
     options = config.policy
     reward = load_reward(
         config.reward, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
+    policy = load_policy(options) if config.ref_logps else None
     identity = {
         "samples": fingerprint,
         "reward": reward.identity,

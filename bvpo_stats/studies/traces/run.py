@@ -51,9 +51,10 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
     n_pairs = sum(1 for _ in read_rows(pairs_path))
     if not n_pairs:
         raise UserError(f"{pairs_path} holds no pairs, so there is nothing to find traces for.")
+    total = n_pairs if config.limit is None else min(config.limit, n_pairs)
+    check_one_temperature({sampling_temperature(p) for p in islice(read_records(pairs_path, PreferencePair), total)})
     samples = samples_fingerprint(config.samples)
     policy = load_policy(config.policy)
-    total = n_pairs if config.limit is None else min(config.limit, n_pairs)
     identity = {
         "pairs": fingerprint(pairs_path, "pairs"),
         "samples": samples,
