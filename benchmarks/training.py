@@ -181,8 +181,6 @@ def our_trainer(case: Case, folder: str, **settings: Any) -> BVPOTrainer:
         report_to=[],
         **settings,
     )
-    probes = min(32, len(case.pairs) // 2 - case.batch_size)
-    args.alpha_probe_prompts = probes
     return BVPOTrainer(drifted(case.build()), args, case.pairs, traces=case.traces)
 
 
@@ -281,14 +279,9 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     """Times, memory, and the cost of adaptive alpha at the default cadence."""
     with tempfile.TemporaryDirectory() as folder:
         runs, adaptive = steps_of(case, folder)
-        probe = adaptive.estimator._probe
-        assert probe is not None
-        seconds = interleaved(runs | {"look": lambda: probe.look()}, rounds)
+        seconds = interleaved(runs, rounds)
         peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    cadence = adaptive.estimator.update_steps
-    every = adaptive.config.alpha_sums_steps
-    rounds_of = zip(seconds[ADAPTIVE], seconds[FIXED], seconds["look"], strict=True)
-    amortised = [(step + (every - 1) * fixed) / every + look / cadence for step, fixed, look in rounds_of]
+    looks = adaptive.estimator.looks
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "case": case.name,
@@ -297,11 +290,8 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
         "peak_mb": {name: round(value / 2**20, 2) for name, value in peaks.items()},
         "time_ratio_to_trl": round(median_ratio(seconds[OURS_DPO], seconds[TRL_DPO]), 4),
         "memory_ratio_to_trl": round(peaks[OURS_DPO] / peaks[TRL_DPO], 4),
-        "adaptive_step_over_fixed": round(median_ratio(seconds[ADAPTIVE], seconds[FIXED]), 4),
-        "adaptive_over_fixed": round(median_ratio(amortised, seconds[FIXED]), 4),
-        "default_update_steps": cadence,
-        "default_sums_steps": every,
-        "probe_prompts": probe.prompts,
+        "adaptive_over_fixed": round(median_ratio(seconds[ADAPTIVE], seconds[FIXED]), 4),
+        "default_look_steps": None if looks is None else adaptive.estimator.look_steps,
         "rounds": rounds,
     }
 

@@ -10,9 +10,9 @@ EXAMPLES = """Examples:
 
 bvpo-stats oracle-training
 
-bvpo-stats oracle-training --eta-l 0.2,1.4 --seeds 4 --steps 60 --output runs/oracle-quick
+bvpo-stats oracle-training --optimizers adamw --horizons 25,75 --seeds 3 --output runs/oracle-quick
 
-bvpo-stats oracle-training --oracle-seed 1 --probe-prompts 64 --output runs/oracle-other"""
+bvpo-stats oracle-training --models 4 --draw-seed 1 --output runs/oracle-other"""
 
 
 def oracle_training(config: OracleTrainingConfig, output: Path) -> None:

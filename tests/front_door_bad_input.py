@@ -164,14 +164,14 @@ def main() -> None:
 
     refuses("Objective name", lambda x: bvpo.Objective(x), [*BAD, "x"])
     refuses("Objective beta", lambda x: bvpo.Objective(beta=x), [*without(int, float), float("nan"), 0, -1, "x"])
-    whole = ("max_length", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "alpha_probe_prompts")
+    whole = ("max_length", "max_tokens", "alpha_update_steps")
     for name in (*whole, "alpha_traces_per_answer", "per_device_train_batch_size", "gradient_accumulation_steps"):
         values = [*without(int), -1, "x", 1.5]
         refuses(f"BVPOConfig {name}", lambda x, name=name: config(**{name: x}), values)
-    for name in ("beta", "alpha", "alpha_prior", "alpha_level", "alpha_ema", "eta_l", "learning_rate"):
+    for name in ("beta", "alpha", "alpha_prior", "alpha_level", "eta_l", "learning_rate"):
         values = [b"x", {"a": 1}, object(), [17], "x", *([] if name == "learning_rate" else [-1, float("nan")])]
         refuses(f"BVPOConfig {name}", lambda x, name=name: config(**{name: x}), values)
-    for name in ("loss_type", "unmatched_prompts", "eval_strategy"):
+    for name in ("loss_type", "unmatched_prompts", "eval_strategy", "alpha_rule"):
         refuses(f"BVPOConfig {name}", lambda x, name=name: bvpo.BVPOConfig(str(folder), **{name: x}), [*BAD, "x"])
     CALLS["BVPOConfig eval_do_concat_batches"] = lambda: config(eval_do_concat_batches=False)
     CALLS["BVPOConfig label_smoothing_factor"] = lambda: config(label_smoothing_factor=0.1)

@@ -1,14 +1,8 @@
 """Curvature of the loss over a parameter subset: what eta L is, by Hessian-vector products.
 
 Theorem 3 bounds steps by eta <= 1 / L; eta times the largest eigenvalue is what ``eta L`` is along the steepest
-curvature (Lanczos). The curvature that gradient noise meets is smaller. To second order a step eta with noise of
-covariance Sigma raises the expected loss by ``eta^2 tr(H Sigma) / 2``, so the L that prices the variance in
-``norm(bias)^2 + eta L Var`` is
-
-    L = tr(H Sigma) / tr Sigma,       Sigma = Cov(g_t - g_e),
-
-the mean curvature along the difference that alpha mixes: the largest eigenvalue would make alpha pay too much for quiet
-gradients (see the oracle training study). The Hessian is that of the mean pair loss over D_t, at theta.
+curvature (Lanczos). The curvature that gradient noise meets is smaller: training measures it along its own steps
+(`bvpo_stats.training.alpha.stream`). The Hessian is that of the mean pair loss over D_t, at theta.
 """
 
 from __future__ import annotations
@@ -24,11 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.examples import Example, Joined
 from bvpo_stats.gradients.objectives import Objective
-from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.reference import PairBatch, Reference, pair_batches
-from bvpo_stats.gradients.stream import pair_gradients
 from bvpo_stats.model.batching import Batch
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.policy import Policy
@@ -251,50 +242,3 @@ class PairLoss:
         found = nn.functional.log_softmax(output.logits.to(wide), dim=-1)
         picked = found.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
         return (picked * batch.completion_mask).sum(dim=1, dtype=torch.float64)
-
-
-PRODUCTS = 8
-"""Hessian-vector products spent; with no more prompts than that the trace is exact."""
-
-
-def noise_curvature(
-    policy: Policy,
-    subset: Subset,
-    examples: Sequence[Example],
-    objective: Objective,
-    options: CurvatureOptions,
-) -> float:
-    """``tr(H Sigma) / tr Sigma`` with H the Hessian of the mean loss over the D_t pairs.
-
-    With v_i the centred ``t_i - e_i`` of prompt i, ``tr(H Sigma) / tr Sigma = sum_i v_i' H v_i / sum_i norm(v_i)^2``.
-    Beyond `PRODUCTS` prompts both sums are estimated from random signs, ``z = sum_i s_i v_i`` (Hutchinson 1990):
-    ``E z' H z = sum_i v_i' H v_i``.
-
-    Args:
-        policy: The policy at theta, dropout off.
-        subset: The parameters theta.
-        examples: Joined D_t and D_e pairs; memory is one gradient a pair.
-        objective: The loss.
-        options: Budget of tokens and seed; ``n_pairs`` bounds the prompts.
-
-    Returns:
-        L; negative where the loss is concave along the noise, 0 where there is no noise.
-
-    """
-    chosen = Joined(tuple(examples[: options.n_pairs]))
-    how = StreamOptions(objective=objective, method="none", reference="adapter", allow_mismatch=True)
-    found = pair_gradients(policy, chosen, subset=subset, options=how)
-    noise = found.t.astype(np.float64) - found.e.astype(np.float64)
-    noise -= noise.mean(axis=0)
-    traces = [example.both[0] for example in chosen.examples]
-    loss = PairLoss(policy, subset, traces, objective, options.max_tokens)
-    probes = _probes(noise, options.seed)
-    curved = sum(float(probe @ loss.product(probe)) for probe in probes)
-    size = float((probes**2).sum())
-    return curved / size if size > 0 else 0.0
-
-
-def _probes(noise: Float[np.ndarray, "prompts parameters"], seed: int) -> Float[np.ndarray, "products parameters"]:
-    if len(noise) <= PRODUCTS:
-        return noise
-    return np.random.default_rng(seed).choice([-1.0, 1.0], size=(PRODUCTS, len(noise))) @ noise

@@ -130,6 +130,21 @@ class Objective:
         }
         return rules[self.name](logps)
 
+    def curvature(self, before: PairLogps[A], after: PairLogps[A]) -> A:
+        """Gauss-Newton curvature between two policies: l''(z) (dz)^2 of each pair, z what the loss is a function of.
+
+        With w the weights on the scores, ``dw_chosen dlogp_chosen + dw_rejected dlogp_rejected``, exact as the step
+        goes to zero.
+
+        Args:
+            before: The pairs' log-probabilities at theta.
+            after: The same at theta plus a small step.
+        """
+        one, two = self(before), self(after)
+        chosen = (two.chosen_weight - one.chosen_weight) * (after.chosen - before.chosen)
+        rejected = (two.rejected_weight - one.rejected_weight) * (after.rejected - before.rejected)
+        return chosen + rejected  # type: ignore[no-any-return]
+
     def _dpo(self, logps: PairLogps[A]) -> PairTerms[A]:
         """-log sigmoid(m), m = beta (Delta(chosen) - Delta(rejected)), Delta = log pi_theta - log pi_ref."""
         chosen, rejected = (self.beta * ratio for ratio in _log_ratios(logps))

@@ -9,8 +9,8 @@ from bvpo_stats.training.alpha import (
     Controller,
     FixedController,
     Observation,
+    StepProducts,
     StepSize,
-    StepSums,
     from_state,
     make_controller,
 )
@@ -24,8 +24,8 @@ __all__ = [
     "Controller",
     "FixedController",
     "Observation",
+    "StepProducts",
     "StepSize",
-    "StepSums",
     "from_state",
     "make_controller",
 ]

@@ -13,7 +13,14 @@ from bvpo_stats.errors import UserError, check_choice, check_number, check_whole
 from bvpo_stats.gradients.examples import Unmatched
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.records import MODES, Mode
-from bvpo_stats.training.alpha import ADAPTIVE, AdaptiveOptions, Controller, FixedController, make_controller
+from bvpo_stats.training.alpha import (
+    ADAPTIVE,
+    DEFAULT_RULE,
+    AdaptiveOptions,
+    Controller,
+    FixedController,
+    make_controller,
+)
 
 AUTO = "auto"
 
@@ -31,24 +38,21 @@ class BVPOConfig(TrainingArguments):
         simpo_gamma: Target margin of SimPO, -log sigmoid(beta * (difference of averages) - gamma); others ignore it.
         max_length: Pairs with a longer sequence are set aside and counted, never cut: a cut trace has no answer.
         unmatched_prompts: What to do about prompts that only one of D_t and D_e has: ``error`` or ``drop``.
-        allow_mismatch: Take probe pairs and traces of another model or template.
+        allow_mismatch: Take pairs and traces of another model or template.
         precompute_ref_log_probs: Take log pi_ref of all pairs before the first step (stored values of the records where
             there are any), instead of running the disabled adapter in every step. Full fine-tuning always does.
         max_tokens: Padded tokens per forward: the microbatches inside a step. Bounds memory, changes no result.
         alpha: Weight of the trace loss: a number in [0, 1] (1 is DPO on D_t, 0 on D_e), ``adaptive``, or a schedule
             ``step:alpha,step:alpha,...``.
-        alpha_prior: What ``adaptive`` uses until its interval excludes it.
-        alpha_update_steps: Optimizer steps between two looks at the probe set; None spends 2% of the tokens on them.
-        alpha_sums_steps: One step in so many forms its gradients prompt by prompt, for the variances: on small models
-            this costs up to a tenth of a step.
-        alpha_ema: Share that the averages of the estimated moments keep from one look to the next; None for the
-            controller's default.
-        alpha_probe_prompts: Prompts held out of training, on which the marginal gradient is estimated.
-        alpha_traces_per_answer: K, traces behind each answer of the probe set.
+        alpha_rule: What ``adaptive`` does with its estimates, a name in `bvpo_stats.training.alpha.RULES`.
+        alpha_prior: What estimates are shrunk toward, and alpha before there are any (`rising` has its own start).
+        alpha_update_steps: Optimizer steps between two looks at the trace gradient's bias, where there are traces; None
+            spends 1% of the tokens on them.
+        alpha_traces_per_answer: K, traces behind each answer of a look.
         alpha_level: Confidence level of alpha's interval.
-        eta_l: Learning rate times smoothness at the peak learning rate: a number, or ``auto``, which measures L on the
-            probe set before the first step, as the curvature that the gradient noise meets
-            (`bvpo_stats.gradients.curvature`). Either follows the learning rate's schedule.
+        eta_l: Learning rate times smoothness at the peak learning rate: a number (1 is the paper's), or ``auto``, which
+            measures it in the optimizer's metric during training (`bvpo_stats.training.alpha.stream`). Either follows
+            the learning rate's schedule.
     """
 
     # Defaults that differ from transformers'.
@@ -67,14 +71,12 @@ class BVPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Take log pi_ref before the first step."})
     max_tokens: int = field(default=16_384, metadata={"help": "Padded tokens per forward."})
     alpha: float | str = field(default=0.5, metadata={"help": "Weight of the trace loss, or adaptive."})
-    alpha_prior: float = field(default=0.5, metadata={"help": "alpha until the data exclude it."})
-    alpha_update_steps: int | None = field(default=None, metadata={"help": "Steps between two updates of alpha."})
-    alpha_sums_steps: int = field(default=4, metadata={"help": "Steps between two that feed the variances."})
-    alpha_ema: float | None = field(default=None, metadata={"help": "Memory of the averaged moments."})
-    alpha_probe_prompts: int = field(default=32, metadata={"help": "Prompts held out to estimate mu."})
-    alpha_traces_per_answer: int = field(default=4, metadata={"help": "Traces behind each answer of the probe set."})
+    alpha_rule: str = field(default=DEFAULT_RULE, metadata={"help": "What is done with the estimates of alpha."})
+    alpha_prior: float = field(default=0.5, metadata={"help": "What estimates of alpha are shrunk toward."})
+    alpha_update_steps: int | None = field(default=None, metadata={"help": "Steps between two looks at the bias."})
+    alpha_traces_per_answer: int = field(default=4, metadata={"help": "Traces behind each answer of a look."})
     alpha_level: float = field(default=0.95, metadata={"help": "Confidence level of alpha's interval."})
-    eta_l: float | str = field(default=1.0, metadata={"help": "Learning rate times smoothness, or auto."})
+    eta_l: float | str = field(default=AUTO, metadata={"help": "Learning rate times smoothness, or auto."})
 
     def __post_init__(self) -> None:
         try:
@@ -87,15 +89,13 @@ class BVPOConfig(TrainingArguments):
             (self.loss_type,) = self.loss_type  # as TRL spells a single loss
         if self.eta_l != AUTO:
             self.eta_l = _positive("eta_l", self.eta_l)
-        for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "alpha_sums_steps", "max_length"):
+        for name in ("alpha_traces_per_answer", "max_tokens", "alpha_update_steps", "max_length"):
             value = getattr(self, name)
             if value is not None or name not in ("alpha_update_steps", "max_length"):
                 check_whole(name, value)
-        check_whole("alpha_probe_prompts", self.alpha_probe_prompts, low=0)
         check_choice("unmatched_prompts", self.unmatched_prompts, get_args(Unmatched))
-        for name in ("beta", "simpo_gamma", "alpha_prior", "alpha_level", "alpha_ema"):
-            if getattr(self, name) is not None or name != "alpha_ema":
-                check_number(name, getattr(self, name))
+        for name in ("beta", "simpo_gamma", "alpha_prior", "alpha_level"):
+            check_number(name, getattr(self, name))
         AdaptiveOptions(**self._adaptive_options())  # complains even where alpha is fixed
         self.objective(), self.controller()  # complain about their own settings
 
@@ -125,8 +125,7 @@ class BVPOConfig(TrainingArguments):
         return make_controller(self.alpha, **self._adaptive_options())
 
     def _adaptive_options(self) -> dict[str, Any]:
-        options = {"prior": self.alpha_prior, "level": self.alpha_level}
-        return options if self.alpha_ema is None else options | {"decay": self.alpha_ema}
+        return {"rule": self.alpha_rule, "prior": self.alpha_prior, "level": self.alpha_level}
 
     def _check_inherited(self) -> None:
         """Refuses transformers' settings that would be ignored or fail later."""

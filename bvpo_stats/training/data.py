@@ -1,8 +1,7 @@
-"""What to train on: the joined examples, and which prompts are held out for the probe set."""
+"""What to train on: the joined examples."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch.utils.data import Dataset
 
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.records import PreferencePair, TraceRecord
-from bvpo_stats.training.alpha import AdaptiveOptions
 from bvpo_stats.training.config import BVPOConfig
 
 
@@ -23,13 +21,11 @@ class PromptSelection:
 
     Attributes:
         train: To train on, in the order of the records.
-        probe: Held out, for the marginal gradient.
         too_long: Prompts set aside because a pair exceeds the longest sequence.
         unmatched: Prompts set aside because only one of the two sets has them.
     """
 
     train: tuple[Example, ...]
-    probe: tuple[Example, ...]
     too_long: int
     unmatched: int
 
@@ -80,42 +76,6 @@ def join_for(
     )
 
 
-def select(args: BVPOConfig, joined: Joined) -> PromptSelection:
-    """The examples that the settings train on, and those they hold out."""
-    if not args.adaptive:
-        return hold_out(joined)
-    prompts = joined.prompts + joined.too_long
-    spare = prompts - args.prompts_per_step if args.dataloader_drop_last else prompts // 2
-    selection = hold_out(joined, max(0, min(args.alpha_probe_prompts, spare)), args.seed)
-    if len(selection.probe) < AdaptiveOptions().min_prompts:
-        return hold_out(joined)  # of no use to the estimate: train on them
-    return selection
-
-
-def hold_out(joined: Joined, probe: int = 0, seed: int = 0) -> PromptSelection:
-    """Holds prompts out for the probe set.
-
-    Which ones is decided by the seed and their ids alone. Where there is a trace bank, only prompts whose answers all
-    have traces in it qualify.
-
-    Args:
-        joined: The run's examples.
-        probe: Prompts to hold out.
-        seed: The run's.
-    """
-    examples = joined.examples
-    lacking: set[str] = set()
-    if any(example.traces for example in examples):
-        lacking = {e.prompt_id for e in examples if {trace.side for trace in e.traces} != {"chosen", "rejected"}}
-    able = {example.prompt_id for example in examples} - lacking
-    held_out = set(sorted(able, key=lambda prompt: _lot(seed, prompt))[:probe])
-    return PromptSelection(
-        train=tuple(example for example in examples if example.prompt_id not in held_out),
-        probe=tuple(example for example in examples if example.prompt_id in held_out),
-        too_long=joined.too_long,
-        unmatched=joined.only_trace + joined.only_empty,
-    )
-
-
-def _lot(seed: int, prompt_id: str) -> bytes:
-    return hashlib.blake2b(f"probe/{seed}/{prompt_id}".encode(), digest_size=16).digest()
+def select(joined: Joined) -> PromptSelection:
+    """The examples to train on, and how many were set aside: nothing is held out."""
+    return PromptSelection(joined.examples, joined.too_long, joined.only_trace + joined.only_empty)

@@ -1,9 +1,8 @@
 """The gradient of one step, L_c = alpha L_t + (1 - alpha) L_e, in microbatches of a token budget.
 
-`mixed_gradient` is an ordinary backward; `scored_gradient` takes it together with each prompt's own trace and
-empty-trace gradients out of the same backward. With t_i and e_i those of prompt i, S_t = sum_i t_i, S_e = sum_i e_i and
-D_tt, D_te, D_ee = sum_i of the inner products, the sums give the step's gradient, (alpha S_t + (1 - alpha) S_e) / n,
-and together with the D's the U-statistics of :class:`~bvpo_stats.training.alpha.StepSums`. All in float64.
+`mixed_gradient` is an ordinary backward; `parted_gradient` keeps the gradients of the two sets apart, for the
+estimate of alpha (`bvpo_stats.training.alpha.lagged`), and `curvature_along` goes a little way along a direction with
+one more forward pass.
 
 `transformers.Trainer` asks `compute_loss` for one scalar and runs its backward. What is handed over is the scalar with
 the finished gradient attached (`with_gradient`): to the Trainer, to gradient accumulation and to the reduction over
@@ -13,12 +12,12 @@ processes it looks like any other loss.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,11 +27,8 @@ from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
 from bvpo_stats.gradients.reference import PairBatch, Reference, pair_batches
 from bvpo_stats.model.head import sequence_logprobs, token_logprobs
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.model.scores import ScoreOptions, check_finite, score_pass
-from bvpo_stats.model.sinks import Sink
-from bvpo_stats.model.subset import Subset
+from bvpo_stats.model.scores import check_finite
 from bvpo_stats.records import Mode, PreferencePair
-from bvpo_stats.training.alpha import StepSums
 
 Observe = Callable[[list[Mode], Tensor, PairLogps[Tensor], PairTerms[Tensor]], None]
 """Told about every microbatch: sets, shares in the loss, log-probabilities, losses and rewards."""
@@ -116,10 +112,7 @@ def mixed_gradient(pair_model: PairModel, prompts: Sequence[Example], alpha: flo
             logps, terms = pair_model.terms(micro, policy)
             part = (share * terms.loss).sum()
             found = torch.autograd.grad(part, weights, allow_unused=True)
-        gradients = [
-            g if total is None else total if g is None else total.add_(g)
-            for total, g in zip(gradients, found, strict=True)
-        ]
+        gradients = _added(gradients, found)
         loss += part.detach()
         observe([pair.mode for pair in micro.pairs], share, logps, terms)
     check_gradient(loss, gradients, prompts)
@@ -187,129 +180,39 @@ def moving_share(weights: Sequence[Tensor], step: float) -> float:
     return moved / seen if seen else 1.0
 
 
-class PromptSums:
-    """Running sums; memory: two vectors of the parameters, and what `TraceRows` keep."""
+@dataclass(frozen=True)
+class SetGradients:
+    """Sums over prompts of the gradients of either set, each one vector over all trained weights.
 
-    def __init__(self, subset: Subset) -> None:
-        self._subset = subset
-        self._trace: dict[str, Tensor] = {}
-        self._empty: dict[str, Tensor] = {}
-        self._products: dict[str, list[Tensor]] = {"tt": [], "te": [], "ee": []}
-        self._examples = 0
+    Attributes:
+        trace: S_t = sum_i t_i, in the weights' dtype, float32 at least.
+        empty: S_e = sum_i e_i.
+        prompts: How many.
+    """
 
-    def trace_sink(self, rows: dict[str, Tensor], group: int, members: Int[Tensor, " prompts"]) -> Sink:
-        """Takes the weighted scores of trace pairs, chosen and rejected in turn: their sums are the prompts' t_i.
+    trace: Float[Tensor, " parameters"]
+    empty: Float[Tensor, " parameters"]
+    prompts: int
 
-        Args:
-            rows: Where the t_i are kept for the inner products with the e_i, by weight: ``[group, *shape]``.
-            group: Prompts that share ``rows``.
-            members: Which of them these pairs belong to, in rising order.
-        """
-
-        def take(name: str, scores: Float[Tensor, "sequences ..."]) -> None:
-            gradients = scores[0::2] + scores[1::2]
-            if len(members) == group:  # members are in rising order
-                rows[name] = gradients
-            else:
-                if name not in rows:
-                    rows[name] = gradients.new_zeros((group, *gradients.shape[1:]))
-                rows[name][members] = gradients
-            _add(self._trace, name, gradients)
-            self._products["tt"].append(_square(gradients))
-
-        return take
-
-    def empty_sink(self, rows: dict[str, Tensor], members: Int[Tensor, " prompts"]) -> Sink:
-        """Takes the weighted scores of empty-trace pairs, likewise: the prompts' e_i.
-
-        Args:
-            rows: The t_i of the group.
-            members: Which of the group's prompts these pairs belong to.
-        """
-
-        def take(name: str, scores: Float[Tensor, "sequences ..."]) -> None:
-            gradients = scores[0::2] + scores[1::2]
-            _add(self._empty, name, gradients)
-            self._products["ee"].append(_square(gradients))
-            if (trace := rows.get(name)) is not None:
-                theirs = trace if len(members) == len(trace) else trace[members]
-                self._products["te"].append((gradients * theirs).sum(dtype=torch.float64))
-
-        return take
-
-    def count(self, prompts: int) -> None:
-        """Counts prompts whose gradients the sinks have received."""
-        self._examples += prompts
-
-    def gradients(self, alpha: float) -> list[Tensor | None]:
-        """(alpha S_t + (1 - alpha) S_e) / n by weight, in the weights' dtype; None for weights without gradient."""
-        found: list[Tensor | None] = []
-        for name, weight in self._subset.parameters.items():
-            sums = ((alpha, self._trace.get(name)), (1 - alpha, self._empty.get(name)))
-            parts = [share * part for share, part in sums if part is not None]
-            found.append(sum(parts[1:], parts[0]).div_(self._examples).to(weight.dtype) if parts else None)
-        return found
-
-    def merge(self, other: PromptSums) -> PromptSums:
-        """Sums over both sets of prompts; takes ``other``'s over."""
-        for mine, theirs in ((self._trace, other._trace), (self._empty, other._empty)):
-            for name, total in theirs.items():
-                mine[name] = mine[name].add_(total) if name in mine else total
-        for name, products in other._products.items():
-            self._products[name] += products
-        self._examples += other._examples
-        return self
-
-    def step_sums(self, reduce: Callable[[Tensor], Tensor] | None = None) -> StepSums:
-        """The inner products, over all processes.
-
-        Args:
-            reduce: Adds a tensor up over processes; None for a single one.
-        """
-        weights = self._subset.parameters
-        device = next(iter(weights.values())).device
-        diagonal = [torch.stack(found).sum() if found else torch.zeros(()) for found in self._products.values()]
-        numbers = torch.tensor([*map(float, diagonal), self._examples], dtype=torch.float64, device=device)
-        trace, empty = (_flat(part, weights) for part in (self._trace, self._empty))
-        if reduce is not None:
-            numbers, trace, empty = reduce(numbers), reduce(trace), reduce(empty)
-        tt, te, ee, examples = numbers.tolist()
-        total = (float(trace @ trace), float(trace @ empty), float(empty @ empty))
-        return StepSums(examples, examples, total, (tt, te, ee))
+    def merge(self, other: SetGradients) -> SetGradients:
+        """Sums over both sets of prompts."""
+        return SetGradients(self.trace + other.trace, self.empty + other.empty, self.prompts + other.prompts)
 
 
-def _add(sums: dict[str, Tensor], name: str, gradients: Tensor) -> None:
-    total = gradients.sum(0, dtype=torch.float64)
-    sums[name] = sums[name].add_(total) if name in sums else total
+Passes = list[tuple[PairBatch, PairLogps[Tensor]]]
+"""Microbatches of D_t with log pi_theta of their pairs."""
 
 
-def _square(gradients: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradients, dtype=torch.float64).square()
+def parted_gradient(
+    pair_model: PairModel, prompts: Sequence[Example], alpha: float, observe: Observe
+) -> tuple[StepGradient, SetGradients, Passes]:
+    """Loss and gradient of a step as `mixed_gradient` has them, and the gradients of D_t and D_e apart.
 
-
-def _flat(part: dict[str, Tensor], weights: dict[str, torch.nn.Parameter]) -> Float[Tensor, " parameters"]:
-    """A sum as one vector; weights that were not reached count as zero."""
-    pieces = [
-        part[name].flatten() if name in part else torch.zeros(w.numel(), dtype=torch.float64, device=w.device)
-        for name, w in weights.items()
-    ]
-    return torch.cat(pieces)
-
-
-_ROW_BYTES = 1 << 30  # memory for the trace gradients of a group of prompts
-
-
-def scored_gradient(
-    pair_model: PairModel, subset: Subset, prompts: Sequence[Example], alpha: float, observe: Observe
-) -> tuple[StepGradient, PromptSums]:
-    """Loss and gradient of a step, and the sums that alpha is estimated from.
-
-    Prompts go through in groups: first all trace pairs of a group, then all its empty-trace pairs, so that the inner
-    products of a prompt's two gradients can be formed weight by weight. A group's trace gradients are kept meanwhile.
+    The same forward and backward passes over the same pairs, in microbatches of one set each: what it costs is a
+    vector.
 
     Args:
         pair_model: The model and the loss.
-        subset: The weights that are trained.
         prompts: The step's prompts, each with both pairs.
         alpha: Weight of the trace loss.
         observe: Told about every microbatch.
@@ -317,47 +220,87 @@ def scored_gradient(
     Raises:
         UserError: A log-probability, the loss or the gradient is not finite; the pairs are named.
     """
-    sums = PromptSums(subset)
+    weights = pair_model.weights
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
-    for group in _groups(subset, prompts):
-        rows: dict[str, Tensor] = {}
-        trace = pair_model.plan([example.both[0] for example in group])
-        empty = pair_model.plan([example.both[1] for example in group])
-        for share, part in ((alpha, trace), (1 - alpha, empty)):
-            for micro in part:
-                members = torch.tensor(micro.members, device=loss.device)
-                sink = sums.trace_sink(rows, len(group), members) if part is trace else sums.empty_sink(rows, members)
-                logps, terms = _pass(pair_model, subset, micro, sink)
-                shares = torch.full_like(terms.loss, share / len(prompts))
-                loss += (shares * terms.loss).sum()
-                observe([pair.mode for pair in micro.pairs], shares, logps, terms)
-        sums.count(len(group))
-    gradients = sums.gradients(alpha)
-    check_gradient(loss, gradients, prompts)
-    return StepGradient(loss, gradients), sums
+    sides: list[list[Tensor | None]] = []
+    passes: Passes = []
+    for which, share in enumerate((alpha, 1 - alpha)):
+        gradients: list[Tensor | None] = [None] * len(weights)
+        for micro in pair_model.plan([example.both[which] for example in prompts]):
+            with torch.enable_grad():
+                policy = sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch))
+                check_finite(policy.detach(), micro.names)
+                logps, terms = pair_model.terms(micro, policy)
+                found = torch.autograd.grad(terms.loss.sum(), weights, allow_unused=True)
+            gradients = _added(gradients, found)
+            shares = torch.full_like(terms.loss.detach(), share / len(prompts))
+            loss += (shares * terms.loss.detach()).sum()
+            observe([pair.mode for pair in micro.pairs], shares, logps, terms)
+            if which == 0:
+                passes.append((micro, micro.logps(policy.detach())))
+        sides.append(gradients)
+    mixed = [
+        None if t is None and e is None else _mix(t, alpha / len(prompts), e, (1 - alpha) / len(prompts))
+        for t, e in zip(*sides, strict=True)
+    ]
+    check_gradient(loss, mixed, prompts)
+    trace, empty = (_flat(side, weights) for side in sides)
+    return StepGradient(loss, mixed), SetGradients(trace, empty, len(prompts)), passes
 
 
-def _groups(subset: Subset, prompts: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """Prompts whose trace gradients fit the memory for them."""
-    most = max(1, _ROW_BYTES // (subset.size * 4))
-    for start in range(0, len(prompts), most):
-        yield prompts[start : start + most]
+def _added(totals: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        g if total is None else total if g is None else total.add_(g) for total, g in zip(totals, found, strict=True)
+    ]
 
 
-def _pass(
-    pair_model: PairModel, subset: Subset, micro: PairBatch, sink: Sink
-) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
-    """Hands the sink each sequence's score times its weight in its pair's gradient."""
-    found: list[tuple[PairLogps[Tensor], PairTerms[Tensor]]] = []
+def _mix(t: Tensor | None, share: float, e: Tensor | None, rest: float) -> Tensor:
+    if t is None or e is None:
+        only, factor = (e, rest) if t is None else (t, share)
+        assert only is not None
+        return only * factor
+    return t.mul(share).add_(e, alpha=rest)
 
-    def weigh(policy: Tensor) -> Tensor:
-        found.append(pair_model.terms(micro, policy))
-        terms = found[0][1]
-        return torch.stack([terms.chosen_weight, terms.rejected_weight], dim=1).flatten()
 
-    options = ScoreOptions(weigh=weigh, names=micro.names)
-    score_pass(pair_model.policy.model, subset, micro.batch, [sink], options)
-    return found[0]
+def _flat(side: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Float[Tensor, " parameters"]:
+    """Gradients as one vector; weights that were not reached count as zero."""
+    pieces = [
+        (torch.zeros_like(weight) if g is None else g).flatten().to(torch.promote_types(weight.dtype, torch.float32))
+        for g, weight in zip(side, weights, strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def curvature_along(
+    pair_model: PairModel, passes: Passes, direction: Float[Tensor, " parameters"], reach: float
+) -> tuple[float, int]:
+    """Sum over pairs of the Gauss-Newton curvature v' H v of the loss along a direction, by one more forward pass.
+
+    Args:
+        pair_model: The model and the loss.
+        passes: The pairs and their log-probabilities at theta.
+        direction: v, over all trained weights.
+        reach: How far along it the second pass is; the result is divided by its square.
+
+    Returns:
+        The sum, and the number of pairs.
+    """
+    kept = [weight.detach().clone() for weight in pair_model.weights]
+    total, pairs, start = 0.0, 0, 0
+    try:
+        for weight in pair_model.weights:
+            piece = direction[start : start + weight.numel()].reshape(weight.shape)
+            weight.add_(piece.to(weight.dtype), alpha=reach)
+            start += weight.numel()
+        for micro, before in passes:
+            after = micro.logps(sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch)))
+            total += float(pair_model.objective.curvature(before, after).double().sum())
+            pairs += len(micro.pairs)
+    finally:
+        for weight, value in zip(pair_model.weights, kept, strict=True):
+            weight.copy_(value)
+    return total / reach**2, pairs
 
 
 def with_gradient(value: Tensor, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:

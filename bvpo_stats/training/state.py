@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
@@ -19,9 +23,11 @@ from bvpo_stats.training.config import BVPOConfig
 
 STATE_FILE = "alpha_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+VECTORS_FILE = "alpha_vectors.safetensors"
+"""Earlier mean gradients, where alpha is estimated."""
 _DECISIVE = (
-    "beta", "loss_type", "simpo_gamma", "max_length", "alpha", "alpha_prior", "alpha_update_steps", "alpha_ema",
-    "alpha_sums_steps", "alpha_probe_prompts", "alpha_traces_per_answer", "alpha_level", "eta_l", "learning_rate",
+    "beta", "loss_type", "simpo_gamma", "max_length", "alpha", "alpha_rule", "alpha_prior", "alpha_update_steps",
+    "alpha_traces_per_answer", "alpha_level", "eta_l", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "num_train_epochs", "max_steps", "optim", "optim_args", "lr_scheduler_kwargs", "neftune_noise_alpha", "seed",
     "data_seed", "dataloader_drop_last", "precompute_ref_log_probs",
@@ -35,7 +41,7 @@ def run_identity(args: BVPOConfig, policy: Policy, prompts: Sequence[Example]) -
     Args:
         args: The settings.
         policy: The policy, its trainable weights marked.
-        prompts: All prompts, probe set included, with their traces.
+        prompts: All prompts, with their traces.
     """
     named: Any = policy.model.named_parameters()
     weights = {name: tuple(w.shape) for name, w in named if w.requires_grad}
@@ -76,13 +82,20 @@ def _adapter_scaling(model: Any) -> dict[str, Any] | None:
     return next(iter(found.values())) if len(found) == 1 else found or None
 
 
-def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Writes the file."""
-    write_atomic(folder / STATE_FILE, json.dumps({"run": identity, "alpha": state}, indent=1) + "\n")
+def save_state(
+    folder: Path, identity: dict[str, Any], state: dict[str, Any], vectors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the files; the vectors first, so that who finds the state finds them too."""
+    if vectors:
+        save_file({name: vector.cpu() for name, vector in vectors.items()}, folder / VECTORS_FILE)
+    write_atomic(
+        folder / STATE_FILE,
+        json.dumps({"run": identity, "alpha": state, "vectors": sorted(vectors or ())}, indent=1) + "\n",
+    )
 
 
-def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Reads alpha's state from a checkpoint of this run.
+def load_state(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads alpha's state and its vectors from a checkpoint of this run.
 
     Raises:
         UserError: No checkpoint of this trainer, a damaged one, or one of another configuration; what differs is named.
@@ -99,7 +112,15 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"The checkpoint {folder} is of another configuration ({differing}). Repeat its settings to "
             "resume, or start in a new folder."
         )
-    return dict(state)
+    vectors: dict[str, Tensor] = {}
+    if stored.get("vectors"):
+        try:
+            vectors = load_file(folder / VECTORS_FILE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} is no checkpoint to resume from: cannot read {VECTORS_FILE} ({error})."
+            ) from error
+    return dict(state), vectors
 
 
 def last_checkpoint(folder: Path) -> Path | None:

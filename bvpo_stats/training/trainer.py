@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,9 +39,10 @@ from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
 from bvpo_stats.training.gradient import (
     PairModel,
     StepGradient,
+    curvature_along,
     mixed_gradient,
     moving_share,
-    scored_gradient,
+    parted_gradient,
     through_wrapper,
     with_gradient,
 )
@@ -49,6 +51,9 @@ from bvpo_stats.training.state import TRAINER_STATE_FILE, last_checkpoint, load_
 
 _SETS = {"trace", "empty"}
 _LEAST_MOVING = 0.5  # share of 16-bit weights that a step must move; in bfloat16 a rate that moves few is common
+
+SAME_PROMPTS = 64
+"""Prompts whose losses are taken before and after training."""
 
 
 class BVPOTrainer(Trainer):
@@ -106,7 +111,7 @@ class BVPOTrainer(Trainer):
             pairs = self._pairs(train_dataset, empty_dataset, ("train_dataset", "empty_dataset"))
             bank = read_records(traces, TraceRecord, name="traces") if args.adaptive else ()
             train_dataset = join_for(args, pairs, bank)
-        self.selection = select(args, train_dataset)
+        self.selection = select(train_dataset)
         self._examples = list(
             self.selection.train
         )  # rows of batches are numbers in here; evaluation puts its own behind
@@ -132,7 +137,7 @@ class BVPOTrainer(Trainer):
         if args.dataloader_drop_last and len(self.selection.train) < args.prompts_per_step:
             raise UserError(
                 f"There are {len(self.selection.train)} prompts to train on, fewer than one batch of "
-                f"{args.prompts_per_step}; lower the batch size (or the probe set), or give more pairs."
+                f"{args.prompts_per_step}; lower the batch size, or give more pairs."
             )
         self._world = world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
         reference = self._reference()
@@ -141,11 +146,18 @@ class BVPOTrainer(Trainer):
         check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
         self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens)
         self._metrics = PairMetrics()
-        self.estimator, self._subset = make_estimator(
-            args, self.policy, self.selection, world, self._summed if world.size > 1 else None
+        self.estimator = make_estimator(
+            args,
+            self.policy,
+            self.selection.train,
+            self._pair_model.weights,
+            world,
+            self._summed if world.size > 1 else None,
         )
         self._alpha_in_use = self.estimator.alpha
-        self.identity = run_identity(args, self.policy, (*self.selection.train, *self.selection.probe))
+        self.identity = run_identity(args, self.policy, self.selection.train)
+        self.before: dict[str, float] | None = None
+        """What `same_pairs` gave before the first step."""
         self.add_callback(AlphaCallback(self))
 
     @property
@@ -173,11 +185,12 @@ class BVPOTrainer(Trainer):
             checkpoint = str(found)
         if checkpoint is not None:
             folder = Path(str(checkpoint))
-            state = load_state(folder, self.identity)
+            state, vectors = load_state(folder, self.identity)
             problem = folder_damage(folder)
             if problem is not None:
                 raise UserError(f"{folder} is no checkpoint to resume from: {problem}.")
-            self.estimator.restore(state)
+            self.before = state["before"]
+            self.estimator.restore(state, vectors)
             trained = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
             if trained.global_step >= trained.max_steps:
                 return self._finished(folder, trained)
@@ -205,12 +218,26 @@ class BVPOTrainer(Trainer):
         if self.args.should_save and not self.args.save_only_model:
             seal_folder(folder)
 
+    def same_pairs(self) -> dict[str, float]:
+        """Mean loss and reward margin of either set on the same prompts whenever asked: at most 64, spread over all."""
+        total = len(self.selection.train)
+        rows = sorted({round(row) for row in np.linspace(0, total - 1, min(total, SAME_PROMPTS)).tolist()})
+        with self._evaluation_mode():
+            values = _evaluate(self._pair_model, [self._examples[row] for row in rows])
+        return {
+            name: float(value.double().mean())
+            for name, value in values.items()
+            if name.partition("/")[2] in ("loss", "rewards/margins")
+        } | {"prompts": float(len(rows))}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model (an adapter in PEFT's format), the tokenizer, and alpha's state beside them."""
         with writing(Path(str(output_dir or self.args.output_dir))):
             super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
-            save_state(Path(str(output_dir or self.args.output_dir)), self.identity, self.estimator.to_state())
+            folder, estimator = Path(str(output_dir or self.args.output_dir)), self.estimator
+            vectors = estimator.vectors() if folder.name.startswith("checkpoint-") else {}  # to go on from
+            save_state(folder, self.identity, estimator.to_state() | {"before": self.before}, vectors)
 
     def compute_loss(
         self,
@@ -331,9 +358,11 @@ class BVPOTrainer(Trainer):
 
         if not self.estimator.collects:
             return mixed_gradient(self._pair_model, prompts, self.alpha, observe)
-        assert self._subset is not None  # whoever wants sums has made one
-        found, sums = scored_gradient(self._pair_model, self._subset, prompts, self.alpha, observe)
-        self.estimator.add(sums)
+        found, sums, passes = parted_gradient(self._pair_model, prompts, self.alpha, observe)
+        curvature, direction = None, self.estimator.direction
+        if direction is not None:
+            curvature = curvature_along(self._pair_model, passes, *direction)
+        self.estimator.add(sums, prompts, curvature)
         return found
 
     def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
@@ -432,15 +461,20 @@ class AlphaCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The first look at the probe set, unless a checkpoint has one behind it."""
+        """Losses before the first step, unless a checkpoint has them."""
         if state.global_step == 0:
-            with self._trainer._evaluation_mode():
-                self._trainer.estimator.begin(self._learning_rate())
+            self._trainer.before = self._trainer.same_pairs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The alpha of the next step."""
         with self._trainer._evaluation_mode():
-            self._trainer.estimator.finish_step(state.global_step - 1, self._learning_rate())
+            self._trainer.estimator.finish_step(
+                state.global_step - 1,
+                self._learning_rate(),
+                epoch=max(0, math.ceil(float(state.epoch or 0.0) - 1e-9) - 1),
+                progress=state.global_step / state.max_steps if state.max_steps > 0 else None,
+                optimizer=self._trainer.optimizer,
+            )
 
     def _learning_rate(self) -> float:
         """That of the step to come: the scheduler has moved on."""

@@ -26,12 +26,12 @@ COMMANDS = {
     "alpha-star": "alpha-star --limit 40",
     "train": "train --pairs {pairs} --unmatched drop --alpha 0.3 --batch-size 8 --max-steps 10",
     "train-adaptive": (
-        "train --pairs {pairs} --traces {traces} --unmatched drop --alpha adaptive --alpha-probe-prompts 10 "
-        "--alpha-update-steps 3 --alpha-sums-steps 2 --batch-size 6 --max-steps 10"
+        "train --pairs {pairs} --traces {traces} --unmatched drop --alpha adaptive "
+        "--alpha-update-steps 3 --batch-size 4 --max-steps 12"
     ),
     "alpha-star-off-reference": "alpha-star --adapter {train}/model --pairs {pairs} --traces {traces}",
     "evaluate": "evaluate --adapter trained={train}/model --limit 8 --samples 2",
-    "oracle-training": "oracle-training --eta-l 0.6 --seeds 2 --steps 6 --probe-prompts 32 --probe-every 3",
+    "oracle-training": "oracle-training --optimizers adamw --models 2 --horizons 8 --seeds 2",
 }
 """Name of a case -> its command line without ``--output``."""
 

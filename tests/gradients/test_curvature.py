@@ -1,14 +1,12 @@
 """Hessian-vector products and the largest eigenvalue, against a dense Hessian from differences of the score engine's
 gradients: another code path, with the chunked head and hooks instead of double backward."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature, noise_curvature
+from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
@@ -85,34 +83,3 @@ def test_a_concave_loss_is_refused(policy_and_pairs, monkeypatch):
 def test_a_learning_rate_must_be_positive(rate):
     with pytest.raises(UserError, match="learning_rate"):
         CurvatureOptions(learning_rate=rate)
-
-
-@pytest.mark.slow
-def test_curvature_along_the_noise_matches_a_dense_hessian(policy_and_pairs, monkeypatch):
-    """sum v'Hv / sum norm(v)^2 prompt by prompt; and from random signs, unbiased in numerator and denominator."""
-    policy, pairs = policy_and_pairs
-    subset, objective = lora_subset(policy.model, ["layers.0.self_attn.v_proj"]), Objective(beta=1.0)
-    dense = dense_hessian(policy, subset, pairs, objective)
-    options = CurvatureOptions(learning_rate=0.5, max_tokens=20)
-    found = pair_gradients(policy, pairs, subset=subset, objective=objective)
-    assert len(found.prompt_ids) == N_PAIRS
-    noise = found.t.astype(float) - found.e
-    noise = noise - noise.mean(axis=0)
-    exact = np.einsum("ij,jk,ik->", noise, dense, noise) / (noise**2).sum()
-    examples = join(pairs).examples
-    assert noise_curvature(policy, subset, examples, objective, options) == pytest.approx(exact, rel=1e-5)
-    monkeypatch.setattr("bvpo_stats.gradients.curvature.PRODUCTS", 2)
-    drawn = [noise_curvature(policy, subset, examples, objective, replace(options, seed=seed)) for seed in range(30)]
-    assert np.std(drawn) > 0
-    ends = np.linalg.eigvalsh(dense)
-    assert ends[0] <= min(drawn)
-    assert max(drawn) <= ends[-1]
-    assert abs(np.mean(drawn) - exact) < 4 * np.std(drawn) / np.sqrt(30) + 0.1 * abs(exact)
-
-
-def test_noise_curvature_needs_both_kinds_of_pairs(policy_and_pairs):
-    policy, pairs = policy_and_pairs
-    subset = lora_subset(policy.model, ["layers.0.self_attn.v_proj"])
-    examples = join(pairs, needs=["thinking"]).examples
-    with pytest.raises(UserError, match="both are needed"):
-        noise_curvature(policy, subset, examples, Objective(), CurvatureOptions(learning_rate=1.0))

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from bvpo_stats.gradients.curvature import lanczos
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle import at, draw_examples, exact_moments, example_gradients
-from bvpo_stats.lab.oracle.ensemble import (
-    Curvatures,
-    Ensemble,
-    Pairs,
-    copy_moments,
-    curvature_root,
-    draw_probe,
-    hessian_products,
-    in_metric,
-    marginal_vectors,
-    noise_curvature,
-    pair_vectors,
-)
+from bvpo_stats.lab.oracle.ensemble import Ensemble, Pairs, copy_moments, pair_vectors
+from bvpo_stats.lab.oracle.forest import Forest
 
 
 @pytest.fixture(scope="module")
@@ -62,45 +51,12 @@ def test_example_gradients_are_those_read_off_one_oracle(drifted, thetas, copies
         np.testing.assert_allclose(e[k], wanted[1][2:5], rtol=0, atol=1e-12)
 
 
-def test_marginal_vectors_tend_to_the_marginal_gradient(at_reference) -> None:
-    """Many traces: the estimate of each example is its exact m; at theta_ref few traces are unbiased on average."""
-    objective, thetas = Objective(beta=0.7), at_reference.theta[None] + 0.05
-    many = draw_probe(at_reference, 3, 6000, [[1]])
-    found = marginal_vectors(at_reference, Ensemble.of(at_reference).at(thetas), many, objective)[0]
-    draws = draw_examples(at_reference, 3, np.random.default_rng([1]))
-    wanted = example_gradients(at(at_reference, thetas[0]), draws, objective)[2]
-    np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max())
-    few = draw_probe(at_reference, 1500, 2, [[2]])
-    copies = Ensemble.of(at_reference).at(at_reference.theta[None])
-    vectors, mu = marginal_vectors(at_reference, copies, few, objective)[0], exact_moments(at_reference, objective).mu
-    along = vectors @ mu
-    assert abs(along.mean() - mu @ mu) < 3.5 * along.std() / np.sqrt(len(along))
-
-
-def test_smoothness_by_power_iteration_is_that_of_lanczos(minute) -> None:
-    objective = Objective(beta=1.0)
-    ensemble, theta = Ensemble.of(minute), minute.theta[None]
-
-    def gradient(copies):
-        return copy_moments(minute, copies, objective).mu
-
-    found = Curvatures.start(1, theta.shape[1]).refine(ensemble, theta, gradient, 30)
-    spectrum = lanczos(lambda v: hessian_products(ensemble, theta, v[None], gradient)[0], theta.shape[1])
-    assert found.norm[0] == pytest.approx(max(spectrum.largest, -spectrum.smallest), rel=0.02)
-
-
-def test_curvature_that_noise_meets_is_unbiased_from_samples(at_reference) -> None:
-    """At theta_ref: tr(H Sigma_d) / tr(Sigma_d), exact in the Gauss-Newton metric and from few traces a probe."""
-    objective = Objective(beta=1.0)
-    copies = Ensemble.of(at_reference).at(np.repeat(at_reference.theta[None], 100, axis=0))
-    one = Ensemble.of(at_reference).at(at_reference.theta[None])
-    parts = copy_moments(at_reference, one, objective).parts
-    root = curvature_root(at_reference, one, objective)
-    curved = copy_moments(at_reference, in_metric(one, root), objective).parts
-    draws = [draw_examples(at_reference, 8, np.random.default_rng([3, k])) for k in range(100)]
-    t, e = pair_vectors(at_reference, copies, Pairs.of(draws), objective)
-    noise = (t - e) - (t - e).mean(axis=1, keepdims=True)
-    probe = draw_probe(at_reference, 16, 2, [[4, k] for k in range(100)])
-    top, bottom = noise_curvature(at_reference, copies, probe, objective, noise)
-    for values, truth in ((top / 7, curved.Q1[0]), (bottom / 7, parts.Q1[0])):
-        assert abs(values.mean() - truth) < 3.5 * values.std() / np.sqrt(len(values))
+def test_the_forest_has_the_same_log_probabilities_and_gradients(drifted, thetas, copies) -> None:
+    """One short pass over trees against one over whole sequences."""
+    own = torch.tensor(thetas).requires_grad_()
+    joint = Forest(drifted).joint(own)
+    np.testing.assert_allclose(joint.detach().numpy(), copies.joint, rtol=0, atol=1e-12)
+    weights = torch.tensor(np.random.default_rng(1).normal(size=copies.joint.shape))
+    (found,) = torch.autograd.grad((weights * joint).sum(), own)
+    wanted = np.einsum("nxra,nxrad->nd", weights.numpy(), copies.scores)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-11)

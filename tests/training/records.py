@@ -121,8 +121,7 @@ def write_run(model: Path, folder: Path, prompts: int) -> Path:
 def run_config(model: Path, pairs: Path, **changes: Any) -> TrainConfig:
     """A short run on such files."""
     common: dict[str, Any] = {
-        "alpha": "adaptive", "alpha_probe_prompts": 12, "alpha_update_steps": 2, "alpha_sums_steps": 2,
-        "max_steps": 9, "learning_rate": 3e-2,
+        "alpha": "adaptive", "alpha_rule": "theorem4", "alpha_update_steps": 2, "max_steps": 9, "learning_rate": 3e-2,
         "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
         "lora_r": LORA.r, "lora_alpha": LORA.alpha, "target_modules": LORA.targets,
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Alpha estimated during a run: the steps' own sums, the probe set, and when an estimate is used."""
+"""Alpha estimated during a run: the steps' own products, the optimizer's metric, and looks at the trace gradient's
+bias."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.stream import gradient_batches, pair_gradients
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
+from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.store.tables import write_records
-from bvpo_stats.training import StepSums
-from bvpo_stats.training.gradient import mixed_gradient, scored_gradient
+from bvpo_stats.training.alpha.metric import optimizer_metric
+from bvpo_stats.training.alpha.rules.base import Parts
+from bvpo_stats.training.gradient import curvature_along, mixed_gradient, parted_gradient
 from bvpo_stats.training.trainer import BVPOTrainer
 from tests.training.records import adapted, banks, both_sets, settings
 
 PROMPTS = 24
-ADAPTIVE = {"alpha": "adaptive", "alpha_probe_prompts": 12, "alpha_update_steps": 2}
+ADAPTIVE = {"alpha": "adaptive", "alpha_update_steps": 2, "alpha_rule": "theorem4"}
 
 
 def adaptive(model: Path, folder: Path, *, traces: bool = True, **changes: object) -> BVPOTrainer:
@@ -34,85 +37,167 @@ def adaptive(model: Path, folder: Path, *, traces: bool = True, **changes: objec
 
 @pytest.mark.parametrize("max_tokens", [80, 16_384])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
-def test_sums_and_gradient_of_a_step(random_model: Path, tmp_path: Path, max_tokens: int, loss_type: str) -> None:
+def test_gradients_of_the_two_sets(random_model: Path, tmp_path: Path, max_tokens: int, loss_type: str) -> None:
     """Against each pair's own gradient, formed by the estimators, and against the plain step."""
     trainer = adaptive(random_model, tmp_path, max_tokens=max_tokens, loss_type=loss_type)
     prompts, ignore = trainer.selection.train[:7], lambda *_: None
-    found, sums = scored_gradient(trainer._pair_model, trainer._subset, prompts, 0.3, ignore)
+    found, sums, _ = parted_gradient(trainer._pair_model, prompts, 0.3, ignore)
     plain = mixed_gradient(trainer._pair_model, prompts, 0.3, ignore)
     assert float(found.loss) == pytest.approx(float(plain.loss), rel=1e-12)
     for ours, theirs in zip(found.gradients, plain.gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
     options = StreamOptions(trainer.config.objective(), method="none", reference="adapter")
-    g = pair_gradients(trainer.policy, Joined(prompts), subset=trainer._subset, options=options)
-    truth, step = StepSums.of_units(g.t, g.e), sums.step_sums()
-    assert (step.examples, step.squares) == (7, 7)
-    np.testing.assert_allclose(step.total, truth.total, rtol=1e-9)
-    np.testing.assert_allclose(step.diagonal, truth.diagonal, rtol=1e-9)
+    g = pair_gradients(trainer.policy, Joined(prompts), subset=trainer.estimator.looks._subset, options=options)
+    np.testing.assert_allclose(sums.trace.numpy(), g.t.sum(axis=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(sums.empty.numpy(), g.e.sum(axis=0), rtol=1e-9, atol=1e-12)
+    assert sums.prompts == 7
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "ipo"])
+def test_curvature_along_a_direction(random_model: Path, tmp_path: Path, loss_type: str) -> None:
+    """One forward pass against l'' (dz . v)^2 from single gradients; the weights come back bit for bit."""
+    trainer = adaptive(random_model, tmp_path, loss_type=loss_type, beta=0.5)
+    pair_model, prompts = trainer._pair_model, trainer.selection.train[:5]
+    before = [weight.detach().clone() for weight in pair_model.weights]
+    _, _, passes = parted_gradient(pair_model, prompts, 0.3, lambda *_: None)
+    size = sum(weight.numel() for weight in pair_model.weights)
+    direction = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, pairs = curvature_along(pair_model, passes, direction, 1e-6)
+    assert pairs == 5
+    assert all(torch.equal(a, b) for a, b in zip(before, pair_model.weights, strict=True))
+    wanted, objective = 0.0, pair_model.objective
+    for prompt in prompts:
+        options = StreamOptions(objective, method="none", reference="adapter")
+        g = pair_gradients(trainer.policy, Joined((prompt,)), subset=trainer.estimator.looks._subset, options=options)
+        slope = float(g.t[0] @ direction.numpy())  # l'(z) dz . v
+        wanted += slope**2 * _ratio(trainer, prompt)
+    assert total == pytest.approx(wanted, rel=1e-4)
+
+
+def _ratio(trainer: BVPOTrainer, prompt) -> float:
+    """l'' / l'^2 of a pair, by differences along the chosen response's log-probability."""
+    _, _, passes = parted_gradient(trainer._pair_model, [prompt], 0.5, lambda *_: None)
+    logps, objective = passes[0][1], trainer._pair_model.objective
+
+    def at(shift: float) -> float:
+        moved = type(logps)(logps.chosen + shift, *list(vars(logps).values())[1:])
+        return float(objective(moved).chosen_weight)
+
+    return (at(1e-5) - at(-1e-5)) / 2e-5 / at(0.0) ** 2
 
 
 def test_variances_from_the_steps_are_the_oracles(tmp_path: Path) -> None:
-    """At a learning rate of nothing, what the steps say of the covariances is unbiased for the exact ones."""
+    """At a learning rate of nothing and plain SGD, what the steps say is unbiased for the exact moments."""
     oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=2, n_answers=3, n_prompts=2, seed=3))
     rng = np.random.default_rng(1)
-    thinking, nothinking = draw_pairs(oracle, 600, rng)
-    args = settings(tmp_path, alpha="adaptive", alpha_probe_prompts=24, learning_rate=1e-12, max_steps=18,
-                    per_device_train_batch_size=32, alpha_update_steps=1000, alpha_sums_steps=1,
-                    logging_steps=100)  # fmt: skip
+    thinking, nothinking = draw_pairs(oracle, 960, rng)
+    args = settings(tmp_path, alpha="adaptive", learning_rate=1e-12, max_steps=60, optim="sgd", eta_l=1.0,
+                    per_device_train_batch_size=16, logging_steps=100)  # fmt: skip
     trainer = BVPOTrainer(oracle.policy, args, thinking, nothinking)
     trainer.train()
+    assert trainer.estimator.metric == "that of SGD: the identity"
     exact = exact_moments(oracle, Objective("dpo", 0.1))
-    truth = [exact.tr_sigma_t, exact.product_te - exact.mean_t @ exact.mean_e, exact.tr_sigma_e]
-    steps = trainer.estimator.controller.steps
-    error = np.sqrt(np.diag(steps.covariance))
-    assert steps.steps == 18
-    assert np.abs((steps.mean - truth) / error).max() < 4
-    assert error[0] < 0.2 * truth[0]  # tight enough to tell
+    h = exact.mean_t - exact.mean_e
+    te = exact.product_te - exact.mean_t @ exact.mean_e
+    truth = [h @ h, exact.mean_e @ h, exact.tr_sigma_e - te, exact.tr_sigma_t + exact.tr_sigma_e - 2 * te]
+    averages = trainer.estimator.controller.averages
+    parts = Parts.of(np.concatenate([averages.mean, np.zeros(2)]), averages.batch)
+    said = np.array([parts.h_sq, parts.e_h, parts.P1, parts.Q1])
+    v = averages.covariance
+    errors = np.sqrt([v[3, 3], v[4, 4], 256 * (v[4, 4] + v[1, 1]), 256 * (v[0, 0] + v[3, 3])])
+    assert np.abs((said - truth) / errors).max() < 4
+    assert errors[3] < 0.3 * truth[3]  # tight enough to tell
 
 
-def test_the_probe_set_is_held_out_and_looked_at_as_alpha_star_does(random_model: Path, tmp_path: Path) -> None:
-    trainer = adaptive(random_model, tmp_path)
-    probe, train = ({p.prompt_id for p in rows} for rows in (trainer.selection.probe, trainer.selection.train))
-    assert (len(probe), len(train), len(probe & train)) == (12, PROMPTS - 12, 0)
-    again = adaptive(random_model, tmp_path)
-    assert {p.prompt_id for p in again.selection.probe} == probe  # the seed decides
-    moments, reason = trainer.estimator._probe.look()
-    assert reason == "mu from posterior traces of each answer"
-    policy = trainer.policy
+def test_looks_are_at_prompts_of_the_step_and_nothing_is_held_out(random_model: Path, tmp_path: Path) -> None:
+    trainer = adaptive(random_model, tmp_path, max_steps=3)
+    assert len(trainer.selection.train) == PROMPTS
+    trainer.train()
+    assert trainer.estimator.mu == "c = E g_t - mu from posterior traces"
+    assert trainer.estimator.controller.bias.prompts == 8
+    looks, lag = trainer.estimator.looks, trainer.estimator.stream.lag
+    prompts = trainer.selection.train[:4]
+    count, sums, squares, _ = looks.look(prompts, [lag.h])
     options = StreamOptions(Objective("dpo", 0.1), method="posterior", traces_per_answer=4)
-    sums: dict[str, float] = {}
-    for batch in gradient_batches(policy, trainer._subset, trainer.selection.probe, options):
-        for member, blocks in batch.vectors.items():
-            sums[member] = sums.get(member, 0.0) + sum(float((block**2).sum()) for block in blocks.values())
-    summary = moments.finalize()
-    for member, total in sums.items():
-        index = summary.index(member)
-        absolute = (summary.M + summary.shift)[0, :, index, index].sum()
-        assert absolute == pytest.approx(total / len(probe), rel=1e-9), member
+    (batch,) = gradient_batches(trainer.policy, looks._subset, prompts, options)
+    flat = {name: np.concatenate(list(batch.vectors[name].values()), axis=1) for name in "tm"}
+    x = (flat["t"] - flat["m"]) @ lag.h.numpy()
+    assert count == 4
+    assert sums[0] == pytest.approx(x.sum(), rel=1e-9)
+    assert squares[0, 0] == pytest.approx(x @ x, rel=1e-9)
+
+
+def test_a_bank_that_covers_some_prompts_is_looked_at_where_it_does(random_model: Path, tmp_path: Path) -> None:
+    policy = adapted(random_model, "float64", drift=0.3)
+    pairs = both_sets(policy, PROMPTS)
+    bank = [trace for trace in banks(policy, pairs) if int(trace.prompt_id[1:]) < 6]
+    trainer = BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE, max_steps=3), pairs, traces=bank)
+    trainer.train()
+    assert 0 <= trainer.estimator.controller.bias.prompts <= 6
+    assert len(trainer.estimator.looks.examples) == 6
 
 
 def test_alpha_is_used_after_the_data_that_chose_it(random_model: Path, tmp_path: Path) -> None:
-    trainer = adaptive(random_model, tmp_path, max_steps=6, learning_rate=3e-2, warmup_steps=2)
+    trainer = adaptive(random_model, tmp_path, max_steps=12, learning_rate=3e-2, warmup_steps=2,
+                       per_device_train_batch_size=4)  # fmt: skip
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["alpha"] for entry in entries[1:]] == [entry["alpha/next"] for entry in entries[:-1]]
-    assert [update["step"] for update in trainer.estimator.updates] == [-1, 1, 3, 5]
-    for name in ("alpha/low", "alpha/high", "alpha/bias_trace_sq", "alpha/var_cross", "alpha/trace_share",
-                 "alpha/eta_l", "alpha/time_share", "alpha/tau"):  # fmt: skip
+    assert len({entry["alpha"] for entry in entries}) > 3
+    for name in ("alpha/low", "alpha/high", "alpha/h_sq", "alpha/Q1", "alpha/c_h", "alpha/eta_l", "alpha/time_share",
+                 "alpha/tau", "alpha/prompts"):  # fmt: skip
         assert np.isfinite(entries[-1][name]), name
-    # eta L follows the schedule: half the peak after one of two warm-up steps.
+    # Before it is measured eta L is 1 at the peak and follows the schedule: half of it after one of two warm-up steps.
     assert entries[0]["alpha/eta_l"] == pytest.approx(0.5)
-    assert entries[1]["alpha/eta_l"] == pytest.approx(1.0)
+    assert trainer.estimator.step_size.measurements == 2
     assert entries[0]["alpha"] == 0.5
+    assert trainer.estimator.metric == "that of AdamW: 1 / (sqrt(v) + eps)"
 
 
-def test_smoothness_is_measured_before_the_first_step(random_model: Path, tmp_path: Path) -> None:
-    """L is the curvature along the noise of the probe set; where the loss is concave there, eta L is 0."""
-    trainer = adaptive(random_model, tmp_path, max_steps=1, eta_l="auto")
+def test_all_weights_can_be_trained_with_an_estimated_alpha(random_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(PolicyOptions(model=str(random_model)))
+    args = settings(tmp_path, **ADAPTIVE, max_steps=8, per_device_train_batch_size=2, learning_rate=1e-3)
+    trainer = BVPOTrainer(policy, args, both_sets(policy, PROMPTS))
     trainer.train()
-    smoothness = trainer.estimator.step_size.smoothness
-    assert smoothness != 0
-    assert trainer.estimator.updates[0]["eta_l"] == pytest.approx(max(smoothness, 0.0) * 1e-2)
+    assert trainer.estimator.controller.decision.low is not None
+    assert trainer.estimator.stream.lag.h.numel() == sum(w.numel() for w in policy.model.parameters())
+
+
+def test_steps_of_accumulated_batches_are_whole_steps(random_model: Path, tmp_path: Path) -> None:
+    """Two batches of four accumulated are a batch of eight."""
+    ends = []
+    for size, parts in ((8, 1), (4, 2)):
+        trainer = adaptive(random_model, tmp_path / str(size), traces=False, max_steps=6, num_train_epochs=2,
+                           per_device_train_batch_size=size, gradient_accumulation_steps=parts, eta_l=1.0)  # fmt: skip
+        trainer.train()
+        ends.append(trainer.estimator.controller)
+    np.testing.assert_allclose(ends[0].averages.mean, ends[1].averages.mean, rtol=1e-6)
+    assert ends[0].alpha == pytest.approx(ends[1].alpha, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "plain"),
+    [
+        (lambda w: torch.optim.SGD(w, lr=0.1), "that of SGD: the identity", True),
+        (lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9), "that of SGD: the identity", True),
+        (lambda w: torch.optim.AdamW(w, lr=0.1), "that of AdamW", False),
+        (lambda w: torch.optim.RMSprop(w, lr=0.1), "that of RMSprop", False),
+        (lambda w: torch.optim.Adafactor(w, lr=0.1), "that of SGD, for Adafactor has no second moments", True),
+    ],
+)
+def test_metrics_of_optimizers(make, words: str, plain: bool) -> None:
+    """Read from the state: what is no diagonal of second moments falls back to SGD's, and says so."""
+    weights = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = make(weights)
+    for _ in range(3):
+        for k, weight in enumerate(weights):
+            weight.grad = torch.full_like(weight, k + 1.0)
+        optimizer.step()
+    metric, said = optimizer_metric(optimizer, weights)
+    assert said.startswith(words)
+    assert (metric is None) == plain
+    if words == "that of AdamW":
+        np.testing.assert_allclose(metric.detach().numpy(), [1.0] * 6 + [0.5] * 4, rtol=1e-5)
 
 
 def test_traces_from_a_file(random_model: Path, tmp_path: Path) -> None:
@@ -123,47 +208,20 @@ def test_traces_from_a_file(random_model: Path, tmp_path: Path) -> None:
     trainer = BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), pairs, traces=tmp_path)
     known = adaptive(random_model, tmp_path)
     assert trainer.selection == known.selection
-    assert len(trainer.selection.probe[0].traces) > 0
+    assert len(trainer.selection.train[0].traces) > 0
 
 
-def test_a_small_probe_set_holds_the_prior(
-    random_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = adaptive(random_model, tmp_path, alpha_probe_prompts=5, alpha_prior=0.4, max_steps=2)
-    assert "too small for an interval: alpha is held at the prior 0.4" in caplog.text
-    assert (len(trainer.selection.probe), len(trainer.selection.train)) == (0, PROMPTS)
-    trainer.train()
-    assert [entry["alpha"] for entry in trainer.state.log_history if "loss" in entry] == [0.4, 0.4]
-    assert not trainer.estimator.wants_sums  # nothing is spent on an estimate that cannot be
-
-
-def test_without_traces_mu_is_that_of_the_reference_point(
+def test_without_traces_the_bias_is_taken_as_zero_and_that_is_said(
     random_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = adapted(random_model, "float64", drift=0.0)
-    args = settings(tmp_path, **ADAPTIVE)
-    trainer = BVPOTrainer(policy, args, both_sets(policy, PROMPTS))
-    assert "no trace bank: mu = E g_t is taken at the reference point" in caplog.text
+    trainer = BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), both_sets(policy, PROMPTS))
+    assert "there is no trace bank: the trace gradient's bias E g_t - mu is taken as 0" in caplog.text
+    assert trainer.estimator.looks is None
     trainer.train()
-    assert [update["step"] for update in trainer.estimator.updates] == [-1]
-    assert "E g_t exactly" in trainer.estimator.mu
-    assert trainer.estimator.updates[0]["bias_trace_sq"] == pytest.approx(0, abs=1e-15)
-
-
-def test_where_mu_cannot_be_had_the_prior_is_held_and_the_reason_given(random_model: Path, tmp_path: Path) -> None:
-    trainer = adaptive(random_model, tmp_path, traces=False, max_steps=2)  # off the reference point, no bank
-    trainer.train()
-    assert "mu is not estimable here: the policy is off theta_ref" in trainer.estimator.mu
-    assert trainer.estimator.controller.record.held
-    assert trainer.alpha == 0.5
-
-
-def test_an_adapter_is_needed(random_model: Path, tmp_path: Path) -> None:
-    from bvpo_stats.model.policy import PolicyOptions, load_policy
-
-    policy = load_policy(PolicyOptions(model=str(random_model)))
-    with pytest.raises(UserError, match="formed for LoRA adapters only"):
-        BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), both_sets(policy, PROMPTS))
+    assert trainer.estimator.controller.bias.prompts == 0
+    simpo = BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE, loss_type="simpo"), both_sets(policy, PROMPTS))
+    assert "not even at the reference for this loss" in simpo.estimator.mu
 
 
 def test_traces_of_another_model_are_refused(random_model: Path, tmp_path: Path) -> None:
@@ -176,7 +234,11 @@ def test_traces_of_another_model_are_refused(random_model: Path, tmp_path: Path)
         BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), thinking, nothinking, traces=traces)
 
 
-def test_one_step_in_so_many_feeds_the_variances(random_model: Path, tmp_path: Path) -> None:
-    trainer = adaptive(random_model, tmp_path, max_steps=5, alpha_sums_steps=2)
+def test_losses_before_and_after_are_of_the_same_pairs(random_model: Path, tmp_path: Path) -> None:
+    trainer = adaptive(random_model, tmp_path, traces=False, max_steps=4, learning_rate=1e-2)
     trainer.train()
-    assert trainer.estimator.controller.steps.steps == 3  # steps 0, 2 and 4
+    after = trainer.same_pairs()
+    assert trainer.before["prompts"] == after["prompts"] == PROMPTS
+    assert after["trace/loss"] != trainer.before["trace/loss"]
+    fixed = adaptive(random_model, tmp_path, traces=False, max_steps=1)
+    assert fixed.same_pairs() == trainer.before

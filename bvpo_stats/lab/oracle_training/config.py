@@ -3,27 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
+
+import numpy as np
 
 from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
 
-if TYPE_CHECKING:
-    from bvpo_stats.lab.oracle import OracleConfig
+Optimizer = Literal["sgd", "adamw", "adamw-decay"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "sgd", "adamw-decay")
 
-_KEPT = ("beta", "eta_l", "seeds", "seed", "steps", "batch_size", "probe_prompts", "traces", "probe_every", "level")
+ADAM_STEPS = {1.0: (3e-4, 1e-3, 3e-3), 0.1: (1e-3, 3e-3, 1e-2)}
+"""Peak learning rates of AdamW by beta."""
+SGD_STEPS = (0.2, 0.6, 1.4)
+"""Peak step sizes of SGD, as learning rate times the spectral norm of L_m's Hessian at theta_ref."""
+WEIGHT_DECAY = 0.1
+"""Of ``adamw-decay``."""
 
 
-def step_sizes(words: str) -> tuple[float, ...]:
-    """Reads numbers separated by commas.
+def whole_numbers(words: str) -> tuple[int, ...]:
+    """Reads whole numbers separated by commas.
 
-    >>> step_sizes("0.2,1.4")
-    (0.2, 1.4)
+    >>> whole_numbers("25,75")
+    (25, 75)
     """
     try:
-        return tuple(float(word) for word in words.split(","))
+        return tuple(int(word) for word in words.split(","))
     except ValueError as error:
-        raise UserError(f"`eta_l={words}`: give numbers separated by commas, such as 0.2,0.6,1.4.") from error
+        raise UserError(f"`horizons={words}`: give whole numbers separated by commas, such as 25,75,150.") from error
+
+
+def optimizer_words(words: str) -> tuple[str, ...]:
+    """Reads names of optimizers separated by commas."""
+    return tuple(words.replace(" ", "").split(","))
+
+
+@dataclass(frozen=True)
+class DrawnModel:
+    """An enumerable model of the study.
+
+    Attributes:
+        number: Its place in the draw.
+        prompts: Prompts of its language.
+        beta: DPO's beta.
+        oracle_seed: Decides its weights and rewards.
+        judges: Whether it judges the default rule; else it chooses it.
+    """
+
+    number: int
+    prompts: int
+    beta: float
+    oracle_seed: int
+    judges: bool
+
+
+def drawn_models(count: int, seed: int) -> list[DrawnModel]:
+    """The models of the study: decided by the seed alone, before anything is trained.
+
+    Prompts are uniform over 2 to 8, oracle seeds over 0 to 999; models 0, 1, 4, 5, ... have beta 1, the others 0.1;
+    odd ones judge. Two symbols, traces of up to two, three answers.
+
+    >>> [(m.prompts, m.beta, m.judges) for m in drawn_models(4, 14)][:2]
+    [(..., 1.0, False), (..., 1.0, True)]
+    """
+    rng = np.random.default_rng(seed)
+    draws = [(int(rng.integers(2, 9)), int(rng.integers(1000))) for _ in range(count)]
+    return [DrawnModel(k, prompts, (1.0, 0.1)[k // 2 % 2], own, k % 2 == 1) for k, (prompts, own) in enumerate(draws)]
 
 
 @dataclass(frozen=True)
@@ -31,89 +76,58 @@ class OracleTrainingConfig:
     """Settings of the study.
 
     Attributes:
-        eta_l: Step sizes, as learning rate times the smoothness at theta_ref.
-        seeds: Runs of each method at each step size.
-        steps: SGD steps of a run.
+        optimizers: ``sgd``, ``adamw`` and ``adamw-decay``, in this order of work.
+        models: Enumerable models, drawn by ``draw_seed``.
+        horizons: Lengths of runs, in steps.
+        seeds: Runs of each method in each setting; a seed fixes the data of every method.
         batch_size: Pairs a step.
-        beta: DPO's beta.
-        probe_prompts: Held-out pairs behind the estimated mu.
-        traces: K.
-        probe_every: Steps between probes.
-        symbols: V, trace symbols of the enumerable model.
-        max_trace: T, its longest trace.
-        oracle_prompts: Its prompts.
-        oracle_seed: Decides its weights and rewards.
-        level: Of the intervals over seeds.
+        level: Of the intervals.
+        draw_seed: Decides the models.
         seed: The first of the seeds.
     """
 
-    eta_l: Annotated[
-        tuple[float, ...],
+    optimizers: Annotated[
+        tuple[str, ...],
         o.Option(
-            "Step sizes: learning rate times the smoothness at the reference, separated by commas.",
-            above=0,
-            high=1e6,
-            read=step_sizes,
-            spelled="0.2,0.6,1.4",
+            "Optimizers, comma-separated: adamw, adamw-decay, sgd.",
+            read=optimizer_words,
+            spelled="adamw,sgd,adamw-decay",
         ),
-    ] = (0.2, 0.6, 1.4)
+    ] = OPTIMIZERS
+    models: Annotated[int, o.Option("Enumerable models; half choose the rule, half judge it.", low=1)] = 12
+    horizons: Annotated[
+        tuple[int, ...],
+        o.Option("Lengths of runs in steps, comma-separated.", read=whole_numbers, spelled="25,75,150", low=4),
+    ] = (25, 75, 150)
     seeds: Annotated[
         int,
         o.Option(
-            "Runs of each method at each step size.",
+            "Runs of each method in each setting.",
             low=2,
             high=10**4,
             hint="be 2 to 10,000: the intervals are over seeds",
         ),
-    ] = 10
-    steps: Annotated[int, o.Option("SGD steps of a run.", low=1, high=10**7)] = 150
-    batch_size: Annotated[
-        int,
-        o.Option(
-            "Pairs of D_t and of D_e in a step.",
-            low=2,
-            high=10**6,
-            hint="be 2 to a million pairs: the variance of a step needs 2",
-        ),
-    ] = 8
-    beta: Annotated[float, o.Option("DPO's inverse temperature.", above=0, high=1e3)] = 1.0
-    probe_prompts: Annotated[int, o.Option("Held-out pairs behind the estimated mu.", low=2, high=10**6)] = 256
-    traces: Annotated[
-        int,
-        o.Option("K, traces an answer for its score, and as many again.", name="traces_per_answer", low=1, high=10**4),
-    ] = 8
-    probe_every: Annotated[int, o.Option("Steps from one probe to the next.", low=1, high=10**7)] = 10
-    symbols: Annotated[int, o.Option("Trace symbols of the model's language.", low=1, high=1_000)] = 2
-    max_trace: Annotated[int, o.Option("Longest trace.", low=0, high=10**4)] = 2
-    oracle_prompts: Annotated[int, o.Option("Prompts of the language.", low=1, high=10**4)] = 2
-    oracle_seed: Annotated[int, o.Option("Decides the model's weights and rewards.", low=0, high=2**32 - 1)] = 3
+    ] = 5
+    batch_size: Annotated[int, o.Option("Pairs of D_t and of D_e in a step.", low=1, high=10**6)] = 8
     level: Annotated[
-        float,
-        o.Option(
-            "Confidence level of the intervals over seeds.", above=0, below=1, hint="lie between 0 and 1, e.g. 0.95"
-        ),
+        float, o.Option("Confidence level of the intervals.", above=0, below=1, hint="lie between 0 and 1, e.g. 0.95")
     ] = 0.95
+    draw_seed: Annotated[int, o.Option("Decides the models.", low=0)] = 14
     seed: o.Seed = 0
 
     def __post_init__(self) -> None:
         o.check_options(self)
-        if not self.eta_l:
-            raise UserError("`eta_l=()`: give positive numbers, such as 0.2,0.6,1.4.")
-        try:
-            _ = self.oracle.grammar
-        except UserError as error:  # sizes that nobody can enumerate
-            sizes = ("symbols", "max_trace", "oracle_prompts")
-            raise UserError(f"{', '.join(f'`{name}={getattr(self, name)}`' for name in sizes)}: {error}") from error
+        for name in self.optimizers:
+            if name not in OPTIMIZERS:
+                raise UserError(f"`optimizers={name!r}`: choose among {', '.join(OPTIMIZERS)}.")
 
     @property
-    def oracle(self) -> OracleConfig:
-        """The enumerable model."""
-        from bvpo_stats.lab.oracle import OracleConfig
-
-        return OracleConfig(
-            n_symbols=self.symbols, max_trace=self.max_trace, n_prompts=self.oracle_prompts, seed=self.oracle_seed
-        )
+    def drawn(self) -> list[DrawnModel]:
+        """The models."""
+        return drawn_models(self.models, self.draw_seed)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they stand in ``run.json`` and ``report.json``."""
-        return {"oracle": asdict(self.oracle)} | {name: getattr(self, name) for name in _KEPT}
+        return {"models": [asdict(model) for model in self.drawn]} | {
+            name: getattr(self, name) for name in ("optimizers", "horizons", "seeds", "batch_size", "level", "seed")
+        }

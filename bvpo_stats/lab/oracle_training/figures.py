@@ -2,77 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bvpo_stats.studies.style import INK, PALETTE, band, figure, panels
+from bvpo_stats.studies.style import BLUE, INK, OCHRE, PALETTE, figure, interval_bar, legend_below, panels
+from bvpo_stats.training.alpha import DEFAULT_RULE
 
-_ESTIMATED, _EXACT = "adaptive", "exact"
+if TYPE_CHECKING:
+    from bvpo_stats.lab.oracle_training.report import OracleTrainingReport
+
+_DPO = "alpha = 1"
 
 
-Results = Sequence[dict[str, Any]]
-"""Of `bvpo_stats.lab.oracle_training.report.summary`, one a step size."""
-
-
-def oracle_training_figures(results: Results, level: float, folder: Path) -> list[Path]:
-    """Draws the figures as PNG files into a folder and returns their paths.
-
-    Args:
-        results: By step size.
-        level: Of the intervals.
-        folder: Where the files go.
-    """
-    paths = []
-    compared = [entry for entry in results if "comparisons" in entry]
-    if compared:
-        paths.append(folder / "gradient_over_alpha.png")
-        _against_paper(compared, level, paths[-1])
-    estimated = [entry for entry in results if _ESTIMATED in entry["methods"]]
-    if estimated:
-        paths.append(folder / "alpha_over_steps.png")
-        _alphas(estimated, paths[-1])
+def oracle_training_figures(report: OracleTrainingReport, folder: Path) -> list[Path]:
+    """Draws the figures as PNG files into a folder and returns their paths."""
+    if not report.cells:
+        return []
+    paths = [folder / "final_loss_over_best_fixed.png", folder / "map.png"]
+    _regrets(report, paths[0])
+    _map(report, paths[1])
     return paths
 
 
-def _against_paper(entries: Results, level: float, path: Path) -> None:
-    """Mean squared gradient of every method over that of alpha = 0.5."""
-    names = list(entries[0]["methods"])
-    places = np.arange(len(names))
-    with figure(path, width=7.2, height=4.2) as (fig, axes):
-        offsets = np.linspace(-0.22, 0.22, len(entries)) if len(entries) > 1 else [0.0]
-        for entry, offset, colour in zip(entries, offsets, PALETTE, strict=False):
-            found = [entry["comparisons"][name]["over_paper"] for name in names]
-            value, low, high = (np.array([x[key] for x in found], dtype=float) for key in ("value", "low", "high"))
-            axes.errorbar(places + offset, value, (value - low, high - value), fmt="o", ms=4, lw=1.3, color=colour,
-                          label=f"ηL = {entry['eta_l']:g}")  # fmt: skip
-        axes.axhline(1, color=INK, lw=1, ls="-.")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if round(x * 10) in (5, 7, 15) else "")
-        axes.set_xticks(places, [name.replace(", ", "\n") for name in names], rotation=30, ha="right", fontsize=8)
-        axes.set_ylabel("mean norm(∇L_m)², over alpha = 0.5")
-        axes.set_title(f"SGD on the oracle, exact gradient norms ({level:.0%} over seeds)")
-        fig.legend(loc="outside lower center", ncols=len(entries), fontsize=9)
+def _regrets(report: OracleTrainingReport, path: Path) -> None:
+    """Mean regret of every method with its interval, on the models that judge (on all where none does)."""
+    shown = [
+        summary
+        for optimizer in report.settings["optimizers"]
+        if (summary := report.summary(optimizer, "judge") or report.summary(optimizer, "all")) is not None
+    ]
+    names = [method["name"] for method in report.methods]
+    with figure(path, width=7.2, height=0.34 * len(names) + 1.6) as (_, axes):
+        for number, (summary, colour) in enumerate(zip(shown, PALETTE, strict=False)):
+            for row, name in enumerate(names):
+                entry = summary["methods"][name]["over_best"]
+                y = row + 0.22 * (number - (len(shown) - 1) / 2)
+                if entry["high"] < 1e8:
+                    interval_bar(axes, entry["low"] * 100, entry["high"] * 100, y, colour=colour)
+                axes.plot(
+                    entry["mean"] * 100, y, "o", ms=4, color=colour, label=summary["optimizer"] if not row else None
+                )
+        axes.axvline(0, color=INK, lw=1, ls="-.")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(-20, 45)
+        axes.set_xlabel("final L_m over the best fixed alpha's, %")
+        axes.set_title("Which alpha trains best? Models that judge")
+        legend_below(axes)
 
 
-def _alphas(entries: Results, path: Path) -> None:
-    """Estimated alpha over steps with its range over seeds, beside the exact one's mean; a panel for each step size."""
-    with panels(path, len(entries), width=3.0 * len(entries) + 0.6, height=3.2, sharey=True) as (fig, axes):
-        for entry, one in zip(entries, axes, strict=True):
-            curve = entry["methods"][_ESTIMATED]["curves"]
-            band(one, curve["step"], curve["alpha_low"], curve["alpha_high"], colour=PALETTE[0])
-            one.plot(curve["step"], curve["alpha"], color=PALETTE[0], lw=2, label="estimated (range over seeds)")
-            exact = entry["methods"].get(_EXACT)
-            if exact is not None:
-                one.plot(exact["curves"]["step"], exact["curves"]["alpha"], color=PALETTE[1], lw=1.2, ls="--",
-                         label="exact")  # fmt: skip
-            one.axhline(0.5, color=INK, lw=1, ls="-.", label="paper's 0.5")
-            one.set_ylim(-0.02, 1.02)
-            one.set_xlabel("Step")
-            one.set_title(f"ηL = {entry['eta_l']:g}")
-        axes[0].set_ylabel("alpha, mean over seeds")
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=3 if len(entries) > 1 else 1)
+def _map(report: OracleTrainingReport, path: Path) -> None:
+    """What the best fixed alpha and the default gain over DPO, one point a setting, over the step size."""
+    names = [method["name"] for method in report.methods]
+    fixed = [k for k, method in enumerate(report.methods) if method["source"] == "fixed"]
+    optimizers = report.settings["optimizers"]
+    with panels(path, len(optimizers), width=3.0 * len(optimizers) + 0.8, height=3.4, sharey=True) as (_, axes):
+        for optimizer, one in zip(optimizers, axes, strict=True):
+            cells = [cell for cell in report.cells if cell["optimizer"] == optimizer]
+            for offset, (label, colour) in zip(
+                (-0.15, 0.15), (("best fixed", OCHRE), (DEFAULT_RULE, BLUE)), strict=True
+            ):
+                for cell in cells:
+                    ends = np.array([losses[-1] for losses in cell["losses"]])
+                    if label == DEFAULT_RULE and label not in names:
+                        continue
+                    value = ends[fixed].min() if label == "best fixed" else ends[names.index(label)]
+                    x = cell["size"] + offset + 0.05 * report.settings["horizons"].index(cell["horizon"])
+                    marker = "o" if cell["beta"] == 1 else "^"
+                    one.plot(x, 100 * (value / ends[names.index(_DPO)] - 1), marker, ms=3, color=colour, alpha=0.7)
+                one.plot([], [], "o", color=colour, label=label)
+            one.axhline(0, color=INK, lw=1, ls="-.")
+            one.set_xticks(range(3), ("small", "middle", "large"))
+            one.set_xlabel("step size")
+            one.set_title(optimizer)
+        axes[0].set_ylabel("final L_m over DPO's, %")
+        legend_below(axes[0])

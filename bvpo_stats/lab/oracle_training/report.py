@@ -1,270 +1,317 @@
-"""The oracle training report: means over seeds, paired differences, Theorem 3's bound, and the two goals."""
+"""The oracle training report: which alpha ends with the least loss, by optimizer, and where mixing helps or hurts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int
+from scipy import stats
 
 from bvpo_stats.statistics.moments import Array
-from bvpo_stats.statistics.proportions import Interval, jackknife_interval
 from bvpo_stats.studies.base import REPORT_FILE, Finding, Presentation, Report, ResultTable
+from bvpo_stats.training.alpha import DEFAULT_RULE
 
-PAPER = "alpha = 0.5"
-ESTIMATED = "adaptive"
-GAIN = 0.9
-"""The goal: at most this share of the paper's mean squared gradient."""
+DPO, PAPER = "alpha = 1", "alpha = 0.5"
+HALVES = ("choose", "judge")
+GOALS = {"adamw": (-0.02, 0.025), "adamw-decay": (-0.02, 0.025), "sgd": (0.01, math.inf)}
+"""By optimizer: how far the default's final L_m may be above the best fixed alpha's, on average and at worst."""
 
-_CURVE_POINTS = 75
-_HEAD = (
-    "alpha from",
-    "mean norm(grad L_m)^2",
-    "minus best fixed",
-    "over alpha = 0.5",
-    "L_m at the end",
-    "bias^2",
-    "variance",
-    "bound (Theorem 3)",
-    "mean alpha",
-)
+_WORDS = {"adamw": "AdamW", "adamw-decay": "AdamW with weight decay", "sgd": "SGD"}
+_SIZES = ("small", "middle", "large")
 
 
 @dataclass(frozen=True)
 class OracleTrainingReport(Report):
-    """Every method at every step size.
+    """Every method in every setting.
 
     Attributes:
-        settings: Options of the run, ``parameters`` of the model and ``smoothness_at_reference``.
+        settings: Options of the run, its models among them.
         methods: Where each alpha comes from.
-        results: What `summary` gives.
+        cells: One a setting (optimizer, horizon, model, step size): by method, the means over seeds of L_m (``losses``)
+            and norm(grad L_m)^2 (``grad_sq``) at a quarter, half and the end, of ``alpha`` and of ``eta_l``.
+        summaries: One for each optimizer and half of the models, see `summarise`.
+        planned: Settings of the whole study, all step sizes of one counted once.
     """
 
     study: ClassVar[str] = "oracle-training"
 
     settings: dict[str, Any]
     methods: list[dict[str, Any]]
-    results: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+    summaries: list[dict[str, Any]]
+    planned: int
+
+    @classmethod
+    def of(
+        cls, settings: dict[str, Any], methods: list[dict[str, Any]], rows: Sequence[dict[str, Any]], planned: int
+    ) -> OracleTrainingReport:
+        """From the trajectories.
+
+        Args:
+            settings: Options of the run.
+            methods: Its methods.
+            rows: Trajectories, of whole settings.
+            planned: Settings that were to be trained.
+        """
+        names = [method["name"] for method in methods]
+        found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+        for row in rows:
+            key = (row["optimizer"], row["horizon"], row["model"], row["size"])
+            found.setdefault(key, {}).setdefault(row["method"], []).append(row)
+        cells = [_cell(key, by_method, names, settings["models"]) for key, by_method in found.items()]
+        summaries = [
+            summary
+            for optimizer in settings["optimizers"]
+            for half in (*HALVES, "all")
+            if (summary := summarise(cells, names, optimizer, half, settings["level"])) is not None
+        ]
+        return cls(settings, methods, cells, summaries, planned)
 
     def present(self) -> Presentation:
-        """One table a step size, and the two goals."""
+        """A table for each optimizer and half of the models, the map, and whether the default keeps its promise."""
         return Presentation(
-            title="Does an estimated alpha train better than a fixed one?",
-            findings=tuple(_findings(self)),
-            tables=(*(_table(entry) for entry in self.results), _step_sizes(self)),
-            notes=tuple(_notes(self)),
-            cautions=tuple(_cautions(self)),
+            title="Which alpha trains best?",
+            findings=tuple(self._findings()),
+            tables=(*(_table(summary) for summary in self.summaries if summary["half"] != "all"), *self._maps()),
+            notes=tuple(self._notes()),
+            cautions=tuple(self._cautions()),
         )
 
     def figures(self, folder: Path) -> list[Path]:
-        """Mean squared gradients over that of alpha = 0.5, and alpha over steps."""
+        """Regrets by method, and the map of what mixing gains."""
         from bvpo_stats.lab.oracle_training.figures import oracle_training_figures
 
-        return oracle_training_figures(self.results, self.settings["level"], folder)
+        return oracle_training_figures(self, folder)
 
     def written(self, folder: Path) -> str:
         """What a run leaves in its folder."""
         return f"{folder / REPORT_FILE}, report.md, figures/, trajectories.jsonl"
 
+    def summary(self, optimizer: str, half: str) -> dict[str, Any] | None:
+        """The summary of an optimizer and a half."""
+        return next((s for s in self.summaries if (s["optimizer"], s["half"]) == (optimizer, half)), None)
 
-def summary(rows: Iterable[dict[str, Any]], level: float, steps: int) -> list[dict[str, Any]]:
-    """Results by step size.
+    def _findings(self) -> list[Finding]:
+        found = []
+        for optimizer in self.settings["optimizers"]:
+            chosen, judged = (self.summary(optimizer, half) for half in HALVES)
+            if judged is None:
+                continue
+            if chosen is not None:
+                name = chosen["least"]
+                first, then = chosen["methods"][name]["over_best"], judged["methods"][name]
+                found.append(
+                    Finding(
+                        f"{_WORDS[optimizer]}: the models that choose prefer {name} ({_share(first)} against the best "
+                        "fixed alpha of each setting, picked after the fact); on those that judge it is "
+                        f"{_share(then['over_best'])}, {_share(then['over_dpo'])} against DPO and "
+                        f"{_share(then['over_paper'])} against alpha = 0.5."
+                    )
+                )
+            if DEFAULT_RULE in judged["methods"]:
+                found.append(_goal(optimizer, judged["methods"][DEFAULT_RULE]))
+        return found
+
+    def _maps(self) -> list[ResultTable]:
+        """By optimizer: what mixing gains over DPO, by beta, length and step size."""
+        names = [method["name"] for method in self.methods]
+        fixed = [k for k, method in enumerate(self.methods) if method["source"] == "fixed"]
+        shown = [name for name in (PAPER, "line 0.5 to 1", DEFAULT_RULE) if name in names]
+        head = ("Setting", "best fixed alpha, mean", "it over DPO", *(f"{name} over DPO" for name in shown))
+        tables = []
+        for optimizer in self.settings["optimizers"]:
+            cells = [cell for cell in self.cells if cell["optimizer"] == optimizer]
+            rows = []
+            for key in sorted({(cell["beta"], cell["horizon"], cell["size"]) for cell in cells}):
+                some = [cell for cell in cells if (cell["beta"], cell["horizon"], cell["size"]) == key]
+                ends = np.array([[losses[-1] for losses in cell["losses"]] for cell in some])
+                over = ends / ends[:, [names.index(DPO)]] - 1
+                best = np.mean([self.methods[fixed[k]]["line"][0] for k in over[:, fixed].argmin(axis=1)])
+                gains = [over[:, fixed].min(axis=1).mean(), *(over[:, names.index(name)].mean() for name in shown)]
+                label = f"beta {key[0]:g}, {key[1]} steps, {_SIZES[key[2]]}"
+                rows.append((label, f"{best:.2f}", *(f"{gain:+.1%}" for gain in gains)))
+            if rows:
+                tables.append(ResultTable(f"Where mixing helps, {_WORDS[optimizer]}: final L_m", head, tuple(rows)))
+        return tables
+
+    def _notes(self) -> list[str]:
+        settings = self.settings
+        models = "; ".join(
+            f"{m['number']}: {m['prompts']} prompts, beta {m['beta']:g}, seed {m['oracle_seed']}"
+            for m in settings["models"]
+        )
+        lengths = ", ".join(map(str, settings["horizons"]))
+        return [
+            "L_m, summed over all traces, as a share above (+) or below (-) that of the best of alpha = 0, 0.25, 0.5, "
+            "0.75, 1 in the same setting (optimizer, model, length, step size), which is picked after the fact and so "
+            f"favoured; of DPO (alpha = 1); of the paper's 0.5. Means over settings, {settings['level']:.0%} intervals "
+            "over models. A seed fixes the data of every method.",
+            f"Models, drawn before anything was trained: {models}. Odd numbers judge, even ones choose. Two symbols, "
+            "traces of up to two, three answers, LoRA.",
+            f"{settings['seeds']} seeds, batches of {settings['batch_size']} fresh pairs, {lengths} steps; cosine "
+            "schedule with 10% warm-up; AdamW at 3e-4, 1e-3 and 3e-3 (beta 1) or 1e-3, 3e-3 and 1e-2 (beta 0.1), "
+            "weight decay 0 or 0.1; SGD at 0.2, 0.6 and 1.4 over the spectral norm of L_m's Hessian at theta_ref; "
+            "float32.",
+            "line a to 1: alpha rises linearly from a over the run. Rules are those of train, fed by the same stream; "
+            "without traces, so the trace gradient's bias is taken as 0. exact: the same rules on exact moments, bias "
+            "included, renewed every 15 steps.",
+        ]
+
+    def _cautions(self) -> list[str]:
+        done = {(cell["optimizer"], cell["horizon"], cell["model"]) for cell in self.cells}
+        if len(done) == self.planned:
+            return []
+        parts = [
+            f"{_WORDS[optimizer]}, {horizon} steps: {sum(one[:2] == (optimizer, horizon) for one in done)} models"
+            for optimizer in self.settings["optimizers"]
+            for horizon in self.settings["horizons"]
+        ]
+        return [f"{len(done)} of {self.planned} settings are done ({'; '.join(parts)}); the others are not in here."]
+
+
+def _goal(optimizer: str, ours: dict[str, Any]) -> Finding:
+    """Whether the default keeps what was asked of it."""
+    mean, worst = GOALS[optimizer]
+    best, dpo, paper = ours["over_best"], ours["over_dpo"], ours["over_paper"]
+    holds = best["mean"] <= mean and ours["worst"] <= worst
+    if optimizer != "sgd":
+        holds = holds and dpo["high"] < 0 and paper["high"] < 0
+    return Finding(
+        f"{_WORDS[optimizer]}: the default, {DEFAULT_RULE}, ends {_share(best)} against the best fixed alpha on the "
+        f"models that judge (goal {mean:+.1%} or less), {ours['worst']:+.1%} at worst; {_share(dpo)} against DPO "
+        f"(alpha = 1), {_share(paper)} against alpha = 0.5.",
+        "holds" if holds else "fails",
+    )
+
+
+def _cell(
+    key: tuple[Any, ...], by_method: dict[str, list[dict[str, Any]]], names: Sequence[str], models: list[dict[str, Any]]
+) -> dict[str, Any]:
+    optimizer, horizon, number, size = key
+    model = next(model for model in models if model["number"] == number)
+
+    def mean(name: str, of: str) -> list[float]:
+        return [_rounded(x) for x in np.mean([row[of] for row in by_method[name]], axis=0)]
+
+    eta_ls = [[row["eta_l"] for row in by_method[name] if row["eta_l"] is not None] for name in names]
+    return {
+        "optimizer": optimizer,
+        "horizon": horizon,
+        "model": number,
+        "size": size,
+        "beta": model["beta"],
+        "half": HALVES[model["judges"]],
+        "eta": _rounded(by_method[names[0]][0]["eta"]),
+        "losses": [mean(name, "losses") for name in names],
+        "grad_sq": [mean(name, "grad_sq") for name in names],
+        "alpha": [_rounded(np.mean([row["alpha_curve"] for row in by_method[name]])) for name in names],
+        "eta_l": [_rounded(np.mean(values)) if values else None for values in eta_ls],
+    }
+
+
+def _rounded(x: Any) -> float:
+    return float(f"{float(x):.6g}")
+
+
+def summarise(
+    cells: Sequence[dict[str, Any]], names: Sequence[str], optimizer: str, half: str, level: float
+) -> dict[str, Any] | None:
+    """Final losses of every method relative to the best fixed alpha, to DPO and to alpha = 0.5.
 
     Args:
-        rows: One a trajectory, as `bvpo_stats.lab.oracle_training.run.train` gives them, with ``eta_l``, ``eta``,
-            ``method`` and ``seed``.
-        level: Confidence level of the intervals over seeds.
-        steps: Steps of a trajectory.
+        cells: Settings.
+        names: Methods, in the order of the cells' entries.
+        optimizer: Which.
+        half: ``choose``, ``judge`` or ``all``.
+        level: Of the intervals, over models: settings of one model are no independent data.
 
     Returns:
-        For each step size the table of methods and, where there are the methods for it, the comparison of the estimated
-        alpha with the best fixed one and with the paper's.
+        ``settings`` and ``models`` (numbers of), ``least`` (the method that `train` offers with the least mean), and by
+        method ``over_best``, ``over_dpo``, ``over_paper`` (``mean``, ``low``, ``high``), ``worst``, ``at_or_below``
+        (share of settings), ``early`` and ``grad_sq`` (L_m at a quarter and norm(grad L_m)^2 at the end, over the least
+        of the fixed ones'); None where there is no such cell.
     """
-    cells: dict[float, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        cells.setdefault(row["eta_l"], {}).setdefault(row["method"], []).append(row)
-    return [_step_size(eta_l, methods, level, steps) for eta_l, methods in cells.items()]
-
-
-def _step_size(eta_l: float, methods: dict[str, list[dict[str, Any]]], level: float, steps: int) -> dict[str, Any]:
-    table = {name: _method(rows, level, steps) for name, rows in methods.items()}
-    found = {"eta_l": eta_l, "eta": next(iter(methods.values()))[0]["eta"], "methods": table}
-    fixed = [name for name in methods if name.startswith("alpha = ")]
-    if ESTIMATED not in methods or PAPER not in methods:
-        return found
-    best = min(fixed, key=lambda name: table[name]["grad_sq"]["value"])
-    found["best_fixed"] = best
-    found["comparisons"] = {
-        name: {
-            "minus_best_fixed": asdict(_difference(methods[name], methods[best], level)),
-            "over_paper": asdict(_ratio(methods[name], methods[PAPER], level)),
+    some = [cell for cell in cells if cell["optimizer"] == optimizer and half in ("all", cell["half"])]
+    if not some or DPO not in names or PAPER not in names:
+        return None
+    fixed = [k for k, name in enumerate(names) if name.startswith("alpha = ")]
+    models = np.array([cell["model"] for cell in some])
+    losses, grads = (np.array([cell[of] for cell in some]) for of in ("losses", "grad_sq"))  # [cells, methods, 3]
+    over = {
+        "over_best": losses[:, :, -1] / losses[:, fixed, -1].min(axis=1, keepdims=True) - 1,
+        "over_dpo": losses[:, :, -1] / losses[:, [names.index(DPO)], -1] - 1,
+        "over_paper": losses[:, :, -1] / losses[:, [names.index(PAPER)], -1] - 1,
+        "early": losses[:, :, 0] / losses[:, fixed, 0].min(axis=1, keepdims=True) - 1,
+        "grad_sq": grads[:, :, -1] / grads[:, fixed, -1].min(axis=1, keepdims=True) - 1,
+    }
+    methods = {
+        name: {key: _interval(values[:, k], models, level) for key, values in over.items()}
+        | {
+            "worst": _rounded(over["over_best"][:, k].max()),
+            "at_or_below": _rounded((over["over_best"][:, k] <= 0).mean()),
         }
-        for name in methods
+        for k, name in enumerate(names)
     }
-    ours = found["comparisons"][ESTIMATED]
-    found["at_or_below_best_fixed"] = _at_or_below(ours["minus_best_fixed"])
-    found["ten_percent_below_paper"] = ours["over_paper"]["value"] <= GAIN
-    return found
-
-
-def _method(rows: list[dict[str, Any]], level: float, steps: int) -> dict[str, Any]:
-    values = {name: np.array([row[name] for row in rows]) for name, value in rows[0].items() if _is_number(value)}
-    eta = rows[0]["eta"]
-    progress = 2 * (values["loss_start"] - values["loss_end"]) / (steps * eta)
-    bound = progress + values["bias_sq"] + eta * values["smoothness"] * values["variance"]
-    thin = np.unique(np.linspace(0, steps - 1, min(steps, _CURVE_POINTS)).round().astype(int))
-    alphas = np.array([row["alpha_curve"] for row in rows])[:, thin]
+    offered = [name for name in names if "exact" not in name]
     return {
-        "grad_sq": asdict(_mean(values["grad_sq"], level)),
-        "loss_end": asdict(_mean(values["loss_end"], level)),
-        "bound": asdict(_mean(bound, level)),
-        "bias_sq": float(values["bias_sq"].mean()),
-        "variance": float(values["variance"].mean()),
-        "smoothness": float(values["smoothness"].mean()),
-        "smoothness_mean": float(values["smoothness_mean"].mean()),
-        "noise_curvature": float(values["noise_curvature"].mean()),
-        "alpha": float(values["alpha"].mean()),
-        "held": float(values["held"].mean()),
-        "curves": {
-            "step": thin.tolist(),
-            "grad_sq": np.array([row["grad_sq_curve"] for row in rows])[:, thin].mean(axis=0).tolist(),
-            "alpha": alphas.mean(axis=0).tolist(),
-            "alpha_low": alphas.min(axis=0).tolist(),
-            "alpha_high": alphas.max(axis=0).tolist(),
-        },
+        "optimizer": optimizer,
+        "half": half,
+        "settings": len(some),
+        "models": len(set(models.tolist())),
+        "least": min(offered, key=lambda name: float(methods[name]["over_best"]["mean"])),
+        "methods": methods,
     }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_UNBOUNDED = 1e9
 
 
-def _mean(values: Array, level: float) -> Interval:
-    return jackknife_interval(values[:, None], lambda x: x[..., 0], level=level)
+def _interval(values: Array, models: Int[np.ndarray, " settings"], level: float) -> dict[str, float]:
+    """Mean of the models' means with Student's interval; unbounded for a single model."""
+    means = np.array([values[models == model].mean() for model in sorted(set(models.tolist()))])
+    mean, half = float(means.mean()), _UNBOUNDED
+    if len(means) > 1:
+        half = float(stats.t.ppf(0.5 + level / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means)))
+    return {"mean": _rounded(mean), "low": _rounded(mean - half), "high": _rounded(mean + half)}
 
 
-def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], level: float) -> Interval:
-    """Mean difference over seeds that share their data."""
-    return _mean(_paired(ours)[:, 0] - _paired(theirs)[:, 0], level)
+def _share(entry: dict[str, float]) -> str:
+    if entry["high"] > _UNBOUNDED / 2:
+        return f"{entry['mean']:+.1%}"
+    return f"{entry['mean']:+.1%} [{entry['low']:+.1%}, {entry['high']:+.1%}]"
 
 
-def _ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], level: float) -> Interval:
-    both = np.concatenate([_paired(ours), _paired(theirs)], axis=1)
-    return jackknife_interval(both, lambda x: x[..., 0] / x[..., 1], level=level, positive=True)
+_HEAD = (
+    "alpha from",
+    "L_m over best fixed",
+    "worst",
+    "at or below",
+    "over DPO",
+    "over 0.5",
+    "at a quarter",
+    "norm(grad)^2 over best fixed",
+)
 
 
-def _paired(rows: list[dict[str, Any]]) -> Array:
-    return np.array([[row["grad_sq"]] for row in sorted(rows, key=lambda row: row["seed"])])
-
-
-def _at_or_below(difference: dict[str, float]) -> bool:
-    """Not significantly above: the interval of the paired difference reaches zero or lies below it."""
-    return difference["low"] <= 0
-
-
-def _findings(report: OracleTrainingReport) -> list[Finding]:
-    compared = [entry for entry in report.results if "comparisons" in entry]
-    found = []
-    for entry in compared:
-        ours = entry["comparisons"][ESTIMATED]
-        difference, ratio = ours["minus_best_fixed"], ours["over_paper"]
-        holds = entry["at_or_below_best_fixed"]
-        verb = "is at or below" if holds else "is above"
-        found.append(
-            Finding(
-                f"eta L = {entry['eta_l']:g}: the estimated alpha {verb} the best fixed one ({entry['best_fixed']}), "
-                f"difference {_interval(difference, '+.4f')}; "
-                f"its ratio to the paper's 0.5 is {_interval(ratio, '.3f')}.",
-                "holds" if holds else "fails",
-            )
+def _table(summary: dict[str, Any]) -> ResultTable:
+    rows = tuple(
+        (
+            name,
+            _share(values["over_best"]),
+            f"{values['worst']:+.1%}",
+            f"{values['at_or_below']:.0%}",
+            _share(values["over_dpo"]),
+            _share(values["over_paper"]),
+            f"{values['early']['mean']:+.1%}",
+            f"{values['grad_sq']['mean']:+.0%}",
         )
-    if compared:
-        below = sum(entry["ten_percent_below_paper"] for entry in compared)
-        wanted = 2 * len(compared) / 3
-        found.append(
-            Finding(
-                f"At least 10% below alpha = 0.5 at {below} of {len(compared)} step sizes (goal: two of three).",
-                "holds" if below >= wanted else "fails",
-            )
-        )
-    return found
-
-
-def _table(entry: dict[str, Any]) -> ResultTable:
-    methods, compared = entry["methods"], entry.get("comparisons", {})
-    rows = []
-    for name, values in methods.items():
-        against = compared.get(name)
-        rows.append(
-            (
-                name,
-                _interval(values["grad_sq"], ".4f"),
-                "-" if against is None else _interval(against["minus_best_fixed"], "+.4f"),
-                "-" if against is None else _interval(against["over_paper"], ".3f"),
-                _interval(values["loss_end"], ".4f"),
-                f"{values['bias_sq']:.4f}",
-                f"{values['variance']:.4f}",
-                f"{values['bound']['value']:.3f}",
-                f"{values['alpha']:.2f}",
-            )
-        )
-    return ResultTable(f"eta L = {entry['eta_l']:g}", _HEAD, tuple(rows))
-
-
-def _step_sizes(report: OracleTrainingReport) -> ResultTable:
-    """What eta L is along the way, for two ideas of L."""
-    rows = []
-    for entry in report.results:
-        half = entry["methods"].get(PAPER, next(iter(entry["methods"].values())))
-        values = (half["smoothness_mean"], half["noise_curvature"])
-        products = [f"{entry['eta'] * value:.3f}" for value in values]
-        rows.append((f"{entry['eta_l']:g}", f"{entry['eta']:.4g}", *(f"{v:.2f}" for v in values), *products))
-    head = ("eta L at theta_ref", "eta", "spectral norm", "curvature along the noise", "eta x norm", "eta x curvature")
-    return ResultTable("Step sizes: means over the trajectories of alpha = 0.5", head, tuple(rows))
-
-
-def _notes(report: OracleTrainingReport) -> list[str]:
-    settings = report.settings
-    return [
-        f"SGD on the enumerable model ({settings['parameters']} LoRA parameters, {settings['oracle']['n_symbols']} "
-        f"symbols, traces up to {settings['oracle']['max_trace']}, {settings['oracle']['n_prompts']} prompts, DPO with "
-        f"beta = {settings['beta']:g}), {settings['steps']} steps of {settings['batch_size']} pairs, "
-        f"{settings['seeds']} seeds. A seed fixes the data of every method, so differences are paired.",
-        "norm(grad L_m)^2, L_m, bias and variance (of a batch) are exact at every step; intervals are over seeds "
-        f"({settings['level']:.0%}). The best fixed alpha is picked after the fact, which favours it.",
-        "eta L names a step size by the spectral norm L of L_m's Hessian at theta_ref "
-        f"({settings['smoothness_at_reference']:.1f}).",
-        f"adaptive: alpha from samples only, used from the next step on. mu from {settings['probe_prompts']} held-out "
-        f"pairs with {settings['traces']} traces an answer for the score and as many for the margin, every "
-        f"{settings['probe_every']} steps; variances from the training pairs. It minimises the descent bound (alpha_J) "
-        "with L = tr(H Sigma) / tr Sigma, the curvature that the noise meets: H is the Gauss-Newton Hessian of L_m, "
-        "estimated on the same probe, Sigma = Cov(g_t - g_e). exact: the same from exact moments at every step.",
-        "error: Theorem 4's alpha(tau), tau = eta L / B, in place of the descent bound, with that L or with the "
-        "spectral norm, the L of Theorem 3, or with eta L taken for 1 whatever the step (the trainer's default).",
-        "adaptive, error: the criterion of the trainer. With eta_l auto that measures L once, at its start, and with "
-        "the full Hessian of the D_t loss in place of the Gauss-Newton one of L_m, which gives another, often larger, "
-        "L.",
-        "Theorem 3's bound with L the largest spectral norm met; it supposes eta L <= 1.",
-    ]
-
-
-def _cautions(report: OracleTrainingReport) -> list[str]:
-    beyond = [
-        f"{entry['eta_l']:g}"
-        for entry in report.results
-        if any(entry["eta"] * values["smoothness"] > 1 for values in entry["methods"].values())
-    ]
-    if not beyond:
-        return []
-    return [f"at eta L = {', '.join(beyond)} some runs meet a spectral norm above 1 / eta: Theorem 3 is silent there."]
-
-
-def _interval(entry: dict[str, float | None], form: str) -> str:
-    value, low, high = entry["value"], entry["low"], entry["high"]
-    if value is None:
-        return "-"
-    if low is None or high is None:
-        return format(value, form)
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+        for name, values in summary["methods"].items()
+    )
+    counted = f"{summary['settings']} settings of {summary['models']}"
+    title = f"{_WORDS[summary['optimizer']]}, models that {summary['half']}: {counted}"
+    return ResultTable(title, _HEAD, rows)

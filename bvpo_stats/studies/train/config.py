@@ -123,35 +123,30 @@ class TrainConfig:
             name="precompute-ref-logps",
         ),
     ] = False
-    alpha_prior: Annotated[float, o.Option("adaptive: alpha until its interval excludes it.", low=0, high=1)] = 0.5
+    alpha_rule: Annotated[
+        Literal["rising", "theorem4", "descent", "direction", "hypergradient"],
+        o.Option("adaptive: what is done with the estimates: rising, theorem4, descent, direction or hypergradient."),
+    ] = "rising"
+    alpha_prior: Annotated[float, o.Option("adaptive: what estimates are shrunk toward.", low=0, high=1)] = 0.5
     alpha_update_steps: Annotated[
         int | None,
-        o.Option("adaptive: steps between two looks at the probe set. [default: 2% of the tokens]", low=1, high=10**9),
-    ] = None
-    alpha_sums_steps: Annotated[
-        int,
         o.Option(
-            "adaptive: one step in so many forms its gradients prompt by prompt, for the variances.", low=1, high=10**9
+            "adaptive: steps between two looks at the traces, if any. [default: 1% of the tokens]", low=1, high=10**9
         ),
-    ] = 4
-    alpha_ema: Annotated[
-        float | None,
-        o.Option("adaptive: what averages keep from look to look. [default: 0.8]", low=0, below=1),
     ] = None
-    alpha_probe_prompts: Annotated[int, o.Option("adaptive: prompts held out to estimate mu.", low=0, high=10**6)] = 32
     alpha_traces_per_answer: Annotated[
-        int, o.Option("adaptive: traces behind each probe answer.", low=1, high=10**5)
+        int, o.Option("adaptive: traces behind each answer of a look.", low=1, high=10**5)
     ] = 4
     eta_l: Annotated[
         float | Literal["auto"],
         o.Option(
-            "adaptive: eta L at the peak learning rate, or `auto`: L is the curvature along the noise.",
+            "adaptive: eta L at the peak learning rate (1 is the paper's); `auto`: measured in the optimizer's metric.",
             above=0,
             high=1e6,
             read=o.number_or_word,
-            spelled="1",
+            spelled="auto",
         ),
-    ] = 1.0
+    ] = "auto"
     unmatched_prompts: Annotated[
         Literal["error", "drop"] | None,
         o.Option("Prompts in one set only: error or drop. [default: error; embedded pairs: drop]", name="unmatched"),
@@ -169,7 +164,7 @@ class TrainConfig:
         ),
     ] = ("none",)
     seed: o.Seed = 0
-    allow_mismatch: Annotated[bool, o.Option("Take probe pairs and traces of another model or template.")] = False
+    allow_mismatch: Annotated[bool, o.Option("Take pairs and traces of another model or template.")] = False
     resume: Annotated[bool, o.Option("Refuse to start anew (a run in its folder goes on anyway).")] = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bvpo_stats.studies.style import BLUE, GREEN, INK, OCHRE, RED, band, figure, legend_below, numbers
+from bvpo_stats.studies.style import BLUE, GREEN, OCHRE, RED, band, figure, legend_below, numbers
 from bvpo_stats.studies.train.report import TrainReport
 
 _SERIES = (("", "all pairs, as the loss weighs them", GREEN, "-"), ("trace/", "D_t, with traces", BLUE, "--"),
@@ -48,15 +48,18 @@ def _alpha(report: TrainReport, path: Path) -> None:
         if any(point["low"] is not None for point in points):
             low, high = (numbers([point[end] for point in points]) for end in ("low", "high"))
             band(axes, steps, low, high, colour=GREEN)
-            axes.plot([], [], color=GREEN, alpha=0.35, lw=7, label=f"{alpha['level']:.0%} interval of the estimate")
+            axes.plot(
+                [],
+                [],
+                color=GREEN,
+                alpha=0.35,
+                lw=7,
+                label=f"{alpha['level']:.0%} interval of the {'start' if alpha['rule'] == 'rising' else 'estimate'}",
+            )
         axes.step(steps, numbers([point["alpha"] for point in points]), where="mid", color=BLUE, lw=1.8,
                   label="alpha in use")  # fmt: skip
         if alpha["setting"] == "adaptive":
             axes.axhline(alpha["prior"], color=RED, lw=1.2, ls="-.", label=f"prior {alpha['prior']:g}")
-        for update in alpha["updates"]:
-            axes.axvline(update["step"] + 1, color=INK, lw=0.6, ls=":")
-        if alpha["updates"]:
-            axes.plot([], [], color=INK, lw=0.8, ls=":", label="look at the probe set")
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("Optimizer step")
         axes.set_ylabel("alpha (0: D_e, 1: D_t alone)")

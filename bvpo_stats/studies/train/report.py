@@ -31,14 +31,17 @@ class TrainReport(Report):
         template: Its protocol.
         loss: Name and constants of the loss.
         trained: ``what`` was trained and how many ``parameters`` that is.
-        prompts: Numbers of prompts: ``train``, ``probe``, and set aside as ``too_long`` or ``unmatched``.
+        prompts: Numbers of prompts: to ``train`` on, and set aside as ``too_long`` or ``unmatched``.
         batch_size: Prompts a step, over all processes.
         steps: Optimizer steps made.
         learning_rate: Its peak.
         scheduler: How it changes.
-        alpha: ``setting``, ``prior``, ``level``, ``final``, ``mu``, ``update_steps``; the ``trajectory`` by logged step
-            and the ``updates``, one a look at the probe set.
-        eta_l: Learning rate times smoothness ``at_peak``, and the ``smoothness`` where it was measured.
+        alpha: ``setting``, ``rule``, ``prior``, ``level``, ``final``, ``mu``, ``update_steps``; the ``trajectory`` by
+            logged step and the ``updates``, now and then in full.
+        eta_l: Learning rate times smoothness ``at_peak``, the ``smoothness`` where it was measured, how often, and in
+            which ``metric``.
+        before: Losses and reward margins of both sets before the first step, on some of the prompts.
+        after: The same after the last, on the same prompts.
         first: Means of the metrics over the first tenth of the log.
         last: The same over the last tenth.
         history: Log entries, without their times.
@@ -61,6 +64,8 @@ class TrainReport(Report):
     scheduler: str
     alpha: dict[str, Any]
     eta_l: dict[str, Any]
+    before: dict[str, float] | None
+    after: dict[str, float]
     first: dict[str, float]
     last: dict[str, float]
     history: list[dict[str, Any]]
@@ -68,8 +73,9 @@ class TrainReport(Report):
     seed: int
 
     def present(self) -> Presentation:
-        """First and last tenth of the metrics, looks at the probe set, and what alpha did."""
-        tables = [table for prefix, title in _SETS.items() if (table := self._metrics(prefix, title)).rows]
+        """The same pairs before and after, first and last tenth of the metrics, and what alpha did."""
+        tables = [self._same_pairs()] if self.before else []
+        tables += [table for prefix, title in _SETS.items() if (table := self._metrics(prefix, title)).rows]
         if self.alpha["updates"]:
             tables.append(self._updates())
         return Presentation(
@@ -91,36 +97,52 @@ class TrainReport(Report):
         return f"{name} with alpha {self.alpha['setting']}" if self.method == "bvpo" else name
 
     def _findings(self) -> tuple[Finding, ...]:
-        first, last = self.first, self.last
-        margin = ""
-        if "rewards/margins" in last:
-            margin = (
-                f", the reward margin from {number(first['rewards/margins'])} to {number(last['rewards/margins'])}, "
-                f"with {last['rewards/accuracies']:.0%} of the pairs in the right order at the end"
-            )
-        found = [
-            Finding(
-                f"{self.name}: {self.steps} steps of {self.batch_size} prompts took the loss from "
-                f"{number(first.get('loss'))} to {number(last.get('loss'))}{margin}."
-            )
+        changes = [
+            f"that of {words} from {number(self.before[key])} to {number(self.after[key])}"
+            for key, words in (("trace/loss", "D_t"), ("empty/loss", "D_e"))
+            if self.before and key in self.before
         ]
+        order = ""
+        if "rewards/accuracies" in self.last:
+            order = f"; {self.last['rewards/accuracies']:.0%} of the last pairs are in the right order"
+        run = f"{self.name}: {self.steps} steps of {self.batch_size} prompts took the loss"
+        if changes:
+            sentence = f"{run}, {' and '.join(changes)}, on the same {int(self.after['prompts'])} prompts{order}."
+        else:
+            sentence = f"{run} from {number(self.first.get('loss'))} to {number(self.last.get('loss'))}{order}."
+        found = [Finding(sentence)]
         if self.alpha["setting"] == "adaptive":
             found.append(self._alpha_finding())
         return tuple(found)
 
     def _alpha_finding(self) -> Finding:
-        alpha = self.alpha
-        used = [point["alpha"] for point in alpha["trajectory"]]
-        if not alpha["updates"]:
-            return Finding(f"alpha was held at its prior {alpha['prior']:g}: {alpha['mu']}.", "open")
-        if all(value == alpha["prior"] for value in used):
-            return Finding(
-                f"alpha stayed at its prior {alpha['prior']:g}: no estimate was sure enough to leave it "
-                f"({_last(alpha)}).",
-                "open",
-            )
-        moved = sum(value != alpha["prior"] for value in used) / len(used)
-        return Finding(f"alpha left its prior {alpha['prior']:g} in {moved:.0%} of the steps; {_last(alpha)}.")
+        """What alpha was where the steps are largest; at a learning rate of 0 it matters to nobody."""
+        alpha, rule = self.alpha, self.alpha["rule"]
+        points = [point for point in alpha["trajectory"] if point["eta_l"] is not None]
+        known = [point for point in points if point["low"] is not None]
+        if not known and rule != "hypergradient":
+            few = "too few steps had earlier ones in their epoch"
+            return Finding(f"alpha ({rule}) had nothing to estimate from: {few}.", "open")
+        peak = max(known or points, key=lambda point: (point["eta_l"], point["step"]))
+        words = f"alpha ({rule}) was {number(peak['alpha'])} at the largest steps (step {peak['step']}, eta L = "
+        words += f"{number(peak['eta_l'])})"
+        if known:
+            what = "estimated start" if rule == "rising" else "estimate"
+            words += f": {what} {number(peak['estimate'])}, {alpha['level']:.0%} interval {number(peak['low'])} to "
+            words += f"{number(peak['high'])}, from {int(peak['prompts'])} prompts"
+        return Finding(f"{words}; it ended at {number(alpha['trajectory'][-1]['alpha'])}.")
+
+    def _same_pairs(self) -> ResultTable:
+        rows = []
+        for prefix, words in (("trace/", "D_t"), ("empty/", "D_e")):
+            for key, label in (("loss", "loss"), ("rewards/margins", "reward margin")):
+                if self.before and prefix + key in self.before:
+                    rows.append(
+                        (f"{words}, {label}", number(self.before[prefix + key]), number(self.after[prefix + key]))
+                    )
+        return ResultTable(
+            f"The same {int(self.after['prompts'])} prompts before and after", ("", "Before", "After"), tuple(rows)
+        )
 
     def _metrics(self, prefix: str, title: str) -> ResultTable:
         rows = []
@@ -145,8 +167,8 @@ class TrainReport(Report):
             )
             for update in shown
         )
-        head = ("After step", "alpha", "Estimate", f"{alpha['level']:.0%} interval", "eta L", "Why")
-        return ResultTable("Looks at the probe set", head, rows, text_columns=(5,))
+        head = ("After step", "alpha", "Estimate", f"{alpha['level']:.0%} interval", "eta L", "Rule")
+        return ResultTable("alpha along the way", head, rows, text_columns=(5,))
 
     def _notes(self) -> list[str]:
         loss = ", ".join(f"{name} {value}" for name, value in self.loss.items())
@@ -159,17 +181,19 @@ class TrainReport(Report):
             "Rewards are beta times the log-ratio to the reference (SimPO: beta times the average log-probability); "
             "the first table weighs pairs as the loss does, alpha on D_t and 1 - alpha on D_e.",
         ]
-        if self.alpha["updates"]:
+        if self.alpha["setting"] == "adaptive":
+            every = self.alpha["update_steps"]
+            looks = "" if every is None else f", a look every {every} steps"
             lines.append(
-                f"alpha: {prompts['probe']} probe prompts held out of training, looked at every "
-                f"{self.alpha['update_steps']} steps; {self.alpha['mu']}; eta L {self.eta_l['at_peak']:.3g} "
-                f"at the peak learning rate{self._measured()}. A decision holds from the step after it."
+                f"alpha: {self.alpha['mu']}{looks}; metric {self.eta_l['metric']}; eta L "
+                f"{self.eta_l['at_peak']:.3g} at the peak learning rate{self._measured()}. A decision holds from the "
+                "step after it; no prompt is held out."
             )
         return lines
 
     def _measured(self) -> str:
-        smoothness = self.eta_l["smoothness"]
-        return "" if smoothness is None else f" (L = {smoothness:.4g} measured before the first step)"
+        times = self.eta_l["measurements"]
+        return f" (L measured {times} times along the noise, the D_t loss's Gauss-Newton matrix)" if times else ""
 
     def _cautions(self) -> list[str]:
         prompts, lines = self.prompts, []
@@ -178,13 +202,3 @@ class TrainReport(Report):
         if prompts["unmatched"]:
             lines.append(f"{prompts['unmatched']} prompts were set aside: only one of D_t and D_e has them.")
         return lines
-
-
-def _last(alpha: dict[str, Any]) -> str:
-    update = alpha["updates"][-1]
-    if update["estimate"] is None:
-        return f"at the last look: {update['why']}"
-    return (
-        f"the last estimate is {number(update['estimate'])}, {alpha['level']:.0%} interval {number(update['low'])} to "
-        f"{number(update['high'])}"
-    )

@@ -219,7 +219,6 @@ def train_report(trainer: BVPOTrainer, method: Method) -> TrainReport:
         trained={"what": "LoRA adapter" if adapter else "all weights", "parameters": trained},
         prompts={
             "train": len(selection.train),
-            "probe": len(selection.probe),
             "too_long": selection.too_long,
             "unmatched": selection.unmatched,
         },
@@ -228,7 +227,14 @@ def train_report(trainer: BVPOTrainer, method: Method) -> TrainReport:
         learning_rate=args.learning_rate,
         scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         alpha=_alpha(trainer, history),
-        eta_l={"at_peak": estimator.step_size.at(args.learning_rate), "smoothness": estimator.step_size.smoothness},
+        eta_l={
+            "at_peak": float(estimator.step_size.at(args.learning_rate)),
+            "smoothness": None if (L := estimator.step_size.smoothness) is None else float(L),
+            "measurements": estimator.step_size.measurements,
+            "metric": estimator.metric if estimator.collects else None,
+        },
+        before=trainer.before,
+        after=trainer.same_pairs(),
         first=_mean(history[: _tenth(history)]),
         last=_mean(history[-_tenth(history) :]),
         history=history,
@@ -245,8 +251,9 @@ def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
         "prior": args.alpha_prior,
         "level": args.alpha_level,
         "final": estimator.alpha,
-        "mu": estimator.mu if estimator.controller.wants_data else None,
-        "update_steps": estimator.update_steps if estimator.wants_sums else None,
+        "rule": args.alpha_rule if args.adaptive else None,
+        "mu": estimator.mu if estimator.collects else None,
+        "update_steps": estimator.look_steps if estimator.looks is not None else None,
         "trajectory": [
             {
                 "step": entry["step"],
@@ -254,6 +261,8 @@ def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
                 "estimate": entry.get("alpha/estimate"),
                 "low": entry.get("alpha/low"),
                 "high": entry.get("alpha/high"),
+                "eta_l": entry.get("alpha/eta_l"),
+                "prompts": entry.get("alpha/prompts"),
             }
             for entry in history
         ],

@@ -7,19 +7,27 @@ from typing import Any
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.training.alpha.adaptive import AdaptiveController, AdaptiveOptions
-from bvpo_stats.training.alpha.base import AlphaRecord, Controller, Observation, StepSize, StepSums
+from bvpo_stats.training.alpha.base import AlphaRecord, Controller, Observation, StepSize
 from bvpo_stats.training.alpha.fixed import FixedController
+from bvpo_stats.training.alpha.lagged import Lag, StepProducts
+from bvpo_stats.training.alpha.rules import DEFAULT_RULE, RULES
+from bvpo_stats.training.alpha.stream import AlphaStream, StepMeans
 
 __all__ = [
     "ADAPTIVE",
+    "DEFAULT_RULE",
+    "RULES",
     "AdaptiveController",
     "AdaptiveOptions",
     "AlphaRecord",
+    "AlphaStream",
     "Controller",
     "FixedController",
+    "Lag",
     "Observation",
+    "StepMeans",
+    "StepProducts",
     "StepSize",
-    "StepSums",
     "from_state",
     "make_controller",
 ]

@@ -1,142 +1,128 @@
-"""Alpha in a run: the controller, fed by the steps' own gradients and by looks at a probe set of held-out prompts."""
+"""Alpha in a run: a stream (`bvpo_stats.training.alpha.stream`) fed from the Trainer's steps, and looks at the bias."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from bvpo_stats.distributed import World
-from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.curvature import CurvatureOptions, noise_curvature
+from bvpo_stats.gradients.engine import BlockLayout
 from bvpo_stats.gradients.examples import Example, check_identity
 from bvpo_stats.gradients.ladder import Ladder
-from bvpo_stats.gradients.marginal import SideDiagnostics, aggregate, select_traces
-from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
+from bvpo_stats.gradients.marginal import aggregate, select_traces
+from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.reference import check_stored_log_probs
 from bvpo_stats.gradients.stream import gradient_batches
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset, lora_subset
-from bvpo_stats.statistics.moments import Moments
-from bvpo_stats.training.alpha import AdaptiveOptions, Controller, Observation, StepSize, StepSums, from_state
+from bvpo_stats.training.alpha import Controller, StepSize, from_state
+from bvpo_stats.training.alpha.metric import optimizer_metric
+from bvpo_stats.training.alpha.stream import AlphaStream, StepMeans
 from bvpo_stats.training.config import AUTO, BVPOConfig
-from bvpo_stats.training.data import PromptSelection
-from bvpo_stats.training.gradient import PromptSums
+from bvpo_stats.training.gradient import SetGradients
 
 _log = logging.getLogger(__name__)
 
-PROBE_SHARE = 0.02
-"""Share of a step's tokens that a look at the probe set may cost per step, where the cadence is left to us."""
+LOOK_SHARE = 0.01
+"""Share of the tokens that looks at c may cost, where the cadence is left to us."""
+
+LOOK_PROMPTS = 8
+"""Most prompts of a step that a look takes."""
 
 
-_WORDS: dict[str, str] = {
-    "reference-point": "mu = E g_t exactly, at the reference point and temperature 1",
-    "anchored": "mu from each pair's own trace and draws regardless of the answer",
-    "posterior": "mu from posterior traces of each answer",
-    "prior": "mu from traces drawn regardless of the answer",
-}
+class BiasLooks:
+    """Now and then, (t_i - m_i) . hbar of the prompts of a step whose answers all have traces in the bank."""
 
-
-class ProbeSet:
-    """The probe prompts with their traces, and how their gradients are taken."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        subset: Subset,
-        examples: Sequence[Example],
-        options: StreamOptions,
-    ) -> None:
+    def __init__(self, policy: Policy, subset: Subset, examples: Sequence[Example], options: StreamOptions) -> None:
         """Checks the records once; later looks take them as they are.
 
         Args:
             policy: The policy, at any theta.
             subset: The weights that are trained.
-            examples: The probe prompts' examples, with their traces.
+            examples: All examples to train on; those with traces for both answers qualify.
             options: Objective, traces per answer, budget, seed; the method is chosen anew at each look.
 
         Raises:
             UserError: Records of another model or template, or whose stored log-probabilities are not the reference's.
         """
-        self._policy, self._subset = policy, subset
-        self._examples = examples
+        self._policy, self._subset, self._layout = policy, subset, BlockLayout.of(subset)
+        self.examples = [e for e in examples if {trace.side for trace in e.traces} == {"chosen", "rejected"}]
+        self._able = {example.key for example in self.examples}
         if not options.allow_mismatch:
-            check_identity(policy, self._examples)
-        check_stored_log_probs(policy, self._examples, options.checked_records)
+            check_identity(policy, self.examples)
+        check_stored_log_probs(policy, self.examples, options.checked_records)
         self._options = replace(options, checked_records=0, allow_mismatch=True)
 
-    @property
-    def prompts(self) -> int:
-        """Number of probe prompts."""
-        return len({example.prompt_id for example in self._examples})
-
-    @property
-    def has_traces(self) -> bool:
-        """Whether there is a trace bank."""
-        return any(example.traces for example in self._examples)
-
-    def tokens(self) -> int:
-        """Tokens of one look: all pairs and the traces that are used (off the reference point)."""
-        method, _ = self._method(off_reference=True)
-        total = sum(
-            2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for e in self._examples for p in e.pairs
-        )
-        if method == "none":
-            return total
-        for example in self._examples:
+    def tokens(self) -> float:
+        """Tokens of a look at one prompt: its D_t pair and the traces that are used, on average."""
+        total = 0
+        for example in self.examples:
+            pair = example.both[0]
+            total += 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
             for _, bank in example.sides:
-                used = select_traces(bank, method, self._options.traces_per_answer)
+                used = select_traces(bank, "posterior", self._options.traces_per_answer)
                 total += sum(len(t.prompt_ids) + len(t.completion_ids) for t in used if t is not bank.own)
-        return total
+        return total / len(self.examples)
 
-    def look(self, world: World | None = None) -> tuple[Moments | None, str]:
-        """Gradients of the probe prompts at the present theta; processes share the prompts.
+    def look(self, prompts: Sequence[Example], lagged: Sequence[Tensor]) -> tuple[int, Any, Any, str]:
+        """Sums over this process's prompts of a step.
+
+        Args:
+            prompts: The step's.
+            lagged: P hbar and P ebar (where it is kept), in the order of the subset's weights.
 
         Returns:
-            Their moments; None where mu could not be estimated (and in all processes but the first). And in a sentence,
-            how mu was estimated, or why it was not.
+            Number of prompts, sums ``[2]``, sums of squares and products ``[2, 2]``; how mu was estimated, or why not.
         """
-        world = world or World()
-        method, reason = self._method()
+        some = [prompt for prompt in prompts if prompt.key in self._able][:LOOK_PROMPTS]
+        none = (0, np.zeros(2), np.zeros((2, 2)))
+        if not some:
+            return *none, "no prompt of the step has traces"
+        ladder = Ladder(self._policy, some, self._options)
+        method, reasons = ladder.by_records()
+        if method == "reference-point":  # c = 0, exactly
+            return len(some), np.zeros(2), np.zeros((2, 2)), "mu = E g_t exactly, at the reference point"
         if method == "none":
-            return None, reason
-        prompts = list(dict.fromkeys(example.prompt_id for example in self._examples))
-        mine = set(prompts[world.rank :: world.size])
-        moments: Moments | None = None
-        diagnostics: list[SideDiagnostics] = []
-        if mine:
-            examples = [example for example in self._examples if example.prompt_id in mine]
-            options = replace(self._options, method=method)
-            for batch in gradient_batches(self._policy, self._subset, examples, options):
-                moments = moments or Moments.init(tuple(batch.vectors), tuple(batch.vectors["t"]))
-                moments = moments.update(batch.vectors, batch.prompt_ids, trace2=batch.trace2)
-                diagnostics += batch.diagnostics
-        parts = world.gather((None if moments is None else moments.to_arrays(), diagnostics))
-        moments = None
-        for arrays, _ in parts:
-            if arrays is not None:
-                part = Moments.from_arrays(arrays)
-                moments = part if moments is None else moments.merge(part)
-        gathered = [side for _, found in parts for side in found]
-        failure = aggregate(gathered).failure if gathered else None
+            return *none, f"mu is not estimable: {'; '.join(reasons)}"
+        directions = [self._blocks(vector) for vector in lagged]
+        found, diagnostics = [], []
+        for batch in gradient_batches(self._policy, self._subset, some, replace(self._options, method=method)):
+            t, m = batch.vectors["t"], batch.vectors["m"]
+            found.append(
+                [
+                    sum((t[name] - m[name]).astype(np.float64) @ direction[name] for name in t)
+                    for direction in directions
+                ]
+            )
+            diagnostics += batch.diagnostics
+        failure = aggregate(diagnostics).failure if diagnostics else None
         if failure is not None:
-            return None, f"{reason}, but {failure}: mu is not estimable"
-        return moments, reason
+            return *none, f"mu is not estimable: {failure}"
+        values = np.concatenate([np.stack(one, axis=1) for one in found])
+        values = np.pad(values, ((0, 0), (0, 2 - values.shape[1])))
+        return len(values), values.sum(axis=0), values.T @ values, f"c = E g_t - mu from {method} traces"
 
-    def _method(self, off_reference: bool = False) -> tuple[MarginalMethod, str]:
-        """The first rung of the ladder that the records allow; what their weights say is seen after the pass."""
-        ladder = Ladder(self._policy, self._examples, self._options)
-        method, reasons = ladder.by_records(off_reference=off_reference)
-        return method, f"mu is not estimable here: {'; '.join(reasons)}" if method == "none" else _WORDS[method]
+    def _blocks(self, vector: Tensor) -> dict[str, Any]:
+        numbers, blocks, start = vector.double().cpu().numpy(), {}, 0
+        for name, size in self._layout.sizes.items():
+            blocks[name] = np.zeros(size)
+        for block, offset, size in self._layout.places.values():
+            blocks[block][offset : offset + size] = numbers[start : start + size]
+            start += size
+        return blocks
 
 
 class AlphaEstimator:
-    """The controller's surroundings: it is asked for alpha, told about steps, and looks at the probe set when due."""
+    """The stream's surroundings: it is asked for alpha and told about steps."""
 
     def __init__(
         self,
@@ -145,11 +131,11 @@ class AlphaEstimator:
         batch_size: int,
         world: World,
         *,
-        reduce: Callable[[Any], Any] | None = None,
-        probe: ProbeSet | None = None,
-        update_steps: int = 1,
-        sums_steps: int = 1,
-        measure: Callable[[], float] | None = None,
+        weights: Sequence[Tensor] = (),
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        looks: BiasLooks | None = None,
+        look_steps: int = 1,
+        mu: str = "",
     ) -> None:
         """Before the first step.
 
@@ -158,20 +144,30 @@ class AlphaEstimator:
             step_size: How eta L follows from the learning rate.
             batch_size: Prompts per optimizer step, over all processes.
             world: The run's processes.
-            reduce: Adds a tensor up over them; None for a single one.
-            probe: The probe set; None for none.
-            update_steps: Steps between two looks at it.
-            sums_steps: Steps between two that form their gradients prompt by prompt.
-            measure: Measures the smoothness L, where eta L is not given.
+            weights: The trained weights.
+            reduce: Adds a tensor up over processes; None for a single one.
+            looks: Where the trace gradient's bias is seen; None for nowhere.
+            look_steps: Steps from one look to the next.
+            mu: What is known of mu without a look.
         """
-        self.controller, self.step_size = controller, step_size
+        self.stream = AlphaStream(controller, step_size, batch_size)
         self.updates: list[dict[str, Any]] = []
-        self.mu = "no probe set"
-        self._batch_size, self._world, self._reduce = batch_size, world, reduce
-        self._probe, self.update_steps, self._measure = probe, update_steps, measure
-        self._sums_steps = sums_steps
-        self._sums: PromptSums | None = None
+        self.mu, self.metric, self.look_steps = mu, "unknown yet", look_steps
+        self._world, self._reduce, self._weights, self.looks = world, reduce, list(weights), looks
+        self._sums: SetGradients | None = None
+        self._curvature: tuple[float, int] | None = None
+        self._prompts: list[Example] = []
         self._own_seconds, self._started = 0.0, time.perf_counter()
+
+    @property
+    def controller(self) -> Controller:
+        """Decides."""
+        return self.stream.controller
+
+    @property
+    def step_size(self) -> StepSize:
+        """How eta L follows from the learning rate."""
+        return self.stream.step_size
 
     @property
     def alpha(self) -> float:
@@ -179,175 +175,188 @@ class AlphaEstimator:
         return self.controller.alpha
 
     @property
-    def wants_sums(self) -> bool:
-        """Whether per-prompt gradients are of use at all."""
-        return self.controller.wants_data and self._probe is not None
+    def collects(self) -> bool:
+        """Whether steps should hand over the gradients of either set."""
+        return self.controller.wants_data
 
     @property
-    def collects(self) -> bool:
-        """Whether the coming step should form them."""
-        return self.wants_sums and (self.controller.record.step + 1) % self._sums_steps == 0
+    def direction(self) -> tuple[Tensor, float] | None:
+        """Where the coming pass should measure the curvature, and how far along; None where it need not."""
+        if self.stream.direction is None or self._curvature is not None:
+            return None
+        return self.stream.direction, float(self.stream.reach)
 
-    def add(self, sums: PromptSums) -> None:
-        """Takes the sums of a part of the step (one call per accumulated batch)."""
-        self._sums = sums if self._sums is None else self._sums.merge(sums)
+    def add(self, sums: SetGradients, prompts: Sequence[Example], curvature: tuple[float, int] | None) -> None:
+        """Takes what a part of the step showed (one call per accumulated batch).
 
-    def begin(self, learning_rate: float) -> None:
-        """Before the very first step: mu at the reference point, where it needs no traces."""
-        if not self.wants_sums:
-            return
-        if self._measure is not None:
-            with self._timed():
-                smoothness = self._world.broadcast(self._measure() if self._world.leads else None)
-            self.step_size = replace(self.step_size, smoothness=smoothness)
-        self._update(-1, learning_rate, None, look=True)
+        Args:
+            sums: Gradients of both sets.
+            prompts: Its prompts.
+            curvature: Sum of the curvatures of pairs along `direction`, over reach^2, and number of pairs.
+        """
+        with self._timed():
+            self._sums = sums if self._sums is None else self._sums.merge(sums)
+            self._prompts += prompts
+            if curvature is not None:
+                self._curvature = curvature
 
-    def finish_step(self, step: int, learning_rate: float) -> None:
+    def finish_step(
+        self, step: int, learning_rate: float, *, epoch: int = 0, progress: float | None = None, optimizer: Any = None
+    ) -> None:
         """After an optimizer step.
 
         Args:
             step: Its number, counted from 0.
             learning_rate: That of the step to come.
+            epoch: Number of its pass over the prompts.
+            progress: Share of the run that is over.
+            optimizer: Whose metric counts.
         """
-        sums, self._sums = self._sums, None
+        share = self._own_seconds / max(time.perf_counter() - self._started, 1e-9)
+        if not self.collects:
+            self.stream.observe(None, None, learning_rate, step=step, progress=progress)
+            return
         with self._timed():
-            found = None if sums is None else sums.step_sums(self._reduce)
-        # Without traces mu can only be had at the reference point, which training has left.
-        renewable = self.wants_sums and self._probe is not None and self._probe.has_traces
-        self._update(step, learning_rate, found, look=renewable and (step + 1) % self.update_steps == 0)
+            metric, self.metric = optimizer_metric(optimizer, self._weights)
+            means = bias = None
+            if self._sums is not None:
+                h, e, count = self._reduced(self._sums)
+                means = StepMeans(step, count, h, e, epoch)
+                if self.looks is not None and (step + 1) % self.look_steps == 0:
+                    bias = self._look(epoch, metric)
+            if self._curvature is not None:
+                self.stream.measured(self._mean_curvature(*self._curvature))
+            self._sums, self._curvature, self._prompts = None, None, []
+            self.stream.observe(means, metric, learning_rate, step=step, progress=progress, bias=bias, time_share=share)
+            if self._world.size > 1:  # decided once and told to all: no last bit can make processes disagree
+                decided = self._world.broadcast(self.stream.to_state() if self._world.leads else None)
+                self.stream.restore(from_state(decided["controller"]), decided, self.stream.vectors())
+        if bias is not None or (step + 1) % self.look_steps == 0:
+            self.updates.append(asdict(self.controller.record) | {"mu": self.mu})
 
     def log(self) -> dict[str, float]:
         """What the coming step's alpha rests on, for the log."""
         numbers = self.controller.record.log()
         numbers["alpha/next"] = numbers.pop("alpha")
-        return numbers if self.controller.wants_data else {"alpha/next": numbers["alpha/next"]}
+        return numbers if self.collects else {"alpha/next": numbers["alpha/next"]}
 
     def to_state(self) -> dict[str, Any]:
-        """JSON-ready; :meth:`restore` reads it."""
-        return {
-            "controller": self.controller.to_state(),
-            "step_size": asdict(self.step_size),
+        """JSON-ready; :meth:`restore` reads it together with `vectors`."""
+        return self.stream.to_state() | {
             "updates": self.updates,
             "mu": self.mu,
+            "metric": self.metric,
             "seconds": [self._own_seconds, time.perf_counter() - self._started],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def vectors(self) -> dict[str, Tensor]:
+        """Vectors that belong to the state."""
+        return {name: vector.contiguous() for name, vector in self.stream.vectors().items()}
+
+    def restore(self, state: dict[str, Any], vectors: dict[str, Tensor]) -> None:
         """Goes on where a checkpoint was."""
-        self.controller = from_state(state["controller"])
-        self.step_size = StepSize(**state["step_size"])
-        self.updates, self.mu = list(state["updates"]), state["mu"]
+        device = self._weights[0].device if self._weights else torch.device("cpu")
+        moved = {name: vector.to(device) for name, vector in vectors.items()}
+        self.stream.restore(from_state(state["controller"]), state, moved)
+        self.updates, self.mu, self.metric = list(state["updates"]), state["mu"], state["metric"]
         self._own_seconds = state["seconds"][0]
         self._started = time.perf_counter() - state["seconds"][1]
 
-    def _update(self, step: int, learning_rate: float, sums: StepSums | None, *, look: bool) -> None:
-        moments = None
-        if look and self._probe is not None:
-            with self._timed():
-                moments, self.mu = self._probe.look(self._world)
-        observation = Observation(
-            step=step,
-            batch_size=self._batch_size,
-            eta_l=self.step_size.at(learning_rate),
-            sums=sums,
-            probe=moments,
-            time_share=self._own_seconds / max(time.perf_counter() - self._started, 1e-9),
-        )
-        if not self.wants_sums:
-            self.controller = self.controller.update(observation)
-            return
-        with self._timed():  # decided once and told to all, so that no last bit can make processes disagree
-            decided: Any = None
-            if self._world.leads:
-                self.controller = self.controller.update(observation)
-                decided = (self.controller.to_state(), self.mu)
-            if self._world.size > 1:
-                state, self.mu = self._world.broadcast(decided)
-                self.controller = from_state(state)
-        if look:
-            self.updates.append(asdict(self.controller.record) | {"mu": self.mu})
+    def _reduced(self, sums: SetGradients) -> tuple[Tensor, Tensor, float]:
+        """Means of h and e over all processes, and the number of prompts."""
+        trace, empty, count = sums.trace, sums.empty, torch.tensor(float(sums.prompts), dtype=torch.float64)
+        if self._reduce is not None:
+            trace, empty, count = self._reduce(trace), self._reduce(empty), self._reduce(count)
+        return (trace - empty) / float(count), empty / float(count), float(count)
+
+    def _look(self, epoch: int, metric: Tensor | None) -> tuple[int, Any, Any] | None:
+        lag = self.stream.lag.of_epoch(epoch)
+        if lag.h is None or self.looks is None:
+            return None
+        lagged = [vector if metric is None else metric * vector for vector in (lag.h, lag.e) if vector is not None]
+        count, sums, squares, said = self.looks.look(self._prompts, lagged)
+        if self._reduce is not None:
+            flat = torch.tensor([count, *sums, *squares.flatten()], dtype=torch.float64)
+            count, *rest = self._reduce(flat).tolist()
+            sums, squares = np.array(rest[:2]), np.array(rest[2:]).reshape(2, 2)
+        self.mu = self._world.broadcast(said)
+        return (int(count), sums, squares) if count else None
+
+    def _mean_curvature(self, total: float, pairs: int) -> Any:
+        numbers = torch.tensor([total, float(pairs)], dtype=torch.float64)
+        if self._reduce is not None:
+            numbers = self._reduce(numbers)
+        return np.asarray(float(numbers[0] / numbers[1]))
 
     @contextmanager
-    def _timed(self) -> Any:
+    def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._own_seconds += time.perf_counter() - began
 
 
-def default_update_steps(probe_tokens: int, step_tokens: float) -> int:
-    """Steps between two looks at the probe set that keep them at :data:`PROBE_SHARE` of the tokens.
+def default_look_steps(look_tokens: float, step_tokens: float) -> int:
+    """Steps between two looks at the bias that keep them at :data:`LOOK_SHARE` of the tokens.
 
-    >>> default_update_steps(30_000, 50_000)
+    >>> default_look_steps(3_000, 10_000)
     30
     """
-    return max(1, math.ceil(probe_tokens / (PROBE_SHARE * max(step_tokens, 1.0))))
+    return max(1, math.ceil(look_tokens / (LOOK_SHARE * max(step_tokens, 1.0))))
 
 
 def make_estimator(
     args: BVPOConfig,
     policy: Policy,
-    selection: PromptSelection,
+    examples: Sequence[Example],
+    weights: Sequence[Tensor],
     world: World,
-    reduce: Callable[[Any], Any] | None,
-) -> tuple[AlphaEstimator, Subset | None]:
-    """Alpha's estimator, and the weights whose gradients it needs prompt by prompt.
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> AlphaEstimator:
+    """Alpha's estimator.
 
     Raises:
-        UserError: Weights or records that cannot be estimated from.
+        UserError: Traces that cannot be estimated from.
     """
-    step_size = StepSize(eta_l=1.0 if args.eta_l == AUTO else float(args.eta_l), peak=args.learning_rate)
+    auto = args.eta_l == AUTO
+    step_size = StepSize(eta_l=1.0 if auto else float(args.eta_l), peak=args.learning_rate, auto=auto)
     common = (args.controller(), step_size, args.prompts_per_step, world)
     if not args.adaptive:
-        return AlphaEstimator(*common), None
-    if not selection.probe:
-        estimator = AlphaEstimator(*common)
-        estimator.mu = (
-            f"the probe set would be smaller than {AdaptiveOptions().min_prompts} prompts, too small for an interval: "
-            f"alpha is held at the prior {args.alpha_prior:g}"
-        )
-        _say(estimator.mu)
-        return estimator, None
-    if not policy.has_adapter:
-        raise UserError(
-            "alpha = adaptive needs every prompt's own gradient, which is formed for LoRA adapters only; train one "
-            "(`peft_config`; on the command line LoRA with `r` of at least 1), or give alpha as a number."
-        )
-    subset = lora_subset(policy.model)
-    probe = ProbeSet(
-        policy,
-        subset,
-        selection.probe,
-        StreamOptions(
+        return AlphaEstimator(*common)
+    looks, look_steps, mu = None, args.alpha_update_steps or 10, _without_looks(policy, examples, args)
+    if any(example.traces for example in examples) and policy.has_adapter:
+        options = StreamOptions(
             objective=args.objective(),
             traces_per_answer=args.alpha_traces_per_answer,
             allow_mismatch=args.allow_mismatch,
             seed=args.seed,
             max_tokens=args.max_tokens,
-        ),
-    )
-    tokens = [
-        2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for row in selection.train for p in row.pairs
-    ]
-    step_tokens = args.prompts_per_step * sum(tokens) / len(selection.train)
-    measure = None
-    if args.eta_l == AUTO:
-        curvature = CurvatureOptions(args.learning_rate, n_pairs=len(selection.probe), seed=args.seed)
-        measure = functools.partial(noise_curvature, policy, subset, selection.probe, args.objective(), curvature)
-    estimator = AlphaEstimator(
-        *common,
-        reduce=reduce,
-        probe=probe,
-        update_steps=args.alpha_update_steps or default_update_steps(probe.tokens(), step_tokens),
-        sums_steps=args.alpha_sums_steps,
-        measure=measure,
-    )
-    if not probe.has_traces:
-        _say(
-            "there is no trace bank: mu = E g_t is taken at the reference point, before the first step, where it holds "
-            "for DPO on pairs sampled at temperature 1 without top-p, and is not renewed"
         )
-    return estimator, subset
+        looks = BiasLooks(policy, lora_subset(policy.model), examples, options)
+        if looks.examples:
+            step_tokens = args.prompts_per_step * _mean_tokens(examples)
+            tokens = looks.tokens() * min(LOOK_PROMPTS, args.prompts_per_step)
+            look_steps = args.alpha_update_steps or default_look_steps(tokens, step_tokens)
+            mu = "no look at the trace gradient's bias yet; it is taken as 0"
+        else:
+            looks, mu = None, "no prompt has traces of both of its answers: the trace gradient's bias is taken as 0"
+    if looks is None:
+        _log.warning("alpha: %s.", mu)
+    return AlphaEstimator(*common, weights=weights, reduce=reduce, looks=looks, look_steps=look_steps, mu=mu)
 
 
-def _say(sentence: str) -> None:
-    _log.warning("alpha: %s.", sentence)
+def _without_looks(policy: Policy, examples: Sequence[Example], args: BVPOConfig) -> str:
+    """What is known of mu where no trace bank can be looked at."""
+    if any(example.traces for example in examples):
+        return "traces are looked at for LoRA adapters only: the trace gradient's bias is taken as 0"
+    reason = "there is no trace bank: the trace gradient's bias E g_t - mu is taken as 0"
+    lawless = next((why for example in examples if (why := example.not_plain) is not None), None)
+    if args.objective().name != "dpo":
+        return f"{reason}, which it is not even at the reference for this loss"
+    if lawless is not None:
+        return f"{reason}, which it is not even at the reference: {lawless}"
+    return f"{reason}, exact at the reference and worse with every step away from it"
+
+
+def _mean_tokens(examples: Sequence[Example]) -> float:
+    tokens = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for row in examples for p in row.pairs]
+    return sum(tokens) / len(examples)

@@ -1,0 +1,155 @@
+"""What rules for alpha share: the estimates they see, and a ratio of estimates shrunk toward the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from scipy import stats
+
+from bvpo_stats.statistics.intervals import fieller_sets
+from bvpo_stats.statistics.moments import Array
+
+SPREAD = 0.25
+"""s, standard deviation of alpha about the prior before anything is known."""
+
+MIN_PRODUCTS = 3
+"""Lagged products without which a spread means nothing."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Moments of the gradients in the optimizer's metric; arrays with any leading axes.
+
+    Attributes:
+        h_sq: norm(h)^2, h = E g_t - E g_e.
+        e_h: E g_e . h.
+        e_sq: norm(E g_e)^2 (0 where the rule does not ask for it).
+        P1: tr(Sigma_e - Sigma_te) of single prompts.
+        Q1: tr(Sigma_t + Sigma_e - 2 Sigma_te).
+        var_e: tr Sigma_e.
+        c_h: c . h, c = E g_t - mu.
+        c_e: c . E g_e.
+    """
+
+    h_sq: Array
+    e_h: Array
+    e_sq: Array
+    P1: Array
+    Q1: Array
+    var_e: Array
+    c_h: Array
+    c_e: Array
+
+    @classmethod
+    def of(cls, statistics: Array, batch: float) -> Parts:
+        """From ``[..., 8]``: `WITHIN`, `LAGGED`, c . h and c . e."""
+        hh, eh, ee, lag_hh, lag_eh, lag_ee, c_h, c_e = np.moveaxis(statistics, -1, 0)
+        return cls(
+            lag_hh, lag_eh, lag_ee, batch * (lag_eh - eh), batch * (hh - lag_hh), batch * (ee - lag_ee), c_h, c_e
+        )
+
+
+Ratio = Callable[[Parts], tuple[Array, Array]]
+"""Numerator and denominator of an alpha, from parts ``[..., 1]``: settings of a run broadcast over the last axis."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that a rule may look at.
+
+    Attributes:
+        statistics: ``[..., 8]``, see `Parts.of`.
+        covariance: ``[..., 8, 8]``, of these.
+        effective: Effective number of steps behind them.
+        products: Steps with lagged products.
+        batch: Prompts a step in the averages.
+        batch_size: B of the step to come.
+        eta_l: eta L of the step to come; ``[...]``.
+        progress: Share of the run that is over before the step to come, in [0, 1]; None where its length is unknown.
+        prior: alpha before anything is known.
+        alpha: The alpha of the step just done, ``[...]``.
+        latest: ``[..., 6]``, products of the step just done; None where it had no lagged ones.
+    """
+
+    statistics: Array
+    covariance: Array
+    effective: float
+    products: int
+    batch: float
+    batch_size: float
+    eta_l: Array
+    progress: float | None
+    prior: float
+    alpha: Array
+    latest: Array | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule says; arrays with the leading axes of what it saw.
+
+    Attributes:
+        alpha: Of the next step.
+        estimate: The rule's ratio before shrinkage, unclipped; None where it has none.
+        low: Lower end of its interval, clipped to [0, 1].
+        high: Upper end.
+        known: Whether anything was estimated.
+    """
+
+    alpha: Array
+    estimate: Array | None = None
+    low: Array | None = None
+    high: Array | None = None
+    known: bool = True
+
+
+class Rule(Protocol):
+    """A rule for alpha."""
+
+    name: str
+    keeps_empty: bool
+    """Whether it needs norm(E g_e)^2, for which another vector is kept."""
+
+    def decide(self, seen: Seen, level: float) -> Decision:
+        """The alpha of the next step, with the interval of its estimate at a level."""
+
+
+def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
+    """A ratio n / A of estimates, decided by shrinkage toward the prior, with Fieller's set of the ratio beside it.
+
+    With d = n - prior A, v = Var d and s = `SPREAD`, the posterior mean of alpha under a normal prior is
+
+        alpha = clip(prior + (d / A) s^2 A^2 / (s^2 A^2 + v), 0, 1),
+
+    so a noisy estimate moves alpha a little and a sharp one all the way: there is no threshold. norm(h)^2 is not let
+    below 0 in A. v is that of few steps too often, so it grows by (n + 1) / (n - 1) with n the effective steps.
+    """
+    if seen.products < MIN_PRODUCTS:
+        return Decision(np.full(np.shape(seen.alpha), prior), known=False)
+
+    def both(statistics: Array) -> Array:
+        return np.stack(np.broadcast_arrays(*ratio(Parts.of(statistics, seen.batch))), axis=-1)
+
+    y = seen.statistics
+    scale = np.sqrt(np.maximum(np.einsum("...ii->...i", seen.covariance), 0)) + 1e-9 * np.abs(y) + 1e-300
+    moves = scale[..., None, :] * np.eye(8)  # [..., 8 moves, 8]
+    ahead, behind = both(y[..., None, :] + 1e-3 * moves), both(y[..., None, :] - 1e-3 * moves)
+    slopes = (ahead - behind) / (2e-3 * scale[..., None])  # [..., 8, 2]
+    covariance = np.einsum("...ip,...ij,...jq->...pq", slopes, seen.covariance, slopes)
+    n = max(seen.effective, 1.0 + 1e-9)
+    covariance = covariance * (n + 1) / (n - 1)
+    numerator, denominator = np.moveaxis(both(y[..., None, :])[..., 0, :], -1, 0)
+    floored = y.copy()
+    floored[..., 3] = np.maximum(y[..., 3], 0.0)
+    A = both(floored[..., None, :])[..., 0, 1]
+    d = numerator - prior * A
+    v = covariance[..., 0, 0] - 2 * prior * covariance[..., 0, 1] + prior**2 * covariance[..., 1, 1]
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        moved = d * SPREAD**2 * A / (SPREAD**2 * A**2 + np.maximum(v, 0.0))
+        alpha = np.where((A > 0) & np.isfinite(moved), np.clip(prior + moved, 0.0, 1.0), prior)
+    sets = fieller_sets(numerator, denominator, covariance, float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0))))
+    low, high, _ = sets.clipped()
+    return Decision(alpha, np.asarray(sets.ratio), low, high)
