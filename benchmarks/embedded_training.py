@@ -128,8 +128,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{s['seeds']} seeds a method, {s['steps']} steps of {s['batch_size']} prompts, AdamW, peak learning rate "
         f"{s['learning_rate']:g} (cosine, 10% warm-up), LoRA of rank 16; otherwise the methods' presets. "
-        f"Trained on pairs of {s['training_prompts']} prompts that the benchmark does not ask (adaptive: 32 fewer, its "
-        "probe set); "
+        f"Trained on pairs of {s['training_prompts']} prompts that the benchmark does not ask; "
         f"{s['problems']} held-out problems, "
         f"{s['samples']} responses each at temperature {s['temperature']}. Accuracies in %. "
         "Intervals: by problem for the untrained model, over seeds (t, 2 degrees of freedom) for the means below it.",
@@ -148,14 +147,6 @@ def markdown(found: dict[str, Any]) -> str:
             if entry == "minus_half" and row["method"] == "BVPO, alpha = 0.5":
                 continue
             lines.append(f"| {row['method']} | " + " | ".join(_cell(row[entry][x], x, "+") for x in labels) + " |")
-    adaptive = found["rows"][-1]
-    if set(adaptive["final_alpha"]) == {0.5}:
-        lines += [
-            "",
-            "The adaptive runs held alpha at its prior, 0.5, to the end: at this learning rate eta L is close to 0, so "
-            "that alpha rests on the squared biases alone, which 32 probe prompts do not tell from zero. Their "
-            "difference from alpha = 0.5 is therefore that of fewer training prompts, not of another alpha.",
-        ]
     return "\n".join(lines) + "\n"
 
 

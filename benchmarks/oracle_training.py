@@ -1,40 +1,62 @@
-"""The oracle training study at its committed settings: does an estimated alpha train better than a fixed one?
+"""The oracle training study at its committed settings: which alpha trains best, for SGD and for AdamW?
 
-    python benchmarks/oracle_training.py       # about 12 minutes of one core; goes on where it stopped
+    python benchmarks/oracle_training.py       # hours of one core; goes on where it stopped
 
-Runs ``bvpo-stats oracle-training`` with its defaults and keeps its report as ``oracle_training.json`` and
-``oracle_training.md`` beside this file, its figures under ``figures/oracle-training``.
+Runs ``bvpo-stats oracle-training`` with its defaults, one run an optimizer (start it three times with ``--optimizer``
+to use three cores), and keeps the joint report as ``oracle_training.md`` beside this file, its figures and its
+``report.json`` under ``figures/oracle-training``. Whatever is done when it is stopped is in the report of
+``--report-only``.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
+from dataclasses import asdict
 from pathlib import Path
 
-from bvpo_stats.cli.main import main as command
+from bvpo_stats.lab.oracle_training.config import OPTIMIZERS, OracleTrainingConfig
+from bvpo_stats.lab.oracle_training.report import OracleTrainingReport
+from bvpo_stats.lab.oracle_training.run import METHODS, RUNS_FILE, run_oracle_training
+from bvpo_stats.store.jsonl import read_jsonl, write_atomic
+
+
+def joint_report(work: Path) -> OracleTrainingReport:
+    """Of all settings that are done, whole ones only."""
+    config = OracleTrainingConfig()
+    portion = len(METHODS) * 3 * config.seeds
+    rows = []
+    for name in OPTIMIZERS:
+        path = work / name / RUNS_FILE
+        found = [row for _, row in read_jsonl(path)] if path.exists() else []
+        rows += found[: len(found) // portion * portion]
+    planned = len(OPTIMIZERS) * len(config.horizons) * config.models
+    settings = json.loads(json.dumps(config.to_dict()))
+    return OracleTrainingReport.of(settings, [asdict(method) for method in METHODS], rows, planned)
 
 
 def main() -> None:
-    """Runs the study and copies what is committed."""
+    """Runs the study and keeps what is committed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/oracle-training"), help="the run; kept, to resume from")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/oracle-training"), help="the runs; kept, to resume from"
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=None, help="only this one")
+    parser.add_argument("--report-only", action="store_true", help="of what is done already")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--figures", type=Path, default=Path("figures/oracle-training"))
     arguments = parser.parse_args()
-    try:
-        command(["oracle-training", "--output", str(arguments.work)])
-    except SystemExit as stop:
-        if stop.code:
-            raise
+    if not arguments.report_only:
+        for name in OPTIMIZERS if arguments.optimizer is None else (arguments.optimizer,):
+            run_oracle_training(OracleTrainingConfig(optimizers=(name,)), arguments.work / name)
+    report = joint_report(arguments.work)
     arguments.figures.mkdir(parents=True, exist_ok=True)
-    shutil.copy(arguments.work / "report.json", arguments.output / "oracle_training.json")
-    shutil.copy(arguments.work / "report.json", arguments.figures / "report.json")
-    text = (arguments.work / "report.md").read_text(encoding="utf-8")
-    text = text.replace("](figures/", "](../figures/oracle-training/")
-    (arguments.output / "oracle_training.md").write_text(text, encoding="utf-8")
-    for picture in (arguments.work / "figures").glob("*.png"):
-        shutil.copy(picture, arguments.figures / picture.name)
+    pictures = report.figures(arguments.figures)
+    write_atomic(arguments.figures / "report.json", report.to_json())
+    markdown = report.present().markdown(pictures, report.versions)
+    write_atomic(
+        arguments.output / "oracle_training.md", markdown.replace("](figures/", "](../figures/oracle-training/")
+    )
 
 
 if __name__ == "__main__":

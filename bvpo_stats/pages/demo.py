@@ -18,7 +18,7 @@ class Sizes:
         questions: Questions of the variance study; None for all.
         prompts: Prompts of the alpha-star study; None for all.
         steps: Optimizer steps of training.
-        looks: How often training looks at its probe set.
+        looks: How often training looks at the trace gradient's bias, and saves.
         problems: Problems of the evaluation.
         draws: Examples drawn where a theorem is checked on samples.
         theorem_prompts: Questions put to the embedded model for Appendix B's check.

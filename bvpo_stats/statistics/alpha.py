@@ -441,18 +441,17 @@ def direction_alpha(
     summary: MomentSummary,
     *,
     batch_size: float = 1.0,
-    eta_l: float = 1.0,
     level: float = 0.95,
     method: Method = "fieller",
 ) -> AlphaInterval:
     """Weight for optimizers that ignore the length of the gradient, as Adam does.
 
     The combination ``c_t g_t + c_e g_e`` nearest to mu, its length free, has ``c = M^-1 v`` with ``v_i = E g_i . mu``
-    and ``M_ij = E g_i . E g_j + tau tr Sigma_ij``; only its direction matters, ``alpha = c_t / (c_t + c_e)``. The
+    and ``M_ij = E g_i . E g_j + tr Sigma_ij / B``; only its direction matters, ``alpha = c_t / (c_t + c_e)``. The
     determinant of M cancels: ``c_t ~ v_t M_ee - v_e M_te`` and ``c_e ~ v_e M_tt - v_t M_te``. (Products of U-statistics
     have a bias of order 1/N, which numerator and denominator of the other weights do not.)
     """
-    tau, p = noise_scale(batch_size, eta_l), estimates(summary)
+    tau, p = noise_scale(batch_size), estimates(summary)  # the length is free, so eta L cancels
     tt, ee = p.trace_sq + tau * p.var_trace, p.empty_sq + tau * p.var_empty
     te = p.trace_dot_empty + tau * p.var_cross
     top = p.trace_dot_marginal * ee - p.empty_dot_marginal * te

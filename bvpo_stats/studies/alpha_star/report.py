@@ -527,7 +527,7 @@ def _weights(
     return weights | {
         "alpha_star": Weight.of(alpha_from_summary(summary, **step)),
         "alpha_bias": Weight.of(limits.bias_only),
-        "alpha_direction": Weight.of(direction_alpha(summary, **step)),
+        "alpha_direction": Weight.of(direction_alpha(summary, **how)),
     }
 
 
