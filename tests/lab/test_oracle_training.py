@@ -130,11 +130,11 @@ def test_a_resumed_study_is_the_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seeds", "1"], "at least 2"),
+        (["--seeds", "1"], "be 2 to 10,000"),
         (["--horizons", "long"], "whole numbers separated by commas"),
         (["--horizons", "3"], "at least 4"),
         (["--optimizers", "lion"], "choose among adamw, sgd"),
-        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "0"], "--batch-size 0"),
         (["--models", "0"], "at least 1"),
     ],
 )

@@ -59,10 +59,10 @@ def test_averages_are_unbiased_and_their_covariance_is_that_of_replicates() -> N
     wanted = [H @ H + Q1 / B, MEAN_E @ H - P1 / B, MEAN_E @ MEAN_E + P1 / B, H @ H, MEAN_E @ H, MEAN_E @ MEAN_E]
     z = (averages.mean.mean(axis=0) - wanted) / (averages.mean.std(axis=0) / 20)
     assert np.abs(z).max() < 3.5
-    said = np.einsum("nii->ni", averages.covariance).mean(axis=0)
+    said = np.einsum("nii->ni", averages.covariance(2.0)).mean(axis=0)
     ratio = said / averages.mean.var(axis=0)
     assert (np.abs(ratio[:3] - 1) < 0.35).all(), ratio
-    assert ((ratio[3:] > 0.75) & (ratio[3:] < 4)).all(), ratio  # SHARED stands between its two regimes
+    assert ((ratio[3:] > 0.5) & (ratio[3:] < 3)).all(), ratio  # SHARED stands between its two regimes
 
 
 def test_a_step_times_itself_is_biased_where_lagged_products_are_not() -> None:
@@ -151,7 +151,11 @@ def seen(vectors, batch_size, eta_l, **changes):
     within = (hh + p.Q1 / B, e_h - p.P1 / B, p.empty_sq + p.var_empty / B)
     c_e = p.trace_dot_empty - p.empty_dot_marginal
     c_h = p.trace_sq - p.trace_dot_marginal - c_e
-    values = {"statistics": np.array([*within, hh, e_h, p.empty_sq, c_h, c_e]), "covariance": np.zeros((8, 8))}
+    values = {
+        "statistics": np.array([*within, hh, e_h, p.empty_sq, c_h, c_e]),
+        "covariance": np.zeros((8, 8)),
+        "widest": np.zeros((8, 8)),
+    }
     values |= {"effective": 1e9, "products": 1000, "batch": float(B), "batch_size": batch_size, "progress": 0.25}
     values |= {"eta_l": np.asarray(eta_l), "prior": 0.5, "alpha": np.asarray(0.5), "latest": None}
     return Seen(**(values | changes)), p

@@ -103,7 +103,7 @@ def test_variances_from_the_steps_are_the_oracles(tmp_path: Path) -> None:
     averages = trainer.estimator.controller.averages
     parts = Parts.of(np.concatenate([averages.mean, np.zeros(2)]), averages.batch)
     said = np.array([parts.h_sq, parts.e_h, parts.P1, parts.Q1])
-    v = averages.covariance
+    v = averages.covariance(3.0)
     errors = np.sqrt([v[3, 3], v[4, 4], 256 * (v[4, 4] + v[1, 1]), 256 * (v[0, 0] + v[3, 3])])
     assert np.abs((said - truth) / errors).max() < 4
     assert errors[3] < 0.3 * truth[3]  # tight enough to tell

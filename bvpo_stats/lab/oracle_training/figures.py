@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bvpo_stats.lab.oracle_training.report import OracleTrainingReport
 from bvpo_stats.studies.style import BLUE, INK, OCHRE, PALETTE, figure, interval_bar, legend_below, panels
 from bvpo_stats.training.alpha import DEFAULT_RULE
-
-if TYPE_CHECKING:
-    from bvpo_stats.lab.oracle_training.report import OracleTrainingReport
 
 _DPO = "alpha = 1"
 
 
-def oracle_training_figures(report: OracleTrainingReport, folder: Path) -> list[Path]:
+def draw(report: OracleTrainingReport, folder: Path) -> list[Path]:
     """Draws the figures as PNG files into a folder and returns their paths."""
     if not report.cells:
         return []

@@ -39,6 +39,7 @@ class OracleTrainingReport(Report):
     """
 
     study: ClassVar[str] = "oracle-training"
+    drawn_by: ClassVar[str | None] = "bvpo_stats.lab.oracle_training.figures"
 
     settings: dict[str, Any]
     methods: list[dict[str, Any]]
@@ -81,12 +82,6 @@ class OracleTrainingReport(Report):
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
-
-    def figures(self, folder: Path) -> list[Path]:
-        """Regrets by method, and the map of what mixing gains."""
-        from bvpo_stats.lab.oracle_training.figures import oracle_training_figures
-
-        return oracle_training_figures(self, folder)
 
     def written(self, folder: Path) -> str:
         """What a run leaves in its folder."""

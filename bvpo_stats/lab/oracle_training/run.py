@@ -218,6 +218,7 @@ class _Exact(_Chooser):
         seen = Seen(
             statistics=self._statistics,
             covariance=np.zeros((copies, 8, 8)),
+            widest=np.zeros((copies, 8, 8)),
             effective=1e9,
             products=10**9 if self._looks else 0,
             batch=float(self._batch_size),

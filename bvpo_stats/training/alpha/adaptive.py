@@ -23,7 +23,7 @@ import numpy as np
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.moments import Array
 from bvpo_stats.training.alpha.base import PRIOR, AlphaRecord, Observation, check_alpha
-from bvpo_stats.training.alpha.lagged import BiasAverage, ProductAverages
+from bvpo_stats.training.alpha.lagged import SHARED, SHARED_AT_MOST, BiasAverage, ProductAverages
 from bvpo_stats.training.alpha.rules import DEFAULT_RULE, Decision, Rule, Seen, rule_named
 from bvpo_stats.training.alpha.rules.base import Parts
 
@@ -106,12 +106,14 @@ class AdaptiveController:
         averages, products = self.averages, observation.products
         shape = self.decision.alpha.shape
         statistics = np.concatenate([averages.mean, np.broadcast_to(self.bias.mean, (*shape, 2))], axis=-1)
-        covariance = np.zeros((*shape, 8, 8))
-        covariance[..., :6, :6], covariance[..., 6:, 6:] = averages.covariance, self.bias.covariance
+        covariance, widest = np.zeros((*shape, 8, 8)), np.zeros((*shape, 8, 8))
+        for both, shared in ((covariance, SHARED), (widest, SHARED_AT_MOST)):
+            both[..., :6, :6], both[..., 6:, 6:] = averages.covariance(shared), self.bias.covariance
         lagged = products is not None and products.usable and products.behind > 0
         seen = Seen(
             statistics=statistics,
             covariance=covariance,
+            widest=widest,
             effective=averages.effective,
             products=averages.products,
             batch=averages.batch if averages.steps else 1.0,

@@ -135,7 +135,7 @@ class ProductAverages:
     n the effective number of steps. Lagged products of one epoch share hbar, whose own error their spread does not
     show: where noise rules (norm(h)^2 below its error) they are uncorrelated all the same, where signal rules the
         variance of
-    a U-statistic is `SHARED` times the spread's, which is taken throughout.
+    a U-statistic is up to `SHARED_AT_MOST` times the spread's.
 
     Attributes:
         weights: U, ``[6]``: sums of the weights of `WITHIN` and `LAGGED`.
@@ -187,14 +187,13 @@ class ProductAverages:
         """``[..., 6]``; 0 where nothing is known."""
         return self.sums / np.where(self.weights > 0, self.weights, 1.0)
 
-    @property
-    def covariance(self) -> Array:
-        """Of `mean`, ``[..., 6, 6]``."""
+    def covariance(self, shared: float) -> Array:
+        """Of `mean`, ``[..., 6, 6]``, the lagged part's spread taken ``shared`` times (`SHARED`, `SHARED_AT_MOST`)."""
         m, u = self.mean, np.where(self.weights > 0, self.weights, 1.0)
         cross = self.mixed * m[..., None, :]
         found = self.cross - cross - np.swapaxes(cross, -1, -2) + m[..., :, None] * m[..., None, :] * self.squares
         share = float(self.squares[3, 3] / u[3] ** 2)
-        scale = np.array([1.0] * 3 + [SHARED**0.5] * 3)
+        scale = np.array([1.0] * 3 + [shared**0.5] * 3)
         return found / np.outer(u, u) * np.outer(scale, scale) / max(1 - share, 1e-12)
 
     @property
@@ -213,8 +212,9 @@ class ProductAverages:
         return cls(**{name: np.array(x) if isinstance(x, list) else x for name, x in state.items()})
 
 
-SHARED = 3.0
-"""Variance of a lagged average over that of its spread: 1 where noise rules, 4 over 4/3, or 3, where signal rules."""
+SHARED, SHARED_AT_MOST = 2.0, 3.0
+"""Variance of a lagged average over that of its spread: 1 where noise rules, 4 over 4/3, or 3, where signal rules. The
+middle is for decisions, the most for intervals."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class Seen:
 
     Attributes:
         statistics: ``[..., 8]``, see `Parts.of`.
-        covariance: ``[..., 8, 8]``, of these.
+        covariance: ``[..., 8, 8]``, of these, for decisions.
+        widest: The same for intervals, which must not be too short where signal rules (`SHARED_AT_MOST`).
         effective: Effective number of steps behind them.
         products: Steps with lagged products.
         batch: Prompts a step in the averages.
@@ -76,6 +77,7 @@ class Seen:
 
     statistics: Array
     covariance: Array
+    widest: Array
     effective: float
     products: int
     batch: float
@@ -138,9 +140,11 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     moves = scale[..., None, :] * np.eye(8)  # [..., 8 moves, 8]
     ahead, behind = both(y[..., None, :] + 1e-3 * moves), both(y[..., None, :] - 1e-3 * moves)
     slopes = (ahead - behind) / (2e-3 * scale[..., None])  # [..., 8, 2]
-    covariance = np.einsum("...ip,...ij,...jq->...pq", slopes, seen.covariance, slopes)
     n = max(seen.effective, 1.0 + 1e-9)
-    covariance = covariance * (n + 1) / (n - 1)
+    covariance, widest = (
+        np.einsum("...ip,...ij,...jq->...pq", slopes, x, slopes) * (n + 1) / (n - 1)
+        for x in (seen.covariance, seen.widest)
+    )
     numerator, denominator = np.moveaxis(both(y[..., None, :])[..., 0, :], -1, 0)
     floored = y.copy()
     floored[..., 3] = np.maximum(y[..., 3], 0.0)
@@ -150,6 +154,6 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         moved = d * SPREAD**2 * A / (SPREAD**2 * A**2 + np.maximum(v, 0.0))
         alpha = np.where((A > 0) & np.isfinite(moved), np.clip(prior + moved, 0.0, 1.0), prior)
-    sets = fieller_sets(numerator, denominator, covariance, float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0))))
+    sets = fieller_sets(numerator, denominator, widest, float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0))))
     low, high, _ = sets.clipped()
     return Decision(alpha, np.asarray(sets.ratio), low, high)
