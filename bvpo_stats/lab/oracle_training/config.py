@@ -94,10 +94,12 @@ class OracleTrainingConfig:
             spelled="adamw,sgd,adamw-decay",
         ),
     ] = OPTIMIZERS
-    models: Annotated[int, o.Option("Enumerable models; half choose the rule, half judge it.", low=1)] = 12
+    models: Annotated[int, o.Option("Enumerable models; half choose the rule, half judge it.", low=1, high=1000)] = 12
     horizons: Annotated[
         tuple[int, ...],
-        o.Option("Lengths of runs in steps, comma-separated.", read=whole_numbers, spelled="25,75,150", low=4),
+        o.Option(
+            "Lengths of runs in steps, comma-separated.", read=whole_numbers, spelled="25,75,150", low=4, high=10**6
+        ),
     ] = (25, 75, 150)
     seeds: Annotated[
         int,
@@ -112,7 +114,7 @@ class OracleTrainingConfig:
     level: Annotated[
         float, o.Option("Confidence level of the intervals.", above=0, below=1, hint="lie between 0 and 1, e.g. 0.95")
     ] = 0.95
-    draw_seed: Annotated[int, o.Option("Decides the models.", low=0)] = 14
+    draw_seed: Annotated[int, o.Option("Decides the models.", low=0, high=2**32 - 1)] = 14
     seed: o.Seed = 0
 
     def __post_init__(self) -> None:
