@@ -110,10 +110,11 @@ def _lora_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
     terms = _LoraTerms(site, tape, float(layer.scaling[adapter]), isinstance(base, Conv1D))
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        _check_input(site.name, x, tape)
         tape.expect(site.name_a)
         tape.expect(site.name_b)
-        return _LoraScores.apply(tape.anchor, x, base.weight, base.bias, a.weight, b.weight, terms)  # type: ignore[no-untyped-call]
+        rows = _rows(site.name, x, tape)
+        y = _LoraScores.apply(tape.anchor, rows, base.weight, base.bias, a.weight, b.weight, terms)  # type: ignore[no-untyped-call]
+        return _shaped_like(y, x)
 
     return forward
 
@@ -122,20 +123,27 @@ def _linear_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
     layer, transposed = site.layer, isinstance(site.layer, Conv1D)
 
     def forward(x: Tensor) -> Tensor:
-        _check_input(site.name, x, tape)
         tape.expect(site.name_weight)
-        return _LinearScores.apply(tape.anchor, x, layer.weight, layer.bias, site, tape, transposed)  # type: ignore[no-untyped-call]
+        rows = _rows(site.name, x, tape)
+        y = _LinearScores.apply(tape.anchor, rows, layer.weight, layer.bias, site, tape, transposed)  # type: ignore[no-untyped-call]
+        return _shaped_like(y, x)
 
     return forward
 
 
-def _check_input(name: str, x: Tensor, tape: Tape) -> None:
-    if x.dim() != 3 or x.shape[0] != tape.sequences:
+def _rows(name: str, x: Tensor, tape: Tape) -> Tensor:
+    """A layer's input as [sequences, tokens, features]; some models have heads between sequences and tokens."""
+    if x.dim() < 3 or x.shape[0] != tape.sequences:
         raise UserError(
             f"{name}: its input has shape {tuple(x.shape)}, not [{tape.sequences} sequences, tokens, features]; layers "
             "that mix sequences (mixture-of-experts routing, for one) are not supported. "
             f"{attention_advice(tape.model)}"
         )
+    return x if x.dim() == 3 else x.flatten(1, -2)
+
+
+def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.dim() == 3 else y.unflatten(1, x.shape[1:-1])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
