@@ -33,10 +33,14 @@ class PolicyOptions:
     dtype: Annotated[str, Option("auto, float64, float32, bfloat16 or float16.")] = "auto"
     template: Annotated[
         str | None,
-        Option("Prompt protocol: r1-distill, r1-0528, qwen3 or embedded.", shown="by the chat template"),
+        Option(
+            "Prompt protocol: r1-distill, r1-0528, deepseek-v3.1, qwen3, qwen3-thinking or embedded.",
+            shown="by the chat template",
+        ),
     ] = None
     empty_trace: Annotated[
-        str | None, Option("Spelling of an empty trace, e.g. '<think></think>'.", shown="by the protocol")
+        str | None,
+        Option("Spelling of an empty trace, e.g. '<think></think>'; \\n is a newline.", shown="by the protocol"),
     ] = None
     trust_remote_code: Annotated[bool, Option("Run code shipped with the model.")] = False
     attention: str | None = None
