@@ -196,16 +196,6 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "apertus": ("apertus", {}),
     "rwkv": ("rwkv", {"attention_hidden_size": 64, "context_length": 512}),
-    "recurrent_gemma": (
-        "recurrent_gemma",
-        {
-            **_HEAD,
-            "lru_width": 64,
-            "attention_window_size": 16,
-            "block_types": ["recurrent", "attention"],
-            "logits_soft_cap": None,
-        },
-    ),
     "nanochat": ("nanochat", {}),
     "bitnet": ("bitnet", {}),
     "diffllama": ("diffllama", {}),

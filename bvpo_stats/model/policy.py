@@ -230,7 +230,7 @@ def _load(options: PolicyOptions) -> Policy:
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)  # before the weights
     try:
         with quiet_transformers():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -241,6 +241,7 @@ def _load(options: PolicyOptions) -> Policy:
             )
     except Exception as error:
         raise _load_error(options.model, error) from error
+    model, found = loaded
     check_loaded(f"`model={options.model!r}`", model, found)
     eos_ids = _eos_ids(model, tokenizer)
     words = model.get_input_embeddings().weight.shape[0]
@@ -375,6 +376,13 @@ def _load_error(model: str, error: Exception) -> UserError:
         return UserError(f"`model={model!r}` ships its own code. Trust it? Allow it: `trust_remote_code=True`.")
     if "safetensors" in str(error):
         return UserError(f"`model={model!r}`: no safetensors weights ({reason}). Convert them with save_pretrained.")
+    if isinstance(
+        error, (TypeError, KeyError, AttributeError, IndexError)
+    ):  # of transformers' code, on such a config.json
+        return UserError(
+            f"Cannot load `model={model!r}`: transformers cannot build a model from its config.json "
+            f"({type(error).__name__}: {reason}). Is its `model_type` right, and is it whole?"
+        )
     return UserError(f"Cannot load `model={model!r}`: {reason} Check the name, the folder's files, and hub access.")
 
 
@@ -405,7 +413,7 @@ def _add_adapter(model: Any, adapter: str) -> PreTrainedModel:
 def _check_adapter_files(adapter: str) -> None:
     """Refuses, before anything is loaded, an adapter that cannot be scored exactly, or is not in safetensors."""
     from peft import PeftConfig
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
@@ -509,7 +517,7 @@ def quiet_transformers() -> Iterator[None]:
 
     was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(50)  # critical
     try:
         yield
     finally:
