@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -428,6 +427,7 @@ def half_character(where: str, name: str, error: UnicodeEncodeError) -> UserErro
     )
 
 
+_LARGEST = 2.0**1023  # beyond it, a whole number is no float any more
 _SHOWN = 60  # characters of a wrong value
 
 
@@ -472,7 +472,8 @@ class Field:
         if self.many:
             values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors of formatted datasets
             if isinstance(values, (list, tuple)):
-                if self.type is int and (not values or (set(map(type, values)) == {int} and min(values) >= 0)):
+                plain = self.type is int and set(map(type, values)) <= {int}
+                if plain and (not values or (min(values) >= 0 and max(values) < 2**63)):
                     return tuple(values)  # the usual case, fast: traces are long
                 found = [self._number(entry) for entry in values]
                 if None not in found:
@@ -491,11 +492,12 @@ class Field:
         """The number in a value, None where it is not one that is allowed."""
         if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
             value = value.item()  # NumPy's and torch's numbers
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # JSON's whole numbers have any length: those beyond 64 bits are no index, and beyond 308 digits no number
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
             return None
         if self.type is float:
             return float(value)
-        return value if isinstance(value, int) and value >= 0 else None
+        return value if isinstance(value, int) and 0 <= value < 2**63 else None
 
     def _words(self) -> str:
         if self.choices:

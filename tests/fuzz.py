@@ -37,6 +37,8 @@ from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.sampling.rewards import load_reward, score_answers
 from bvpo_stats.sampling.rewards.base import Answer
 from bvpo_stats.store.tables import read_records
+from bvpo_stats.studies.alpha_star.config import AlphaInputs
+from bvpo_stats.studies.alpha_star.run import load_traces
 from tests.cli.running import Result, run
 from tests.cli.test_nonsense import COMMANDS, NONSENSE, options_of
 from tests.sampling.samples import both_modes, template
@@ -246,7 +248,7 @@ def examples_of(pairs: Any, traces: Any) -> Numbers:
     return [
         [
             example.prompt_id,
-            [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.chosen_answer_start) for pair in example.pairs],
+            [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in example.pairs],
             [(t.side, t.source, t.index, t.completion_ids, t.trace_logp, t.joint_logp) for t in example.traces],
         ]
         for example in joined.examples
@@ -262,7 +264,7 @@ def from_pairs(path: Path, work: Path) -> Numbers:
 def from_traces(path: Path, work: Path) -> Numbers:
     """A bank, joined with undamaged pairs."""
     pairs = read_records([dict(row) for row in pairs_and_traces()[0]], PreferencePair)
-    return examples_of(pairs, read_records(path, TraceRecord))
+    return examples_of(pairs, load_traces(AlphaInputs(traces=str(path))))
 
 
 def prompts() -> list[Row]:

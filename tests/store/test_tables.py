@@ -171,6 +171,17 @@ def test_numbers_of_other_libraries_and_whole_numbers_are_taken() -> None:
     assert isinstance(found.temperature, float)
 
 
+@pytest.mark.parametrize("name", ["chosen_index", "chosen_reward", "temperature", "chosen_answer_start"])
+def test_numbers_of_any_length_are_one_line(name: str) -> None:
+    """JSON's whole numbers have no end; Python's floats and SQLite's integers do."""
+    for value in (10**400, -(10**400)):
+        with pytest.raises(UserError, match=f"field `{name}` must be"):
+            from_dict(PreferencePair, to_dict(THINKING[0]) | {name: value})
+    for ids in ([10**400], [2**63], [1, 10**30]):
+        with pytest.raises(UserError, match="field `chosen_ids` must be a list of integers"):
+            from_dict(PreferencePair, to_dict(THINKING[0]) | {"chosen_ids": ids})
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "x.parquet").write_bytes(b"no parquet")

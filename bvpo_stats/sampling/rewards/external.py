@@ -143,12 +143,15 @@ class FileReward:
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute("CREATE TABLE scores (key TEXT PRIMARY KEY, reward REAL) WITHOUT ROWID")
         self._database.execute("BEGIN")
+        where = ""
         for where, key, score in self._rows():
             try:
                 self._database.execute("INSERT INTO scores VALUES (?, ?)", (key, score))
             except sqlite3.IntegrityError as error:
                 raise UserError(f"{where}: a second score for the sample {key}. Remove one of them.") from error
         self._database.execute("COMMIT")
+        if not where:
+            raise UserError(f"`reward='file:{path}'` holds no scores.")
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         """The scores on file; None for a sample without one."""

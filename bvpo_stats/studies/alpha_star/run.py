@@ -498,10 +498,16 @@ def load_traces(inputs: AlphaInputs) -> Iterator[TraceRecord]:
     """The bank's traces, one at a time; none where there is no bank.
 
     Raises:
-        UserError: The bank is missing, or records are missing fields.
+        UserError: The bank is missing or empty, or records are missing fields.
     """
     path = inputs.traces_path()
-    return iter(()) if path is None else iter(read_records(path, TraceRecord))
+    if path is None:
+        return
+    number = 0
+    for number, trace in enumerate(read_records(path, TraceRecord), start=1):  # noqa: B007 - counts
+        yield trace
+    if not number:
+        raise UserError(f"`traces={str(path)!r}` holds no traces. Leave it out, or make the bank again.")
 
 
 def fingerprints(inputs: AlphaInputs) -> dict[str, str | None]:
