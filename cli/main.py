@@ -90,11 +90,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with nullcontext() if debug else _libraries_quiet():
             code = _command()(words, prog_name="bvpo-stats", standalone_mode=False)
+        if code == _INTERRUPTED:  # typer has taken the Ctrl-C for itself, and says nothing
+            code = _report(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+_INTERRUPTED = 130  # as shells have it
 
 
 @functools.cache
@@ -134,9 +139,11 @@ def _libraries_quiet() -> Iterator[None]:
 
 def _report(error: BaseException) -> int:
     """Says what is wrong in one line, and gives the exit code."""
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer's word for Ctrl-C
+    if type(error).__name__ == "Abort":  # typer's word for Ctrl-C of old, and for a file that ends too early
+        error = error.__cause__ or KeyboardInterrupt()
+    if isinstance(error, KeyboardInterrupt):
         _say("Interrupted. What was finished is kept; the same command goes on from there.")
-        return 130
+        return _INTERRUPTED
     if isinstance(error, BrokenPipeError):  # whoever read our output has enough; Python would complain at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

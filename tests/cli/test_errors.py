@@ -72,3 +72,23 @@ def test_no_message_of_the_package_names_an_option() -> None:
             and re.search(r"(?<![\w-])--[a-z]", node.value)
         ]
     assert not found
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bvpo_stats.studies.sample.run.run_sample", stop)
+    done = run("sample", "--output", tmp_path / "run")
+    assert done.returncode == 130
+    assert done.stderr == "Interrupted. What was finished is kept; the same command goes on from there.\n"
+
+
+def test_an_end_that_nobody_expected_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def end(*_: object) -> None:
+        raise EOFError("ended early")
+
+    monkeypatch.setattr("bvpo_stats.studies.sample.run.run_sample", end)
+    done = run("sample", "--output", tmp_path / "run")
+    assert done.returncode == 1
+    assert "EOFError: ended early" in done.stderr
