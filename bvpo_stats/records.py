@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bvpo_stats.errors import UserError
@@ -566,17 +567,20 @@ def missing_fields(kind: type[Record], row: dict[str, Any]) -> list[str]:
     return [field.name for field in record_fields(kind).values() if field.required and row.get(field.name) is None]
 
 
-def from_dict(kind: type[RecordT], row: dict[str, Any], where: str = "record") -> RecordT:
+def from_dict(
+    kind: type[RecordT], row: dict[str, Any], where: str = "record", vocabulary: Vocabulary | None = None
+) -> RecordT:
     """Builds a record from a row: a JSON object, or a row of a table or dataset. Unknown fields are ignored.
 
     Args:
         kind: The record type.
         row: The row.
         where: How to name the row in an error, e.g. ``samples.jsonl:12``.
+        vocabulary: Of the model that the token ids are for; see :meth:`Vocabulary.checked`.
 
     Raises:
-        UserError: A required field is missing, a value is of the wrong type (:meth:`Field.read`), or an answer would
-            begin behind the end of its completion.
+        UserError: A required field is missing, a value is of the wrong type (:meth:`Field.read`) or out of its range,
+            an answer would begin behind the end of its completion, or ids are none of the model's.
     """
     missing = missing_fields(kind, row)
     if missing:
@@ -590,14 +594,155 @@ def from_dict(kind: type[RecordT], row: dict[str, Any], where: str = "record") -
         start, ids = getattr(record, name, None), getattr(record, _ANSWER_STARTS[name], None)
         if start is not None and ids is not None and start > len(ids):
             raise UserError(f"{where}: `{name}` is {start}, but `{_ANSWER_STARTS[name]}` has {len(ids)} tokens.")
-    return record  # type: ignore[no-any-return]
+    for name, (low, high, words) in _RANGES.items():
+        value = getattr(record, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{where}: field `{name}` must {words}, not {value:g}.")
+    logprobs = getattr(record, "logprobs", None)
+    if logprobs is not None and (len(logprobs) != len(record.completion_ids) or max(logprobs, default=0.0) > 0):
+        raise UserError(
+            f"{where}: field `logprobs` must hold a number up to 0 for each of the {len(record.completion_ids)} "
+            "`completion_ids`."
+        )
+    return record if vocabulary is None else vocabulary.checked(record, where)
 
 
+_RANGES = {
+    "temperature": (0.0, math.inf, "not be negative"),
+    "top_p": (0.0, 1.0, "lie between 0 and 1"),
+}
 _ANSWER_STARTS = {
     "answer_start": "completion_ids",
     "chosen_answer_start": "chosen_ids",
     "rejected_answer_start": "rejected_ids",
 }
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids of a model: what records are judged by, before any weights are loaded.
+
+    Attributes:
+        size: Ids are 0 to size - 1.
+        eos_ids: Those that end a response.
+        pad_id: The one that fills up batches; None where there is none that stands for nothing else, so that it is not
+            certain which tokens are padding.
+    """
+
+    size: int
+    eos_ids: tuple[int, ...]
+    pad_id: int | None = None
+
+    def check(self, ids: Sequence[int], where: str, name: str) -> None:
+        """Refuses an id that the model does not have; place, field and id are named."""
+        wrong = next((token for token in ids if not 0 <= token < self.size), None)
+        if wrong is not None:
+            raise UserError(
+                f"{where}: field `{name}` holds the id {wrong}, but the model's are 0 to {self.size - 1}. Is it the "
+                "model that these ids are for?"
+            )
+
+    def prompt(self, ids: tuple[int, ...], where: str, name: str = "prompt_ids") -> tuple[int, ...]:
+        """The prompt without padding on its left.
+
+        Raises:
+            UserError: An id that the model does not have, or padding elsewhere.
+        """
+        self.check(ids, where, name)
+        start = next((place for place, token in enumerate(ids) if token != self.pad_id), len(ids))
+        if self.pad_id in ids[start:]:
+            raise UserError(f"{where}: field `{name}` has padding (id {self.pad_id}) inside. Remove it.")
+        return ids[start:]
+
+    def response(self, ids: tuple[int, ...], where: str, name: str) -> tuple[int, ...]:
+        """The response up to its end: padding and repeated ends of sequence behind it are cut off.
+
+        Padding inside may have been sampled, as any token may.
+
+        Raises:
+            UserError: An id that the model does not have, padding in front, or tokens behind the end.
+        """
+        self.check(ids, where, name)
+        if ids[:1] == (self.pad_id,):
+            raise UserError(f"{where}: field `{name}` begins with padding (id {self.pad_id}). Remove it.")
+        length = len(ids)
+        while length and ids[length - 1] == self.pad_id:
+            length -= 1
+        while length > 1 and ids[length - 1] in self.eos_ids and ids[length - 2] in self.eos_ids:
+            length -= 1
+        inside = next((token for token in ids[: max(0, length - 1)] if token in self.eos_ids), None)
+        if inside is not None:
+            raise UserError(
+                f"{where}: field `{name}` goes on behind an end of sequence (id {inside}). Where that is padding, cut "
+                "it off."
+            )
+        return ids[:length]
+
+    def checked(self, record: Any, where: str) -> Any:
+        """A record with its ids checked; of a pair or trace, padding is cut off where it is certain.
+
+        Raises:
+            UserError: As in `prompt` and `response`; or a pair or trace that does not end in an end of sequence.
+        """
+        changes = {}
+        for name in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+            ids = getattr(record, name, ())
+            if not ids or isinstance(record, Completion):
+                self.check(ids, where, name)  # what was sampled is what was sampled
+            elif name == "prompt_ids":
+                changes[name] = self.prompt(ids, where)
+            else:
+                changes[name] = self.response(ids, where, name)
+                if self.eos_ids and changes[name][-1] not in self.eos_ids:
+                    raise UserError(
+                        f"{where}: field `{name}` does not end in an end of sequence (id "
+                        f"{' or '.join(map(str, self.eos_ids))}). Was the response cut? It has no whole answer then."
+                    )
+        return replace(record, **changes) if any(getattr(record, n) != ids for n, ids in changes.items()) else record
+
+
+_STOP_WORDS = (
+    "stop",
+    "eos",
+    "eostoken",
+    "eostokenid",
+    "eosfound",
+    "stoptoken",
+    "endturn",
+    "endofturn",
+    "endofsequence",
+)
+_LENGTH_WORDS = ("length", "maxlength", "maxtokens", "maxnewtokens", "maxoutputtokens", "tokenlimit", "modellength")
+
+
+def read_finish_reason(value: Any, eos_ids: Sequence[int] = ()) -> str:
+    """Why a response ended, from whatever a sampler calls it.
+
+    ``stop`` (the model wrote an end of sequence) and ``length`` (it was cut) in any spelling (``EOS_TOKEN``,
+    ``FinishReason.MAX_TOKENS``) and shape (``{"type": "length", ...}``); every other word as it is, e.g. ``abort``, and
+    ``unknown`` for null. Only the first means that a response is whole.
+
+    Args:
+        value: What the record says.
+        eos_ids: Tokens that end a response: SGLang says which token or text it ``matched``.
+    """
+    if isinstance(value, Mapping):
+        matched = value.get("matched", value.get("stop_reason"))
+        inner = next((value[name] for name in ("type", "finish_reason", "reason", "name") if name in value), None)
+        found = read_finish_reason(inner, eos_ids)
+        return "stop-sequence" if found == "stop" and not is_end(matched, eos_ids) else found
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return read_finish_reason(value[0], eos_ids)
+    if not isinstance(value, str) or not value.strip():
+        return UNKNOWN
+    word = value.strip().rpartition(".")[2].lower()
+    bare = "".join(filter(str.isalnum, word)).removeprefix("finishreason")
+    return "stop" if bare in _STOP_WORDS else "length" if bare in _LENGTH_WORDS else word[:_SHOWN]
+
+
+def is_end(matched: Any, eos_ids: Sequence[int]) -> bool:
+    """Whether what stopped a sampler was an end of sequence: servers then name none, or the token."""
+    return matched is None or (type(matched) is int and (matched in eos_ids or not eos_ids))
 
 
 def record_kind(row: dict[str, Any]) -> type[Record] | None:

@@ -41,7 +41,7 @@ from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
 from bvpo_stats.records import TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs
-from bvpo_stats.store.tables import Source
+from bvpo_stats.store.tables import Source, read_records
 
 _CHECKED_SEQUENCES = 4  # of the first microbatch, whose scores are compared with autograd
 _ROW_BYTES = 1 << 30  # memory for the gradients of one microbatch
@@ -268,7 +268,8 @@ def pair_gradients(
     subset = lora_subset(policy.model) if subset is None else subset
     check_kind("subset", subset, Subset, "a Subset")
     if not isinstance(pairs, Joined):
-        pairs = join(all_pairs(pairs, None, policy.template), traces, unmatched=unmatched)
+        bank = read_records(traces, TraceRecord, name="traces", vocabulary=policy.template.vocabulary)
+        pairs = join(all_pairs(pairs, None, policy.template), bank, unmatched=unmatched)
     examples = pairs.examples
     choice = MarginalChoice("none", "asked for", "No marginal gradient was asked for.", False)
     if options.method != "none":

@@ -258,6 +258,7 @@ def _load(options: PolicyOptions) -> Policy:
     # that is sampled from; every setting of a run is explicit instead.
     model.generation_config = GenerationConfig()
     model.requires_grad_(False)
+    template = replace(template, words=words, eos_ids=eos_ids)
     return Policy(model.to(device).eval(), tokenizer, template, identity, eos_ids)
 
 
@@ -291,7 +292,8 @@ def _wrap(
     model.generation_config = GenerationConfig()
     identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     protocol = find_template(tokenizer, name=template, empty_trace=empty_trace)
-    return Policy(model.eval(), tokenizer, protocol, identity, eos_ids)
+    words = int(model.get_input_embeddings().weight.shape[0])
+    return Policy(model.eval(), tokenizer, replace(protocol, words=words, eos_ids=eos_ids), identity, eos_ids)
 
 
 def with_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -301,7 +303,8 @@ def with_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy
         UserError: It is no tokenizer, or has no usable template.
     """
     _check_tokenizer(tokenizer)
-    return replace(policy, tokenizer=tokenizer, template=find_template(tokenizer))
+    template = replace(find_template(tokenizer), words=policy.template.words, eos_ids=policy.eos_ids)
+    return replace(policy, tokenizer=tokenizer, template=template)
 
 
 def _check_tokenizer(tokenizer: object) -> None:
@@ -339,17 +342,7 @@ def load_template(options: PolicyOptions) -> Template:
     Raises:
         UserError: Missing or unreadable tokenizer, or one without a usable template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_source(options.model), trust_remote_code=options.trust_remote_code
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _load_error(options.model, error) from error
-    return find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
+    return load_served_policy(options).template
 
 
 def model_source(model: str) -> str:
@@ -505,7 +498,9 @@ def content_identity(name: str, source: str, model: PreTrainedModel | None) -> s
 
 def _file_digest(file: Path) -> str:
     if file.name == "adapter_config.json":  # names the folder of its base, which may move
-        settings = {k: v for k, v in json.loads(file.read_bytes()).items() if k != "base_model_name_or_path"}
+        written = {k: v for k, v in json.loads(file.read_bytes()).items() if k != "base_model_name_or_path"}
+        # PEFT writes sets as lists, in another order from process to process
+        settings = {k: sorted(map(str, v)) if isinstance(v, list) else v for k, v in written.items()}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return sha256_of(file)
 
@@ -600,9 +595,13 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
     Raises:
         UserError: No such model, no tokenizer, no usable template, or no end-of-sequence token.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     source = model_source(options.model)
+    words = configured = None
+    with contextlib.suppress(Exception):  # a tokenizer alone will do here; what is wrong with the model is said later
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code).get_text_config()
+        words, configured = getattr(config, "vocab_size", None), getattr(config, "eos_token_id", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # whatever a tokenizer's files provoke
@@ -611,10 +610,8 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
             f"Cannot load the tokenizer of `model={options.model!r}`: {reason} Check the name, the folder's files, and "
             "hub access."
         ) from error
-    try:
+    with contextlib.suppress(Exception):  # many models ship none; transformers then takes the configuration's
         configured = GenerationConfig.from_pretrained(source).eos_token_id
-    except Exception:  # many models ship none; the tokenizer knows its own end
-        configured = None
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for extra in [configured] if isinstance(configured, int) else configured or []:
         if int(extra) not in ids:
@@ -622,7 +619,7 @@ def load_served_policy(options: PolicyOptions) -> ServedPolicy:
     if not ids:
         raise UserError(f"The tokenizer of `model={options.model!r}` names no end-of-sequence token.")
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)
-    return ServedPolicy(template, tuple(ids))
+    return ServedPolicy(replace(template, words=words, eos_ids=tuple(ids)), tuple(ids))
 
 
 @contextlib.contextmanager

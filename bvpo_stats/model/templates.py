@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Message, Mode, Question, Role, question_turns
+from bvpo_stats.records import Message, Mode, Question, Role, Vocabulary, question_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,11 +86,15 @@ class Template:
         protocol: The protocol.
         tokenizer: The model's fast tokenizer.
         switch: What the chat template must be told for the model to think, e.g. ``(("thinking", True),)``.
+        words: Number of the model's token ids; None for the tokenizer's.
+        eos_ids: Tokens that end a response; empty for the tokenizer's.
     """
 
     protocol: Protocol
     tokenizer: PreTrainedTokenizerBase
     switch: tuple[tuple[str, Any], ...] = ()
+    words: int | None = None
+    eos_ids: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -122,6 +126,15 @@ class Template:
         return tuple(self.tokenizer.encode(self.prompt_text(question, mode), add_special_tokens=False))
 
     @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What token ids of this model can be."""
+        tokenizer = self.tokenizer
+        ends = self.eos_ids or (() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
+        others = (*ends, tokenizer.bos_token_id, tokenizer.unk_token_id)
+        pad = None if tokenizer.pad_token_id in others else tokenizer.pad_token_id
+        return Vocabulary(self.words or len(tokenizer), ends, pad)
+
+    @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
         """Tokens that structure a chat, by their text: special ones, think tags, and what the chat template writes.
 
@@ -131,7 +144,7 @@ class Template:
         tokenizer = self.tokenizer
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         source = str(tokenizer.chat_template)
-        names = [*map(str, tokenizer.all_special_tokens), "<think>", self.protocol.close_tag]
+        names = [*map(str, tokenizer.all_special_tokens), self.protocol.open_tag, self.protocol.close_tag]
         # not a word or white space, which some tokenizers add, too
         names += [name for name, special in added.items() if special or (name in source and not _is_word(name))]
         found = {}
@@ -150,7 +163,7 @@ class Template:
         for turn in question_turns(question):
             text = turn.content
             if turn.role == "assistant":  # a past turn's own trace, which templates leave out
-                text = text.replace("<think>", "", 1).replace(self.protocol.close_tag, "", 1)
+                text = text.replace(self.protocol.open_tag, "", 1).replace(self.protocol.close_tag, "", 1)
             inside = next((name for name in self.control_tokens if name in text), None)
             if inside is None:
                 tokens = ids.intersection(self.tokenizer.encode(text, add_special_tokens=False))
@@ -176,6 +189,29 @@ class Template:
         if empty[: len(thinking)] == thinking:
             return thinking, empty[len(thinking) :]
         return empty, ()
+
+    def joined(self, reasoning: str, answer: str | None) -> str:
+        """A response with its trace apart, as the model wrote it behind the D_t prompt; no answer: never closed."""
+        text = ("" if self.protocol.thinking_opening else self.protocol.open_tag) + reasoning
+        return text if answer is None else f"{text}{self.protocol.close_tag}{answer}"
+
+    def own_part(self, text: str, prompt: str, mode: Mode) -> str:
+        """What of a turn's text belongs behind its prompt: people's texts hold the whole turn.
+
+        The opening tag that a D_t prompt ends in already is the same tag, and so is the empty trace of D_e, or what
+        closes it (Appendix C.3 prepends that).
+        """
+        if mode == "thinking":
+            tag = self.protocol.open_tag
+            if prompt.rstrip().endswith(tag) and text.lstrip().startswith(tag):
+                text = text.lstrip().removeprefix(tag)
+                text = text.removeprefix("\n") if prompt.endswith("\n") else text
+            return text
+        empty, opening = self.protocol.empty_trace, self.protocol.thinking_opening
+        for spelled in (empty, empty.removeprefix(opening), self.protocol.close_tag):
+            if spelled and text.startswith(spelled):
+                return text[len(spelled) :]
+        return text
 
     def trace_length(self, completion_ids: Sequence[int]) -> int | None:
         """Number of tokens of a D_t completion up to and including the first closing tag; None if it never closes."""

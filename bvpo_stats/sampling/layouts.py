@@ -39,7 +39,7 @@ _NEEDED = (
 )
 
 TemplateSource = Template | Callable[[], Template]
-"""A template, or a function that loads one: called only where a row needs it."""
+"""A template, or a function that loads one: called when there is a row."""
 
 
 def read_pairs(
@@ -112,19 +112,18 @@ def all_pairs(source: Source, empty_source: Source | None, template: Template) -
 
 
 def _pairs(rows: Iterable[tuple[str, Any]], source: TemplateSource, mode: Mode | None) -> list[PreferencePair]:
-    template = source if isinstance(source, Template) else None
+    template: Template | None = None
     found = []
     for where, row in rows:
+        if template is None:
+            template = source if isinstance(source, Template) else source()
         if isinstance(row, PreferencePair):
-            found.append(row)
+            found.append(template.vocabulary.checked(row, where))
         elif not isinstance(row, Mapping):
             raise UserError(f"{where}: a {type(row).__name__}, neither a pair nor a row of columns.")
         elif "mode" in row and not missing_fields(PreferencePair, dict(row)):
-            found.append(from_dict(PreferencePair, dict(row), where))
+            found.append(from_dict(PreferencePair, dict(row), where, template.vocabulary))
         else:
-            if template is None:
-                assert not isinstance(source, Template)
-                template = source()
             found.append(_foreign_pair(dict(row), template, mode, where))
     return found
 
@@ -167,7 +166,7 @@ def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, wh
         "chosen_answer": None if starts[0] is None else template.answer_text(sides[0][starts[0] :]),
         "rejected_answer": None if starts[1] is None else template.answer_text(sides[1][starts[1] :]),
     }
-    return from_dict(PreferencePair, values | given, where)
+    return from_dict(PreferencePair, values | given, where, template.vocabulary)
 
 
 def _answer_start(ids: tuple[int, ...], template: Template, mode: Mode) -> int | None:
@@ -187,12 +186,17 @@ def _from_ids(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
     fields = record_fields(PreferencePair)
     prompt, chosen, rejected = (fields[name].read(row[name], where) for name in _IDS)
-    words = len(template.tokenizer)
     for name, ids in zip(_IDS, (prompt, chosen, rejected), strict=True):
         if not ids:
             raise UserError(f"{where}: `{name}` is empty.")
-        if not 0 <= min(ids) <= max(ids) < words:
-            raise UserError(f"{where}: `{name}` holds an id outside of the tokenizer's 0 to {words - 1}.")
+    vocabulary = template.vocabulary
+    prompt = vocabulary.prompt(prompt, where)
+    chosen = vocabulary.response(chosen, where, "chosen_ids")
+    rejected = vocabulary.response(rejected, where, "rejected_ids")
+    opening = template.control_tokens[template.protocol.open_tag]
+    for name, ids in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+        if mode == "thinking" and prompt[-1:] == ids[:1] == (opening,):
+            raise UserError(f"{where}: `{name}` begins with the opening tag that the prompt ends in already.")
     closing = _closing(template) if mode == "nothinking" else ()
     if closing and prompt[-len(closing) :] == closing:  # the D_e prompt: its end opens the completions
         prompt, chosen, rejected = prompt[: -len(closing)], closing + chosen, closing + rejected
@@ -265,20 +269,11 @@ def _completion_ids(
     body = completion.removesuffix(eos)
     if not body.strip():
         raise UserError(f"{where} is empty.")
-    if mode == "nothinking":
-        # the closing of the empty trace, or all of it, may stand there already (Appendix C.3 prepends it)
-        for spelled in (template.protocol.empty_trace, opening, close):
-            if spelled and body.startswith(spelled):
-                body = body[len(spelled) :]
-                break
-        if "<think>" in body or close in body:
-            raise UserError(f"{where} has a think tag in it, but a pair of D_e has an empty trace.")
-    elif (prompt + opening).rstrip().endswith("<think>") and body.lstrip().startswith("<think>"):
-        # the text holds the whole turn, whose opening tag the prompt has already: it is the same tag
-        body = body.lstrip().removeprefix("<think>")
-        if prompt.endswith("\n"):
-            body = body.removeprefix("\n")
-    openings = body.count("<think>") + prompt.rstrip().endswith("<think>")
+    body = template.own_part(body, prompt + opening, mode)
+    tag = template.protocol.open_tag
+    if mode == "nothinking" and (tag in body or close in body):
+        raise UserError(f"{where} has a think tag in it, but a pair of D_e has an empty trace.")
+    openings = body.count(tag) + prompt.rstrip().endswith(tag)
     if mode == "thinking" and (openings > 1 or body.count(close) > 1):
         raise UserError(f"{where} has a doubled think tag; a response opens and closes its trace once.")
     inside = next((token for token in _special_tokens(template) if token in body), None)
@@ -297,7 +292,8 @@ def _special_tokens(template: Template) -> list[str]:
     """Tokens that structure a chat; think tags are not among them, whatever the tokenizer says."""
     tokens = map(str, template.tokenizer.all_special_tokens)
     added = (str(t) for t in template.tokenizer.added_tokens_decoder.values() if t.special)
-    return [token for token in dict.fromkeys((*tokens, *added)) if token not in ("<think>", "</think>")]
+    tags = (template.protocol.open_tag, template.protocol.close_tag)
+    return [token for token in dict.fromkeys((*tokens, *added)) if token not in tags]
 
 
 def _is_rendered(prompt: str, template: Template) -> bool:
@@ -385,6 +381,4 @@ def _assistant_text(message: dict[str, Any], template: Template, where: str) -> 
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if not reasoning:
         return content
-    protocol = template.protocol
-    opening = "" if protocol.thinking_opening else "<think>"  # else the prompt brings it
-    return f"{opening}{reasoning}{protocol.close_tag}{content}"
+    return template.joined(reasoning, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from bvpo_stats.errors import UserError, check_kind, rows_of
 from bvpo_stats.records import MODES, Completion, Mode, PreferencePair, Truncation
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bvpo_stats.model.templates import Template
 
 SetAside = Literal["too few", "identical", "tie"]
+Number = TypeVar("Number", int, float)
 
 
 def make_pairs(
@@ -219,6 +220,10 @@ def build_pair(choice: Choice, template: Template, truncation: Truncation | None
     """
     chosen, rejected = choice.chosen.completion, choice.rejected.completion
     prompt_ids, closing = _prompt_and_closing(chosen, template)
+    if rejected.prompt_ids != chosen.prompt_ids:
+        raise UserError(
+            f"The samples {chosen.key} and {rejected.key} were drawn from different prompts: their `prompt_ids` differ."
+        )
     sides = [_side(response, closing, template) for response in (chosen, rejected)]
     return PreferencePair(
         prompt_id=chosen.prompt_id,
@@ -237,15 +242,24 @@ def build_pair(choice: Choice, template: Template, truncation: Truncation | None
         rejected_reward=_reward(choice.rejected),
         chosen_index=chosen.sample_index,
         rejected_index=rejected.sample_index,
-        temperature=chosen.temperature,
-        top_p=chosen.top_p,
-        # our own engine never limits a draw, and said so nowhere before it had the field
-        top_k=0 if chosen.top_k is None and chosen.engine == "transformers" else chosen.top_k,
+        temperature=_common(chosen.temperature, rejected.temperature),
+        top_p=_common(chosen.top_p, rejected.top_p),
+        top_k=_common(_top_k(chosen), _top_k(rejected)),
         cut_share=None if truncation is None else truncation.cut_share,
         unclosed_share=None if truncation is None else truncation.unclosed_share,
         model=chosen.model,
         template=chosen.template,
     )
+
+
+def _top_k(response: Completion) -> int | None:
+    """Our own engine never limits a draw, and said so nowhere before records had the field."""
+    return 0 if response.top_k is None and response.engine == "transformers" else response.top_k
+
+
+def _common(chosen: Number | None, rejected: Number | None) -> Number | None:
+    """What is true of both sides; unknown where they differ."""
+    return chosen if chosen == rejected else None
 
 
 @dataclass(frozen=True)

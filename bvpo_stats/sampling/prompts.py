@@ -27,6 +27,8 @@ from bvpo_stats.store.tables import Source, source_rows
 
 _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
 _MESSAGE_FIELDS = ("messages", "conversations", "conversation")
+PROMPT_FIELDS = (*_TEXT_FIELDS, *_MESSAGE_FIELDS)
+"""Where rows have their prompt, best first."""
 _SYSTEM_FIELDS = ("system", "system_prompt")
 _GOLD_FIELDS = ("gold", "answer", "solution")
 _LONGEST = 8  # prompts that a survey remembers
@@ -102,9 +104,9 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
         UserError: No such field, an empty prompt, messages that do not end in a user turn before the answer, or content
             that is not text.
     """
-    name = next((name for name in (*_TEXT_FIELDS, *_MESSAGE_FIELDS) if not _missing(row.get(name))), None)
+    name = next((name for name in PROMPT_FIELDS if not _missing(row.get(name))), None)
     if name is None:
-        nulls = [name for name in (*_TEXT_FIELDS, *_MESSAGE_FIELDS) if name in row]
+        nulls = [name for name in PROMPT_FIELDS if name in row]
         what = f"field `{nulls[0]}` is null" if nulls else "no field `prompt` with a text or messages"
         raise UserError(f"{where}: {what} (fields: {', '.join(map(str, row)) or 'none'}).")
     value = row[name].tolist() if hasattr(row[name], "tolist") else row[name]
@@ -123,7 +125,7 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
         raise UserError(f"{where}: the prompt is empty.")
     question = plain_question(turns)
     return Prompt(
-        prompt_id=_identifier(row, where) or default_prompt_id(question),
+        prompt_id=prompt_identifier(row, where) or default_prompt_id(question),
         prompt=turns[-1].content,
         gold=_gold(row, where),
         messages=None if isinstance(question, str) else question,
@@ -136,11 +138,12 @@ def prompt_turns(messages: Any, where: str) -> tuple[Message, ...]:
     Raises:
         UserError: No messages, no user turn, or more than one turn behind the last.
     """
-    turns = read_messages(messages, where)
-    if turns[-1].role == "assistant":
+    given = read_messages(messages, where)
+    turns = tuple(turn for turn in given if turn.role != "system" or turn.content.strip())  # often there, and empty
+    if turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns or turns[-1].role != "user":
-        roles = ", ".join(turn.role for turn in read_messages(messages, where))
+        roles = ", ".join(turn.role for turn in given)
         raise UserError(f"{where}: the turns are {roles}; a user turn must stand last, or before the answer.")
     return turns
 
@@ -190,7 +193,8 @@ def _gold(row: dict[str, Any], where: str) -> str | None:
     return None
 
 
-def _identifier(row: dict[str, Any], where: str) -> str | None:
+def prompt_identifier(row: dict[str, Any], where: str) -> str | None:
+    """The id of a row under `prompt_id`, `id` or `uid`, as text; None where it has none."""
     name = next((name for name in ("prompt_id", "id", "uid") if not _missing(row.get(name))), None)
     if name is None:
         return None

@@ -513,6 +513,15 @@ def _finish(mode: Mode, count: Counter[str]) -> ModeSummary:
     )
 
 
+def first_set_aside(paths: Iterable[Path]) -> dict[str, str]:
+    """What happened to the first request set aside for each reason."""
+    found: dict[str, str] = {}
+    for path in paths:
+        for _, row in read_jsonl(path, growing=True):
+            found.setdefault(str(row["reason"]), str(row["detail"]))
+    return found
+
+
 def count_set_aside(paths: Iterable[Path]) -> dict[str, int]:
     """How many requests were set aside, by reason."""
     return dict(Counter(str(row["reason"]) for path in paths for _, row in read_jsonl(path, growing=True)))

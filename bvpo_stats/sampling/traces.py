@@ -254,10 +254,11 @@ def sampling_temperature(pair: PreferencePair) -> float:
         UserError: It or the nucleus is not recorded, or the nucleus is below 1: the proposal's probabilities would
             be unknown or wrong.
     """
-    if pair.temperature is None or pair.top_p is None:
+    if pair.temperature is None or pair.top_p is None or pair.top_k is None:
         raise UserError(
-            f"The temperature and top-p that pair {pair.prompt_id} was sampled at are not recorded; without them its "
-            "traces have no weights. Make pairs with `bvpo-stats sample` and `pairs`, or give both fields."
+            f"The temperature, top-p and top-k that pair {pair.prompt_id} was sampled with are not recorded, or not "
+            "the same for both responses; without them its traces have no weights. Make pairs with `bvpo-stats sample` "
+            "and `pairs`, or give the fields `temperature`, `top_p` and `top_k` (0 for none)."
         )
     if pair.top_p < 1 or pair.top_k:
         limit = f"top-p {pair.top_p:g}" if pair.top_p < 1 else f"top-k {pair.top_k}"

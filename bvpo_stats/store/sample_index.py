@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Completion, Mode, Truncation, content_of, from_dict
+from bvpo_stats.records import MODES, Completion, Mode, Truncation, Vocabulary, content_of, from_dict
 from bvpo_stats.store.jsonl import LineSums, sha256_of, writing
 from bvpo_stats.store.run_folder import run_files
 
@@ -87,8 +87,13 @@ class SampleIndex:
     """Random access to the responses of a prompt. Made by :func:`open_sample_index`."""
 
     def __init__(
-        self, database: sqlite3.Connection, files: Sequence[tuple[Path, BinaryIO]], source: SampleSource
+        self,
+        database: sqlite3.Connection,
+        files: Sequence[tuple[Path, BinaryIO]],
+        source: SampleSource,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        self._vocabulary = vocabulary
         self._database = database
         self._files = files
         self.source = source
@@ -112,7 +117,7 @@ class SampleIndex:
         for file, start, length, line in self._database.execute(query, (prompt_id,)):
             path, handle = self._files[file]
             handle.seek(start)
-            found.append(from_dict(Completion, json.loads(handle.read(length)), f"{path}:{line}"))
+            found.append(from_dict(Completion, json.loads(handle.read(length)), f"{path}:{line}", self._vocabulary))
         return found
 
     def windows(self, prompts: int = 256) -> Iterator[list[list[Completion]]]:
@@ -123,13 +128,16 @@ class SampleIndex:
 
 
 @contextmanager
-def open_sample_index(samples: Path, database: Path, modes: Sequence[Mode] = MODES) -> Iterator[SampleIndex]:
+def open_sample_index(
+    samples: Path, database: Path, modes: Sequence[Mode] = MODES, vocabulary: Vocabulary | None = None
+) -> Iterator[SampleIndex]:
     """Indexes the samples of a folder; the index is removed on the way out.
 
     Args:
         samples: Folder of a sampling run (or one samples file).
         database: Where the index goes: a file on a real disk. About 100 bytes per response.
         modes: Which responses count.
+        vocabulary: Of the model that the token ids are for.
 
     Yields:
         The index.
@@ -150,7 +158,7 @@ def open_sample_index(samples: Path, database: Path, modes: Sequence[Mode] = MOD
             connection.execute(_TABLES)
             source = _fill(connection, paths, samples, modes)
         files = [(path, stack.enter_context(path.open("rb"))) for path in paths]
-        yield SampleIndex(connection, files, source)
+        yield SampleIndex(connection, files, source, vocabulary)
 
 
 def sample_files(samples: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from bvpo_stats.records import (
     Record,
     RecordT,
     TraceRecord,
+    Vocabulary,
     arrow_schema,
     from_dict,
     record_fields,
@@ -50,14 +51,29 @@ _HUB_FILE = "hf://"
 
 @overload
 def read_records(
-    source: Source, kind: type[RecordT], *, mode: Mode | None = None, name: str = "source"
+    source: Source,
+    kind: type[RecordT],
+    *,
+    mode: Mode | None = None,
+    name: str = "source",
+    vocabulary: Vocabulary | None = None,
 ) -> Iterator[RecordT]: ...
 @overload
 def read_records(
-    source: Source, kind: None = None, *, mode: Mode | None = None, name: str = "source"
+    source: Source,
+    kind: None = None,
+    *,
+    mode: Mode | None = None,
+    name: str = "source",
+    vocabulary: Vocabulary | None = None,
 ) -> Iterator[Any]: ...
 def read_records(
-    source: Source, kind: type[Any] | None = None, *, mode: Mode | None = None, name: str = "source"
+    source: Source,
+    kind: type[Any] | None = None,
+    *,
+    mode: Mode | None = None,
+    name: str = "source",
+    vocabulary: Vocabulary | None = None,
 ) -> Iterator[Any]:
     """Streams records.
 
@@ -68,6 +84,7 @@ def read_records(
         kind: The record type; when None, what the first row looks like (in a folder: pairs, else traces, else samples).
         mode: Of a folder of pairs, only the file of this mode.
         name: What errors call the source.
+        vocabulary: Of the model that the records are for; token ids are checked against it.
 
     Raises:
         UserError: Nothing there, a row that is no such record; file, line and field are named.
@@ -79,7 +96,7 @@ def read_records(
         if not isinstance(row, Mapping):
             expected: tuple[type, ...] = tuple(_STEMS) if kind is None else (kind,)
             check_kind(where, row, expected, f"a {'record' if kind is None else kind.__name__} or a row of columns")
-            yield row
+            yield row if vocabulary is None else vocabulary.checked(row, where)
             continue
         found: Any = kind or record_kind(dict(row))
         if found is None:
@@ -88,7 +105,7 @@ def read_records(
                 f"{where}: neither a pair, a trace, a completion nor a prompt (fields: {', '.join(row) or 'none'})."
                 + hint
             )
-        yield from_dict(found, dict(row), where)
+        yield from_dict(found, dict(row), where, vocabulary)
 
 
 def read_rows(

@@ -109,7 +109,8 @@ class BVPOTrainer(Trainer):
         self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
             pairs = self._pairs(train_dataset, empty_dataset, ("train_dataset", "empty_dataset"))
-            bank = read_records(traces, TraceRecord, name="traces") if args.adaptive else ()
+            vocabulary = self.policy.template.vocabulary
+            bank = read_records(traces, TraceRecord, name="traces", vocabulary=vocabulary) if args.adaptive else ()
             train_dataset = join_for(args, pairs, bank)
         self.selection = select(train_dataset)
         self._examples = list(

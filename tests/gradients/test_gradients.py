@@ -72,8 +72,11 @@ def make_pairs(seed: int = 0) -> list[PreferencePair]:
 
 def policy_of(model: Any) -> Policy:
     """A policy of a model that has no tokenizer; made-up pairs need none."""
-    tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    return Policy(model, tokenizer, Template(PROTOCOLS["embedded"], tokenizer), "tiny", (1,))
+    nothing = {"eos_token_id": None, "bos_token_id": None, "unk_token_id": 0}  # so that 0 is not certainly padding
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, get_chat_template=str, **nothing)
+    return Policy(
+        model, tokenizer, Template(PROTOCOLS["embedded"], tokenizer, words=model.config.vocab_size), "tiny", (1,)
+    )
 
 
 def gradients_of(

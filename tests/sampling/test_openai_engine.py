@@ -14,7 +14,7 @@ from bvpo_stats.embedded.tokenizer import build_tokenizer
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.model.templates import find_template
-from bvpo_stats.records import MODES, Mode, Prompt
+from bvpo_stats.records import MODES, Message, Mode, Prompt
 from bvpo_stats.sampling.engines import server as server_module
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine, chat_rule, draw_seed
@@ -99,6 +99,11 @@ def test_a_cut_completion_has_no_end() -> None:
     assert ask_one(script) == Draw(IDS, "length")
 
 
+def test_a_finish_reason_may_be_an_object() -> None:
+    script = lambda call, number: completion(TEXT, token_ids=list(IDS), finish_reason={"type": "length"})  # noqa: E731
+    assert ask_one(script) == Draw(IDS, "length")
+
+
 def test_an_end_at_the_very_last_position_is_a_stop() -> None:
     script = lambda call, number: completion(TEXT, token_ids=[*IDS, EOS], finish_reason="length")  # noqa: E731
     assert ask_one(script) == Draw((*IDS, EOS), "stop")
@@ -157,6 +162,10 @@ def test_a_cut_text_is_checked_too() -> None:
     ("reply", "reason"),
     [
         (completion(TEXT, finish_reason="content_filter"), "finish-reason"),
+        (completion(TEXT, finish_reason=None), "finish-reason"),
+        (completion(TEXT, finish_reason={"type": "stop", "matched": "User:"}), "finish-reason"),
+        (completion(TEXT, token_ids=[*IDS, 99_999, EOS], finish_reason="stop"), "ids-differ"),
+        (completion(TEXT + "\ud83d"), "no-completion"),
         (completion("", finish_reason="length"), "empty"),
         (completion(TEXT, token_ids=[EOS, *IDS], finish_reason="length"), "ids-differ"),
         (Reply(400, {"error": {"message": "maximum context length exceeded"}}), "refused"),
@@ -278,6 +287,15 @@ def test_chat_refuses_a_nothinking_prompt_that_it_cannot_make() -> None:
 def test_the_rule_for_chat_prompts(tokenizer: PreTrainedTokenizerFast, exact: dict[str, Any]) -> None:
     policy = ServedPolicy(find_template(tokenizer), (tokenizer.eos_token_id,))
     assert chat_rule(policy) == exact
+
+
+def test_a_conversation_is_sent_turn_by_turn() -> None:
+    turns = (Message("system", "Be kind."), Message("user", "1+1?"), Message("assistant", "2"), Message("user", "2+2?"))
+    prompt, template = Prompt("q", "2+2?", messages=turns), POLICY.template
+    asked = [Request(prompt, "thinking", 0, template.prompt_ids(turns, "thinking"), "")]
+    with serve(lambda call, number: chat(TEXT, prompt_tokens=len(asked[0].prompt_ids))) as at:
+        assert list(draw_all(at, asked, endpoint="chat").values()) == [Draw((*IDS, EOS), "stop")]
+        assert at.calls[0].body["messages"] == [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 def test_qwen3_switches_thinking_off_at_a_chat_endpoint() -> None:

@@ -34,6 +34,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         {"messages": [USER, ASSISTANT]},
         {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}]},
+        {"messages": [SYSTEM | {"content": " "}, USER, ASSISTANT]},
         {"prompt": None, "question": "1+1?", "system": None, "answer": float("nan"), "id": float("nan")},
         {"instruction": "1+1?", "input": "", "history": None},
         {"prompt": "1+1?", "input": "no business of a prompt's"},
@@ -169,3 +170,18 @@ def test_the_longest_prompts_are_found_in_any_order() -> None:
     sizes = [(number * 37) % 101 for number in range(101)]
     survey = survey_prompts(Prompt(str(number), "x" * size) for number, size in enumerate(sizes))
     assert [len(text) for text in survey.longest] == list(range(100, 92, -1))
+
+
+def test_a_configuration_of_a_dataset_is_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "several"
+    for name in ("easy", "hard"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("easy", "hard"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [prompt.prompt for prompt in load_prompts(str(folder), config_name="hard")] == ["hard"]
+    with pytest.raises(UserError, match=r"easy.*hard.*`config_name`"):
+        list(load_prompts(str(folder)))
+    with pytest.raises(UserError, match="`config_name='x'` is for datasets with several"):
+        list(load_prompts(write(tmp_path / "p.jsonl", [{"prompt": "a"}]), config_name="x"))

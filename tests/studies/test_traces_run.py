@@ -33,6 +33,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     """Samples and pairs of the oracle, whose policy stands in for a loaded one; windows of two pairs."""
     oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=3, n_answers=2, n_prompts=2, seed=2))
     monkeypatch.setattr(traces, "load_policy", lambda options: oracle.policy)
+    monkeypatch.setattr(traces, "load_template", lambda options: oracle.policy.template)
     monkeypatch.setattr(traces, "WINDOW", 2)
     draws = draw_examples(oracle, N_PAIRS, np.random.default_rng(0))
     completions = completion_records(oracle, draws)

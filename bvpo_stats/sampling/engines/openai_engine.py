@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
-from bvpo_stats.records import FinishReason, Mode, question_turns
+from bvpo_stats.records import FinishReason, Mode, question_turns, read_finish_reason
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
 
@@ -78,7 +78,7 @@ class Answer:
 
     Attributes:
         text: The completion as text.
-        finish_reason: The server's word for why it ended.
+        finish_reason: The server's word for why it ended, in its own shape.
         token_ids: Token ids of the completion, None where the server keeps them.
         prompt_token_ids: Token ids of the prompt as the server saw it, None where it keeps them.
         prompt_tokens: Their number, None where unknown.
@@ -87,7 +87,7 @@ class Answer:
     """
 
     text: str
-    finish_reason: str | None
+    finish_reason: object
     token_ids: tuple[int, ...] | None
     prompt_token_ids: tuple[int, ...] | None
     prompt_tokens: int | None
@@ -204,10 +204,14 @@ def read_answer(reply: Any) -> Answer:
         choice = reply["choices"][0]
         message = choice.get("message")
         text = choice["text"] if message is None else message.get("content")
+        if isinstance(text, str):
+            text.encode()
         usage = reply.get("usage") or {}
         ids, prompt_ids = choice.get("token_ids"), choice.get("prompt_token_ids", reply.get("prompt_token_ids"))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError("an answer without a completion in it") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("an answer with half a character in it (a lone surrogate)") from error
     reasoning = isinstance(message, dict) and bool(message.get("reasoning_content") or message.get("reasoning"))
     if not isinstance(text, str) and not reasoning:
         raise ValueError("an answer without text")
@@ -223,7 +227,7 @@ def read_answer(reply: Any) -> Answer:
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(isinstance(entry, int) for entry in value):
+    if isinstance(value, list) and all(type(entry) is int for entry in value):
         return tuple(value)
     return None
 
@@ -265,9 +269,10 @@ def resolve(answer: Answer, request: Request, policy: ServedPolicy, *, counts_eo
         return SetAside("prompt-differs", difference)
     if answer.reasoning:
         return SetAside("trace-split-off", "the server has split the trace off the text (a reasoning parser)")
-    if answer.finish_reason not in ("stop", "length"):
+    found = read_finish_reason(answer.finish_reason, policy.eos_ids)
+    if found not in ("stop", "length"):
         return SetAside("finish-reason", f"ended for the reason {answer.finish_reason!r}")
-    reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
+    reason: FinishReason = "stop" if found == "stop" else "length"
     if answer.token_ids is not None:
         return _from_ids(answer, answer.token_ids, reason, policy)
     return _from_text(answer, reason, policy, counts_eos)
@@ -302,9 +307,11 @@ def _from_text(answer: Answer, reason: FinishReason, policy: ServedPolicy, count
 def _checked(ids: tuple[int, ...], reason: FinishReason, policy: ServedPolicy) -> Outcome:
     if not ids:
         return SetAside("empty", "an empty completion")
-    if any(token in policy.eos_ids for token in ids[:-1]):
-        return SetAside("ids-differ", "an end-of-sequence token in the middle")
-    return Draw(ids, reason)
+    try:
+        whole = policy.template.vocabulary.response(ids, "the answer", "token_ids")
+    except UserError as error:
+        return SetAside("ids-differ", str(error))
+    return Draw(whole, reason)
 
 
 def _spells(ids: Sequence[int], text: str, policy: ServedPolicy) -> bool:

@@ -222,7 +222,8 @@ def alpha_star(
         if not isinstance(lora, LoraOptions):
             lora = LoraOptions(seed=stream.seed) if lora is None else LoraOptions(r=lora, seed=stream.seed)
         policy, subset, words = prepare_subset(policy, lora=lora)
-    joined = join(all_pairs(pairs, empty_pairs, policy.template), traces, unmatched="drop")
+    bank = read_records(traces, TraceRecord, name="traces", vocabulary=policy.template.vocabulary)
+    joined = join(all_pairs(pairs, empty_pairs, policy.template), bank, unmatched="drop")
     return _estimate(policy, subset, joined, options, words)
 
 
@@ -472,7 +473,7 @@ def load_examples(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> J
         UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
     """
     pairs = (pair for mode in MODES for pair in load_set(inputs, mode, policy))
-    return join(pairs, load_traces(inputs), unmatched="drop", limit=inputs.limit)
+    return join(pairs, load_traces(inputs, policy), unmatched="drop", limit=inputs.limit)
 
 
 def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = None) -> list[PreferencePair]:
@@ -494,7 +495,7 @@ def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = Non
     return pairs
 
 
-def load_traces(inputs: AlphaInputs) -> Iterator[TraceRecord]:
+def load_traces(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Iterator[TraceRecord]:
     """The bank's traces, one at a time; none where there is no bank.
 
     Raises:
@@ -503,8 +504,8 @@ def load_traces(inputs: AlphaInputs) -> Iterator[TraceRecord]:
     path = inputs.traces_path()
     if path is None:
         return
-    number = 0
-    for number, trace in enumerate(read_records(path, TraceRecord), start=1):  # noqa: B007 - counts
+    vocabulary, number = load_template(policy or PolicyOptions()).vocabulary, 0
+    for number, trace in enumerate(read_records(path, TraceRecord, vocabulary=vocabulary), start=1):  # noqa: B007
         yield trace
     if not number:
         raise UserError(f"`traces={str(path)!r}` holds no traces. Leave it out, or make the bank again.")

@@ -100,6 +100,7 @@ def load_benchmarks(
     split: str | None = None,
     instruction: str | None = None,
     limit: int | None = None,
+    config_name: str | None = None,
 ) -> list[Benchmark]:
     """Reads the benchmarks behind ``--data``.
 
@@ -110,19 +111,22 @@ def load_benchmarks(
         split: Split of a dataset that is no preset; None for ``test``.
         instruction: Added to each problem on a line of its own; None for :data:`BOXED` (none for the embedded task).
         limit: Only the first so many problems of each.
+        config_name: Configuration of a dataset that has several.
 
     Raises:
         UserError: No problems, a row without problem or answer, the same problem twice, or two sources of one name.
     """
     names = [name for source in sources for name in (PRESETS if source == PAPER else (source,))]
-    benchmarks = [_load(name, split, instruction, limit) for name in names]
+    benchmarks = [_load(name, split, instruction, limit, config_name) for name in names]
     for number, benchmark in enumerate(benchmarks):
         if benchmark.name in {other.name for other in benchmarks[:number]}:
             raise UserError(f"`data`: two benchmarks are called {benchmark.name}. Rename a file, or leave one out.")
     return benchmarks if samples is None else [replace(benchmark, samples=samples) for benchmark in benchmarks]
 
 
-def _load(source: str, split: str | None, instruction: str | None, limit: int | None) -> Benchmark:
+def _load(
+    source: str, split: str | None, instruction: str | None, limit: int | None, config_name: str | None
+) -> Benchmark:
     if limit is not None and limit < 1:
         raise UserError(f"`limit={limit}`: at least 1 problem is needed.")
     if source == EMBEDDED:
@@ -131,7 +135,10 @@ def _load(source: str, split: str | None, instruction: str | None, limit: int | 
     preset = PRESETS.get(source.lower())
     if preset is None:
         _refuse_near_presets(source)
-    rows = source_rows(preset.source if preset else source, preset.split if preset else split or "test", "data")
+    if preset is not None:
+        rows = source_rows(preset.source, preset.split, "data")
+    else:
+        rows = source_rows(source, split or "test", "data", config_name=config_name)
     found = ((where, problem_from_row(row, where)) for where, row in rows)
     problems, duplicates = distinct(found, keep_first=preset is not None, limit=limit)
     if not problems:
@@ -242,7 +249,14 @@ class InstructionSet:
     datasets: dict[str, str]
 
 
-def load_instructions(task: str, source: str, *, split: str | None = None, limit: int | None = None) -> InstructionSet:
+def load_instructions(
+    task: str,
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    config_name: str | None = None,
+) -> InstructionSet:
     """Reads the prompts behind ``--data``.
 
     Args:
@@ -251,6 +265,7 @@ def load_instructions(task: str, source: str, *, split: str | None = None, limit
             ``instruction`` (AlpacaEval), ``prompt`` or ``turns`` (Arena-Hard).
         split: Split of a dataset; None for ``test``.
         limit: Only the first so many.
+        config_name: Configuration of a dataset that has several.
 
     Raises:
         UserError: No prompts, a row without one, or the same prompt twice.
@@ -263,7 +278,8 @@ def load_instructions(task: str, source: str, *, split: str | None = None, limit
         if source == EMBEDDED:
             yield from ((f"{EMBEDDED}:{number}", prompt) for number, prompt in enumerate(embedded_prompts(), start=1))
             return
-        for where, row in source_rows(INSTRUCTION_FILES.get(source, source), split or "test", "data"):
+        file = INSTRUCTION_FILES.get(source, source)
+        for where, row in source_rows(file, split or "test", "data", config_name=config_name):
             prompt = instruction_from_row(row, where)
             datasets.setdefault(prompt.prompt_id, str(row.get("dataset") or row.get("category") or Path(source).stem))
             yield where, prompt

@@ -46,6 +46,7 @@ class EvaluateConfig:
         task: ``math``, ``alpaca-eval`` or ``arena-hard``.
         data: Problems or instructions; empty for the task's own.
         split: Split of a dataset.
+        config_name: Configuration of a dataset that has several.
         instruction: Added to each problem; None for the usual one.
         samples: k, responses per problem and mode; None for the benchmark's own.
         temperature: Sampling temperature (Section 5.1: 0.6).
@@ -85,6 +86,7 @@ class EvaluateConfig:
         ),
     ] = ()
     split: Annotated[str | None, o.Option("Split of a dataset given as `data`.", shown="test")] = None
+    config_name: o.ConfigName = None
     instruction: Annotated[
         str | None,
         o.Option(

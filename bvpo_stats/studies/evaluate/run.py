@@ -61,7 +61,12 @@ def _math(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepared:
     sources = config.data or (EMBEDDED,)
     instruction = "" if config.instruction is None and config.model == EMBEDDED else config.instruction
     benchmarks = load_benchmarks(
-        sources, samples=config.samples, split=config.split, instruction=instruction, limit=config.limit
+        sources,
+        samples=config.samples,
+        split=config.split,
+        instruction=instruction,
+        limit=config.limit,
+        config_name=config.config_name,
     )
     unreadable = {benchmark.name: unreadable_golds(benchmark) for benchmark in benchmarks}
     return benchmarks, lambda folder: math_results(config, entrants, benchmarks, unreadable, folder)
@@ -71,7 +76,9 @@ def _alignment(config: EvaluateConfig, entrants: Sequence[Contestant]) -> _Prepa
     if len(config.data) > 1:
         raise UserError(f"`data`: {config.task} takes one set of prompts, {len(config.data)} were given.")
     source = config.data[0] if config.data else EMBEDDED if config.model == EMBEDDED else config.task
-    asked = load_instructions(config.task, source, split=config.split, limit=config.limit)
+    asked = load_instructions(
+        config.task, source, split=config.split, limit=config.limit, config_name=config.config_name
+    )
     judge = load_judge(config, asked.benchmark, len(entrants))
     return [asked.benchmark], lambda folder: alignment_results(config, entrants, asked, judge, folder)
 

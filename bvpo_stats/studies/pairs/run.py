@@ -65,7 +65,7 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
         "dtype": str(policy.model.dtype) if policy else None,
     }
     with open_run(output, "pairs", identity) as folder:
-        with open_sample_index(config.samples, folder / ".samples.sqlite", config.modes) as index:
+        with open_sample_index(config.samples, folder / ".samples.sqlite", config.modes, template.vocabulary) as index:
             if policy is not None:
                 index.source.check_sampling_model(policy.identity)
             scores, logps = RowLog(folder / SCORES_FILE), RowLog(folder / REF_LOGPS_FILE)

@@ -30,6 +30,7 @@ class SampleReport(Report):
         dialect: How the server was asked, None for the other engines or when nothing was left to ask.
         modes: Summary by mode, of everything on record (of a shard: its own part).
         set_aside: Requests set aside, by reason.
+        set_aside_first: What happened to the first of them, by reason.
         tally: What this call drew.
         tokens_per_second: Tokens drawn a second by this call, None where it had nothing left to draw.
     """
@@ -45,6 +46,7 @@ class SampleReport(Report):
     dialect: str | None
     modes: dict[Mode, ModeSummary]
     set_aside: dict[str, int]
+    set_aside_first: dict[str, str]
     tally: SamplingTally
     tokens_per_second: float | None
 
@@ -82,6 +84,7 @@ class SampleReport(Report):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.set_aside.items()))
             total = sum(self.set_aside.values())
             lines.append(f"Set aside: {total} requests ({reasons}); see set_aside*.jsonl.")
+            lines += [f"First {reason}: {what}" for reason, what in sorted(self.set_aside_first.items())]
         if self.tokens_per_second is None:
             lines.append("Nothing was left to draw.")
         else:
@@ -98,7 +101,8 @@ class SampleReport(Report):
         for name, mode in self.modes.items():
             lines += mode.truncation.cautions(name)
         if sum(self.set_aside.values()) > sum(mode.responses for mode in self.modes.values()):
-            lines.append("More was set aside than kept. Is `model` the model that the server serves?")
+            hint = " Is `model` the model that the server serves?" if self.engine == "openai" else ""
+            lines.append(f"More was set aside than kept.{hint}")
         if self.dialect is not None and self.dialect.endswith("plain"):
             lines.append(
                 "This server takes OpenAI's own fields only; top-k and other defaults of its own may be in force."

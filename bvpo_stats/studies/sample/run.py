@@ -25,6 +25,7 @@ from bvpo_stats.sampling.sample import (
     SamplingRun,
     SamplingTally,
     count_set_aside,
+    first_set_aside,
     local_run,
     sample_into,
     summarise,
@@ -142,6 +143,7 @@ def _on_record(config: SampleConfig, folder: Path, tally: SamplingTally) -> dict
     return {
         "modes": summarise(completion for path in samples for completion in read_records(path, Completion)),
         "set_aside": count_set_aside(aside),
+        "set_aside_first": first_set_aside(aside),
         "tally": tally,
         "tokens_per_second": tally.tokens / tally.seconds if tally.tokens and tally.seconds > 0 else None,
     }

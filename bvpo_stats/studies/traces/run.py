@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, load_policy
+from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.progress import progress, say
 from bvpo_stats.records import PreferencePair, to_dict
 from bvpo_stats.sampling.traces import (
@@ -22,7 +22,7 @@ from bvpo_stats.sampling.traces import (
 from bvpo_stats.store.jsonl import append_jsonl, encode_row, mend, read_jsonl, write_atomic
 from bvpo_stats.store.run_folder import open_run
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
-from bvpo_stats.store.tables import fingerprint, read_records, read_rows, record_paths
+from bvpo_stats.store.tables import fingerprint, read_records, record_paths
 from bvpo_stats.studies.traces.config import TracesConfig
 from bvpo_stats.studies.traces.report import TracesReport
 
@@ -48,7 +48,8 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
         UserError: Anything wrong with the input; see the message.
     """
     (pairs_path,) = record_paths(config.pairs, PreferencePair, mode="thinking", name="pairs")
-    n_pairs = sum(1 for _ in read_rows(pairs_path))
+    vocabulary = load_template(config.policy).vocabulary
+    n_pairs = sum(1 for _ in read_records(pairs_path, PreferencePair, vocabulary=vocabulary))
     if not n_pairs:
         raise UserError(f"{pairs_path} holds no pairs, so there is nothing to find traces for.")
     total = n_pairs if config.limit is None else min(config.limit, n_pairs)
@@ -66,9 +67,9 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
         **asdict(config.bank),
     }
     with open_run(output, "traces", identity) as folder:
-        with open_sample_index(config.samples, folder / ".samples.sqlite", ("thinking",)) as index:
+        with open_sample_index(config.samples, folder / ".samples.sqlite", ("thinking",), vocabulary) as index:
             index.source.check_sampling_model(policy.identity)
-            pairs = islice(read_records(pairs_path, PreferencePair), total)
+            pairs = islice(read_records(pairs_path, PreferencePair, vocabulary=vocabulary), total)
             state, temperature = _fill_bank(config, policy, index, pairs, total, folder)
         report = TracesReport(
             model=policy.identity,

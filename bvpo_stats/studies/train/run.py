@@ -51,7 +51,7 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     check_distribution(args)  # before anything is loaded
     world = World(args.process_index, args.world_size, args.local_process_index)
     pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, config.policy))
-    traces = load_traces(config.inputs) if args.adaptive else ()
+    traces = load_traces(config.inputs, config.policy) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
     policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
     if config.lora is not None and not policy.has_adapter:

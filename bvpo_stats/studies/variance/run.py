@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import Policy, load_policy
+from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
-from bvpo_stats.sampling.engines.file_engine import adopt_completions
+from bvpo_stats.sampling.engines.file_engine import Unusable, adopt_completions
 from bvpo_stats.sampling.prompts import load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
@@ -95,11 +95,10 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     if not path.is_file():
         raise UserError(f"`samples_from={str(path)!r}`: no such file. Give a samples.jsonl.")
     try:
-        completions = list(adopt_completions(path, None))
-        policy = None
-    except UserError:
-        policy = load_policy(config.policy)  # needed to tokenise, or to find where the traces end
-        completions = list(adopt_completions(path, policy.template, policy.eos_ids[0]))
+        completions = _usable(adopt_completions(path, None))
+    except UserError:  # the template is needed to tokenise, or to find where the traces end
+        completions = _usable(adopt_completions(path, load_template(config.policy)))
+    policy: Policy | None = None
     if config.limit is not None:
         kept = set(list(dict.fromkeys(c.prompt_id for c in completions))[: config.limit])
         completions = [c for c in completions if c.prompt_id in kept]
@@ -108,7 +107,10 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
     check_one_source(completions)
     completions.sort(key=lambda c: (c.prompt_id, MODES.index(c.mode), c.sample_index))
     unscored = [c for c in completions if c.logprobs is None]
-    if unscored and policy is None:
+    if unscored:
+        vocabulary = load_template(config.policy).vocabulary
+        for completion in unscored:
+            vocabulary.checked(completion, f"{path}: response {completion.key}")
         policy = load_policy(config.policy)
     digest = fingerprint(path)
     identity = {
@@ -125,6 +127,18 @@ def _from_elsewhere(config: VarianceConfig, output: Path) -> VarianceReport:
         report = _analyse(config, completions, folder / LOGPROBS_FILE, model)
         report.write(folder)
     return report
+
+
+def _usable(responses: Iterable[Completion | Unusable]) -> list[Completion]:
+    found = []
+    for response in responses:
+        if isinstance(response, Unusable):
+            raise UserError(
+                f"{response.where}: {response.outcome.detail}. `bvpo-stats sample` with `engine='file'` sets such "
+                "responses aside: give its folder's samples.jsonl."
+            )
+        found.append(response)
+    return found
 
 
 def _scored(completions: list[Completion], logprobs_path: Path, profile: PositionProfile) -> Iterator[ScoredSample]:
