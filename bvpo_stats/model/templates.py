@@ -509,7 +509,7 @@ def _is_word(token: str) -> bool:
 
 
 def _tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "strftime_now" in str(tokenizer.get_chat_template())
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
 def _has_think_tags(tokenizer: PreTrainedTokenizerBase) -> bool:
