@@ -227,7 +227,7 @@ def mend(path: Path, *, ordered: bool = False) -> None:
     sums = LineSums.of(path)
     if sums is None or not path.is_file():
         return
-    temporary, bad = path.with_name(path.name + ".tmp"), []
+    temporary, bad = path.with_name(path.name + ".tmp"), list[int]()
     try:
         with temporary.open("wb") as handle:
             for number, line in enumerate(_lines(path), start=1):

@@ -133,7 +133,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         UserError: There are finished checkpoints, but all of them are damaged: training anew would write over them.
     """
     numbers = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
-    damaged = {}
+    damaged: dict[str, str] = {}
     for path in sorted((path for path, number in numbers.items() if number.isdigit()), key=lambda p: -int(numbers[p])):
         problem = folder_damage(path)
         if problem is None:

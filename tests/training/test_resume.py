@@ -244,7 +244,7 @@ def test_other_records_never_get_the_old_numbers(random_model: Path, pairs: Path
     run_train(config, tmp_path / "run")
     for name, old, new, words in (
         ("traces.jsonl", '"joint_logp": -', '"joint_logp": -1', "traces: "),
-        ("thinking.jsonl", '"ref_chosen_logps": null', '"ref_chosen_logps": -3.5', "pairs: "),
+        ("thinking.jsonl", '"mode": ', '"ref_chosen_logps": -3.5, "mode": ', "pairs: "),
     ):
         before = (mine / name).read_text()
         assert old in before
