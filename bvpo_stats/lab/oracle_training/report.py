@@ -244,7 +244,7 @@ def summarise(
         "early": losses[:, :, 0] / losses[:, fixed, 0].min(axis=1, keepdims=True) - 1,
         "grad_sq": grads[:, :, -1] / grads[:, fixed, -1].min(axis=1, keepdims=True) - 1,
     }
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         name: {key: _interval(values[:, k], models, level) for key, values in over.items()}
         | {
             "worst": _rounded(over["over_best"][:, k].max()),

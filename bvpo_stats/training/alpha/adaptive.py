@@ -134,8 +134,8 @@ class AdaptiveController:
             nothing = AlphaRecord(-1, self.alpha, f"{self.rule.name}: nothing is known yet")
             if seen is None:
                 return nothing
-            facts = {"batch_size": seen.batch_size, "eta_l": float(seen.eta_l), "time_share": seen.time_share}
-            return replace(nothing, step=seen.step, **facts)
+            eta_l = float(seen.eta_l)
+            return replace(nothing, step=seen.step, batch_size=seen.batch_size, eta_l=eta_l, time_share=seen.time_share)
         parts = Parts.of(np.concatenate([self.averages.mean, self.bias.mean]), self.averages.batch)
         numbers = {name: float(getattr(parts, name)) for name in ("h_sq", "e_h", "P1", "Q1", "c_h")}
         return AlphaRecord(
@@ -176,7 +176,9 @@ class AdaptiveController:
     def from_state(cls, state: Mapping[str, Any]) -> AdaptiveController:
         """Read what `to_state` wrote."""
         known = state["decision"]["known"]
-        arrays = {k: None if v is None else np.array(v) for k, v in state["decision"].items() if k != "known"}
+        arrays: dict[str, Any] = {
+            k: None if v is None else np.array(v) for k, v in state["decision"].items() if k != "known"
+        }
         return cls(
             options=AdaptiveOptions(**state["options"]),
             averages=ProductAverages.from_state(state["averages"]),

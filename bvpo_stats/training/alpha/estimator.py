@@ -229,7 +229,8 @@ class AlphaEstimator:
             self._sums, self._curvature, self._prompts = None, None, []
             self.stream.observe(means, metric, learning_rate, step=step, progress=progress, bias=bias, time_share=share)
             if self._world.size > 1:  # decided once and told to all: no last bit can make processes disagree
-                decided = self._world.broadcast(self.stream.to_state() if self._world.leads else None)
+                decided: Any = self.stream.to_state() if self._world.leads else None
+                decided = self._world.broadcast(decided)
                 self.stream.restore(from_state(decided["controller"]), decided, self.stream.vectors())
         if bias is not None or (step + 1) % self.look_steps == 0:
             self.updates.append(asdict(self.controller.record) | {"mu": self.mu})

@@ -82,7 +82,7 @@ class FixedController:
             _at(self.knots, observation.step + 1),
             self.record.why,
             batch_size=observation.batch_size,
-            eta_l=observation.eta_l,
+            eta_l=float(observation.eta_l),
         )
         return FixedController(self.knots, record)
 

@@ -209,7 +209,8 @@ class ProductAverages:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ProductAverages:
         """Read what `to_state` wrote."""
-        return cls(**{name: np.array(x) if isinstance(x, list) else x for name, x in state.items()})
+        values: dict[str, Any] = {name: np.array(x) if isinstance(x, list) else x for name, x in state.items()}
+        return cls(**values)
 
 
 SHARED, SHARED_AT_MOST = 2.0, 3.0
@@ -278,4 +279,5 @@ class BiasAverage:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> BiasAverage:
         """Read what `to_state` wrote."""
-        return cls(**{name: np.array(x) if isinstance(x, list) else x for name, x in state.items()})
+        values: dict[str, Any] = {name: np.array(x) if isinstance(x, list) else x for name, x in state.items()}
+        return cls(**values)

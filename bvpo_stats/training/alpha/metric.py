@@ -38,7 +38,7 @@ def optimizer_metric(optimizer: Any, weights: Sequence[Tensor]) -> tuple[Float[T
     inner = getattr(optimizer, "optimizer", optimizer)
     name, state = type(inner).__name__, getattr(inner, "state", {})
     groups = {weight: group for group in getattr(inner, "param_groups", []) for weight in group["params"]}
-    pieces = []
+    pieces: list[Tensor | None] = []
     for weight in weights:
         own, group = state.get(weight, {}), groups.get(weight, {})
         moments = next((own[key] for key in _MOMENTS if key in own), None)

@@ -85,7 +85,7 @@ class AlphaStream:
         self._size: Array | None = None
 
     @property
-    def reach(self) -> float:
+    def reach(self) -> float | Array:
         """How far to go along `direction`."""
         return REACH * self.step_size.peak
 

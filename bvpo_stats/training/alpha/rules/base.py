@@ -111,9 +111,13 @@ class Decision:
 class Rule(Protocol):
     """A rule for alpha."""
 
-    name: str
-    keeps_empty: bool
-    """Whether it needs norm(E g_e)^2, for which another vector is kept."""
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def keeps_empty(self) -> bool:
+        """Whether it needs norm(E g_e)^2, for which another vector is kept."""
 
     def decide(self, seen: Seen, level: float) -> Decision:
         """The alpha of the next step, with the interval of its estimate at a level."""
