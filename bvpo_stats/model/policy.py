@@ -292,7 +292,8 @@ def _wrap(
     model.generation_config = GenerationConfig()
     identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     protocol = find_template(tokenizer, name=template, empty_trace=empty_trace)
-    words = int(model.get_input_embeddings().weight.shape[0])
+    embeddings: Any = model.get_input_embeddings()
+    words = int(embeddings.weight.shape[0])
     return Policy(model.eval(), tokenizer, replace(protocol, words=words, eos_ids=eos_ids), identity, eos_ids)
 
 

@@ -141,7 +141,7 @@ def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, wh
     if not without:
         given |= {name: row[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if row.get(name) is not None}
         prompt_ids, sides = _from_ids(row, template, mode, where)
-        question = _question_of(training_text(prompt_ids, template.tokenizer, is_prompt=False), template)
+        question: Question = _question_of(training_text(prompt_ids, template.tokenizer, is_prompt=False), template)
     else:
         try:
             question, prompt_ids, sides = _from_texts(row, template, mode, where)
@@ -219,7 +219,8 @@ def _from_texts(
     elif prompt is None:
         prompt, chosen, rejected = _shared_text(chosen, rejected, template, where)
     rendered = isinstance(prompt, str) and _is_rendered(prompt, template)
-    if rendered:
+    question: Question
+    if isinstance(prompt, str) and rendered:
         question, text = _question_of(prompt, template), _training_prompt(prompt, template, mode)
     else:
         if not isinstance(prompt, (str, list)):

@@ -150,14 +150,17 @@ class Engine(Protocol):
 
     Attributes:
         name: Name for the records.
-        top_k: Tokens that a draw is limited to, 0 for none; None where a server may have a default of its own.
         whole_batches: Whether a draw's rounding depends on its batch, so that a batch with anything missing is drawn
             whole again after an interruption.
     """
 
     name: str
-    top_k: int | None
     whole_batches: bool
+
+    @property
+    def top_k(self) -> int | None:
+        """Tokens that a draw is limited to, 0 for none; None where a server may have a default of its own."""
+        ...
 
     def draw(
         self, batches: Iterable[Sequence[Request]], options: SamplingOptions

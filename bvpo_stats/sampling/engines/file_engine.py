@@ -134,7 +134,9 @@ def adopt_row(
             _fit(row, where, template, mode)
     except _SetAsideError as error:
         return Unusable(where, prompt_id, mode, index, error.outcome)
-    return from_dict(Completion, {"engine": "file", "text": ""} | row, where, template and template.vocabulary)
+    return from_dict(
+        Completion, {"engine": "file", "text": ""} | row, where, None if template is None else template.vocabulary
+    )
 
 
 def _read_prompt(row: dict[str, Any], where: str) -> None:
@@ -302,7 +304,7 @@ def _same_prompt(
 def _difference(given: tuple[int, ...], prompt: tuple[int, ...], template: Template) -> str:
     same = (i for i, (a, b) in enumerate(zip(given, prompt, strict=False)) if a != b)
     place = next(same, min(len(given), len(prompt)))
-    shown = [repr(template.tokenizer.decode(ids[place : place + 4])) for ids in (given, prompt)]
+    shown = [repr(template.tokenizer.decode(list(ids[place : place + 4]))) for ids in (given, prompt)]
     return f"from token {place} on, {shown[0]} where {shown[1]} belongs"
 
 
