@@ -127,13 +127,13 @@ class TransformersEngine:
             tell: Is told meanwhile how many of them are done, about.
         """
         lengths = [len(request.prompt_ids) for request in requests]
-        if not self._padding_is_ignored(requests) and len(set(lengths)) > 1:
-            found: dict[int, Draw] = {}
-            for length in dict.fromkeys(lengths):
-                rows = [row for row, its in enumerate(lengths) if its == length]
-                found |= zip(rows, self.generate([requests[row] for row in rows], options), strict=True)
-            return [found[row] for row in range(len(requests))]
         try:
+            if not self._padding_is_ignored(requests) and len(set(lengths)) > 1:
+                found: dict[int, Draw] = {}
+                for length in dict.fromkeys(lengths):
+                    rows = [row for row, its in enumerate(lengths) if its == length]
+                    found |= zip(rows, self.generate([requests[row] for row in rows], options), strict=True)
+                return [found[row] for row in range(len(requests))]
             return self._generate(requests, options, tell)
         except torch.OutOfMemoryError:
             if len(requests) == 1:
