@@ -133,7 +133,8 @@ def wrong_field(rows: list[Row], stem: str, rng: Rng) -> Attempt:
         rows[number][name] = [*old[:place], value, *old[place + 1 :]]
         words = f"row {number}: {name}[{place}] = {value!r}"
     else:
-        value = rng.choice([value for value in WRONG if name != "prompt" or value != LONG])  # a fine question
+        fine = {"prompt": (LONG,), "reward": (-1, 1.5)}.get(name, ())  # other data, but nothing wrong with it
+        value = rng.choice([value for value in WRONG if value not in fine])
         rows[number][name] = value
         words = f"row {number}: {name} = {str(value)[:40]!r} ({type(value).__name__})"
     return Attempt(encoded(rows), f"{stem}.jsonl", False, number, words)
