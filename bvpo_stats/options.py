@@ -140,6 +140,8 @@ def _unusable_text(words: str, option: Option) -> str | None:
         return "is empty; is a shell variable not set? Give a value, or leave it out"
     if "\0" in words:
         return "holds a NUL character, which no name and no prompt has"
+    if any("\ud800" <= character <= "\udfff" for character in words):
+        return "is not UTF-8, so that no record of the run could hold it"
     return None
 
 

@@ -75,6 +75,8 @@ def write_page(root: Path, output: Path | None = None, title: str | None = None)
     output = output or (root if root.is_dir() else root.parent) / "report.html"
     if output.is_dir():
         raise UserError(f"`output={str(output)!r}` is a folder. Name the HTML file.")
+    if output.exists() and not _is_page(output):
+        raise UserError(f"`output={str(output)!r}` is another file, no HTML page; nothing was overwritten.")
     sections = []
     with progress("Reporting", len(runs), "runs") as advance:
         for place, run in enumerate(runs, start=1):
@@ -86,6 +88,13 @@ def write_page(root: Path, output: Path | None = None, title: str | None = None)
         raise UserError(f"Cannot create {output.parent}: {error.strerror}. Check the path.") from error
     write_atomic(output, render(sections, title or f"Runs in {root.resolve().name}"))
     return output
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be written over: a page, or nothing at all."""
+    with path.open("rb") as handle:
+        head = handle.read(100).lstrip().lower()
+    return not head or head.startswith((b"<!doctype html", b"<html"))
 
 
 def render(sections: list[Section], title: str) -> str:

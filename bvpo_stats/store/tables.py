@@ -241,6 +241,7 @@ def dataset_rows(
         raise UserError(f"The file {source} does not exist. Check `{name}`.")
     import datasets
 
+    number = 0
     try:
         rows: Iterable[Any]
         if path.is_file():
@@ -252,7 +253,11 @@ def dataset_rows(
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             rows = datasets.load_dataset(source, config_name, split=split, streaming=True)
-        iterator = iter(rows)
+        for row in rows:  # a streamed dataset may only now notice that it is none
+            number += 1
+            yield f"{source}[{number}]", dict(row)
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if config_name is None and "config name" in reason.lower():
@@ -261,8 +266,6 @@ def dataset_rows(
             f"Cannot load `{name}` {source!r} (split {split!r}): {reason} "
             "Give a JSONL file with one object a line, or a dataset that `datasets` can load."
         ) from error
-    for number, row in enumerate(iterator, start=1):
-        yield f"{source}[{number}]", dict(row)
 
 
 def write_records(

@@ -175,6 +175,7 @@ def test_nonsense_for_every_option_is_refused_by_name_or_means_something(
         ("sample --concurrency 5", "--concurrency says nothing without --base-url"),
         ("train --warmup 1.5", "--warmup 1.5: a share of at most 1, or a whole number of steps"),
         ("report", "Missing argument"),
+        ("alpha-star --pairs \udcff", "--pairs '\\udcff': is not UTF-8"),
     ],
 )
 def test_what_costs_too_much_or_says_nothing_is_refused(line: str, words: str) -> None:

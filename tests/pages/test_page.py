@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bvpo_stats.errors import UserError
+from bvpo_stats.pages.page import write_page
 from tests.cli.running import failed_politely, run
 
 FIGURES = Path(__file__).parents[2] / "figures"
@@ -154,3 +156,14 @@ def test_no_language_model_library_is_imported() -> None:
     """Reports are data: showing them takes a second, not the import of torch."""
     code = "import sys, bvpo_stats.pages.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_file_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"command": "variance"}')
+    data = tmp_path / "samples.jsonl"
+    data.write_text('{"prompt_id": "p"}\n')
+    with pytest.raises(UserError, match="no HTML page; nothing was overwritten"):
+        write_page(tmp_path, data)
+    assert data.read_text() == '{"prompt_id": "p"}\n'
+    page = write_page(tmp_path, tmp_path / "page.html")
+    assert write_page(tmp_path, page) == page  # a page of an earlier call

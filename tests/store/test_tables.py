@@ -27,7 +27,7 @@ from bvpo_stats.records import (
     record_fields,
     to_dict,
 )
-from bvpo_stats.store.tables import fingerprint, read_records, record_paths, write_records
+from bvpo_stats.store.tables import dataset_rows, fingerprint, read_records, record_paths, write_records
 from tests.sampling.samples import both_modes, unclosed
 from tests.studies.alpha_inputs import small_oracle
 
@@ -195,3 +195,10 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match=r"odd\.jsonl:1: neither a pair"):
         list(read_records(tmp_path / "odd.jsonl"))
+
+
+def test_a_folder_of_other_files_is_one_line(tmp_path: Path) -> None:
+    """`datasets` streams, and so notices only while it reads."""
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="Cannot load `prompts`"):
+        list(dataset_rows(str(tmp_path), "train", "prompts"))

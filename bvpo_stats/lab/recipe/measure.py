@@ -180,7 +180,7 @@ def evaluate_folder(
         # local_files_only: a mistyped folder must not be looked up on the hub.
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the files of a folder provoke
         raise UserError(f"no embedded model in {folder}; write one with `bvpo-stats tiny train`.") from error
     if tokenizer.convert_tokens_to_ids(THINK_CLOSE) in (None, tokenizer.unk_token_id):
         raise UserError(f"the tokenizer in {folder} has no {THINK_CLOSE} token; name a model of `tiny train`.")

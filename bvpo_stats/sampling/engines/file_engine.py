@@ -404,7 +404,7 @@ def _aside_row(row: Unusable) -> dict[str, Any]:
 
 def _count_lines(path: Path) -> int:
     if path.suffix != ".jsonl":
-        return sum(1 for _ in read_rows(path, Completion))
+        return sum(1 for _ in read_rows(path, Completion, name="samples_from"))
     with path.open("rb") as handle:
         return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 16), b""))
 
