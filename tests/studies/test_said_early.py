@@ -21,7 +21,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [to_dict(pair) for pair in make_pairs(samples, "embedded", policy=template())]
     warm = [row | {"temperature": 0.7} if row["prompt_id"] == "p3" else row for row in rows]
     same = [row | {"rejected_ids": row["chosen_ids"]} for row in rows]
-    trace = {"prompt_id": "p9", "side": "chosen", "source": "mh", "index": 0, "prompt_ids": [2], "completion_ids": [7, 3]}
+    trace = {
+        "prompt_id": "p9",
+        "side": "chosen",
+        "source": "mh",
+        "index": 0,
+        "prompt_ids": [2],
+        "completion_ids": [7, 3],
+    }
     trace |= {"answer_start": 1, "trace_logp": -1.0, "joint_logp": -1.0}
     for name, lines in (("pairs", rows), ("warm", warm), ("same", same), ("bank", [trace])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
