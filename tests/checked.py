@@ -22,6 +22,8 @@ DOORS = {
     "bvpo_stats.embedded.task.generate_prompts",
     "bvpo_stats.model.policy.as_policy",
     "bvpo_stats.sampling.pairs.make_pairs",
+    "bvpo_stats.sampling.rewards.as_reward",
+    "bvpo_stats.sampling.sample.check_modes",
     "bvpo_stats.sampling.sample.sample",
     "bvpo_stats.statistics.alpha.alpha_from_gradients",
 }

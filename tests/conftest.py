@@ -14,15 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; a hub lo
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Annotations are promises: shapes and types are checked at every call, from the first import of the package on.
-_CHECKED = (
-    "bvpo_stats.embedded",
-    "bvpo_stats.store",
-    "bvpo_stats.statistics",
-    "bvpo_stats.lab.oracle",
-    "bvpo_stats.lab.oracle_training",
-    "bvpo_stats.lab.recipe",
-    "bvpo_stats.lab.theorems",
-)
+_CHECKED = ("bvpo_stats",)
 jaxtyping.install_import_hook(_CHECKED, "tests.checked.checked")
 
 

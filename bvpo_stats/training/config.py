@@ -194,5 +194,5 @@ def check_distribution(args: TrainingArguments, kind: str = "NO") -> None:
     if names:
         raise UserError(
             f"{names[0]} is not supported in training: each process must hold the whole model. Start with torchrun, or "
-            "with accelerate launch --multi_gpu, and without sharding."
+            "with accelerate launch for several GPUs, and without sharding."
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
-
 from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
 
@@ -66,6 +64,8 @@ def drawn_models(count: int, seed: int) -> list[DrawnModel]:
     >>> [(m.prompts, m.beta, m.judges) for m in drawn_models(4, 14)][:2]
     [(..., 1.0, False), (..., 1.0, True)]
     """
+    import numpy as np  # not for `--help`
+
     rng = np.random.default_rng(seed)
     draws = [(int(rng.integers(2, 9)), int(rng.integers(1000))) for _ in range(count)]
     return [DrawnModel(k, prompts, (1.0, 0.1)[k // 2 % 2], own, k % 2 == 1) for k, (prompts, own) in enumerate(draws)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy import stats
@@ -108,6 +108,7 @@ class Decision:
     known: bool = True
 
 
+@runtime_checkable
 class Rule(Protocol):
     """A rule for alpha."""
 
