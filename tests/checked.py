@@ -20,6 +20,8 @@ _check = beartype(
 # is right; what is wrong must get in. Configurations (`...Config`, `...Options`) do so too, in `__post_init__`.
 DOORS = {
     "bvpo_stats.embedded.task.generate_prompts",
+    "bvpo_stats.gradients.objectives.Objective.__init__",
+    "bvpo_stats.gradients.stream.pair_gradients",
     "bvpo_stats.model.policy.as_policy",
     "bvpo_stats.sampling.pairs.make_pairs",
     "bvpo_stats.sampling.rewards.as_reward",

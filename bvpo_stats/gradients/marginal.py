@@ -220,7 +220,7 @@ def effective_sample_size(log_weights: Float[np.ndarray, "*batch traces"]) -> Fl
     >>> round(float(effective_sample_size(np.zeros(8))), 9)
     8.0
     """
-    return 1 / (normalised_weights(log_weights) ** 2).sum(axis=-1)
+    return np.asarray(1 / (normalised_weights(log_weights) ** 2).sum(axis=-1))
 
 
 def anchor_gap(posterior: Float[np.ndarray, " anchors"], proposal: Float[np.ndarray, " draws"]) -> float:

@@ -366,10 +366,14 @@ def check_alone(policy: Policy, sequences: Sequence[TokenSequence]) -> None:
         return
     if not shortest.completion_ids or not shortest.prompt_ids or (most is not None and len(longest) > most):
         return  # is refused, with its name, when its turn comes
-    single, pair = (
-        log_probabilities(model, collate(some, pad_id=policy.pad_id, device=policy.device))[0]
-        for some in ([shortest], [shortest, longest])
-    )
+    check_deterministic(model)
+    with torch.no_grad():
+        single, pair = (
+            token_logprobs(model, collate(some, pad_id=policy.pad_id, device=policy.device))[0]
+            for some in ([shortest], [shortest, longest])
+        )
+    if not (single.isfinite().all() and pair.isfinite().all()):
+        return  # likewise
     tokens = len(shortest.completion_ids)
     difference = float((pair[: len(single)] - single).abs().sum() / tokens)
     if not difference <= _ALONE_TOLERANCES.get(model.dtype, 0.1):

@@ -143,12 +143,12 @@ def test_jackknife_cuts_the_bias_of_the_log_by_an_order(space):
 
 
 def test_weights_survive_extreme_logs_and_refuse_nonsense():
-    np.testing.assert_allclose(normalised_weights([-2000.0, -2000.0 + np.log(3)]), [0.25, 0.75])
-    np.testing.assert_allclose(normalised_weights([-np.inf, 800.0]), [0.0, 1.0])
+    np.testing.assert_allclose(normalised_weights(np.array([-2000.0, -2000.0 + np.log(3)])), [0.25, 0.75])
+    np.testing.assert_allclose(normalised_weights(np.array([-np.inf, 800.0])), [0.0, 1.0])
     batch = np.log(np.array([[1.0, 3.0], [2.0, 2.0]]))
     scores = np.array([[[0.0], [4.0]], [[1.0], [3.0]]])
     np.testing.assert_allclose(snis(batch, scores), [[3.0], [2.0]])
     with pytest.raises(UserError, match="weight zero"):
-        normalised_weights([-np.inf, -np.inf])
+        normalised_weights(np.array([-np.inf, -np.inf]))
     with pytest.raises(UserError, match="NaN"):
-        normalised_weights([0.0, np.nan])
+        normalised_weights(np.array([0.0, np.nan]))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.training.alpha.adaptive import AdaptiveController, AdaptiveOptions
-from bvpo_stats.training.alpha.base import AlphaRecord, Controller, Observation, StepSize
+from bvpo_stats.training.alpha.adaptive import AdaptiveController, AdaptiveOptions, Controller
+from bvpo_stats.training.alpha.base import AlphaRecord, Observation, StepSize
 from bvpo_stats.training.alpha.fixed import FixedController
 from bvpo_stats.training.alpha.lagged import Lag, StepProducts
 from bvpo_stats.training.alpha.rules import DEFAULT_RULE, RULES

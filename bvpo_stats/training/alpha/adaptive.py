@@ -23,6 +23,7 @@ import numpy as np
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.moments import Array
 from bvpo_stats.training.alpha.base import PRIOR, AlphaRecord, Observation, check_alpha
+from bvpo_stats.training.alpha.fixed import FixedController
 from bvpo_stats.training.alpha.lagged import SHARED, SHARED_AT_MOST, BiasAverage, ProductAverages
 from bvpo_stats.training.alpha.rules import DEFAULT_RULE, Decision, Rule, Seen, rule_named
 from bvpo_stats.training.alpha.rules.base import Parts
@@ -194,3 +195,7 @@ def _number(value: Array | None) -> float | None:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+Controller = FixedController | AdaptiveController
+"""What decides alpha in training: `alpha` and its `record`, `update` after a step, `to_state`."""

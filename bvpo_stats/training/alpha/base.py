@@ -16,7 +16,6 @@ No controller knows a language model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -170,26 +169,3 @@ class AlphaRecord:
         numbers = {key: float(value) for key, value in named.items() if isinstance(value, (int, float))}
         alpha = numbers.pop("alpha")
         return {"alpha": alpha} | {prefix + key: value for key, value in numbers.items() if key != "step"}
-
-
-@runtime_checkable
-class Controller(Protocol):
-    """What a training loop needs of a controller."""
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the trace gradient in the next step."""
-
-    @property
-    def record(self) -> AlphaRecord:
-        """What the present alpha rests on."""
-
-    @property
-    def wants_data(self) -> bool:
-        """Whether `update` looks at products of gradients at all."""
-
-    def update(self, observation: Observation) -> Controller:
-        """The controller after one more step."""
-
-    def to_state(self) -> dict[str, Any]:
-        """JSON-ready; `from_state` reads it."""

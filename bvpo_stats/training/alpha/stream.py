@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 
 from bvpo_stats.statistics.moments import Array
-from bvpo_stats.training.alpha.base import Controller, Observation, StepSize
+from bvpo_stats.training.alpha.adaptive import Controller
+from bvpo_stats.training.alpha.base import Observation, StepSize
 from bvpo_stats.training.alpha.lagged import Lag, StepProducts, dot
 
 FIRST = (3, 10)
