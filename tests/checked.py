@@ -28,6 +28,7 @@ DOORS = {
     "bvpo_stats.sampling.sample.check_modes",
     "bvpo_stats.sampling.sample.sample",
     "bvpo_stats.statistics.alpha.alpha_from_gradients",
+    "bvpo_stats.studies.alpha_star.report.AlphaSettings.__init__",
 }
 
 

@@ -113,7 +113,7 @@ def test_first_tokens_follow_the_policy(policy: Policy) -> None:
 
 
 def choose(logits: torch.Tensor, uniform: np.ndarray, **options: float) -> np.ndarray:
-    sampler = InverseCdfSampler(torch.empty(0), 0, SamplingOptions(**options))  # type: ignore[arg-type]
+    sampler = InverseCdfSampler(torch.empty(0, 0), 0, SamplingOptions(**options))  # type: ignore[arg-type]
     rows = logits.expand(len(uniform), -1)
     return sampler.choose(rows, torch.from_numpy(uniform)).numpy()
 
