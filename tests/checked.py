@@ -29,6 +29,7 @@ DOORS = {
     "bvpo_stats.sampling.sample.sample",
     "bvpo_stats.statistics.alpha.alpha_from_gradients",
     "bvpo_stats.studies.alpha_star.report.AlphaSettings.__init__",
+    "bvpo_stats.studies.alpha_star.run.alpha_star",
 }
 
 

@@ -113,10 +113,11 @@ class Population:
 
 
 def direction(truth: Truth) -> float:
-    """c_t / (c_t + c_e) for c = M^-1 v."""
-    tt = truth.bias_t + 2 * truth.mu_t - truth.mu_sq + TAU * truth.var_t  # norm(E t)^2 = norm(b_t)^2 + 2 mu.E t - mu^2
-    ee = truth.bias_e + 2 * truth.mu_e - truth.mu_sq + TAU * truth.var_e
-    te = truth.bias_cross + truth.mu_t + truth.mu_e - truth.mu_sq + TAU * truth.var_te
+    """c_t / (c_t + c_e) for c = M^-1 v; the length of a step is free, so tau is 1 / B."""
+    tau = 1 / SETTINGS.batch_size
+    tt = truth.bias_t + 2 * truth.mu_t - truth.mu_sq + tau * truth.var_t  # norm(E t)^2 = norm(b_t)^2 + 2 mu.E t - mu^2
+    ee = truth.bias_e + 2 * truth.mu_e - truth.mu_sq + tau * truth.var_e
+    te = truth.bias_cross + truth.mu_t + truth.mu_e - truth.mu_sq + tau * truth.var_te
     c = np.linalg.solve([[tt, te], [te, ee]], [truth.mu_t, truth.mu_e])
     return float(c[0] / c.sum())
 

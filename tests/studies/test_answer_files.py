@@ -113,7 +113,7 @@ def test_prompts_of_both_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
     }
 
-    def rows(source: str, split: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(source: str, split: str, option: str, config_name: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
         (task,) = (task for task, file in INSTRUCTION_FILES.items() if file == source)
         yield from ((f"{task}[{number}]", row) for number, row in enumerate(layouts[task], start=1))
 

@@ -77,8 +77,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         | {"alpha": 0.3, "loss_type": "ipo", "beta": 0.2, "simpo_gamma": 0.3, "learning_rate": 1e-3}
         | {"batch_size": 2, "num_train_epochs": 3.0, "max_steps": 3, "lr_scheduler_type": "linear"}
         | {"warmup_steps": 0.3, "max_length": 99, "lora_r": 3, "lora_alpha": 7, "target_modules": ("q_proj",)}
-        | {"precompute_ref_log_probs": True, "alpha_prior": 0.4, "alpha_update_steps": 3, "alpha_sums_steps": 3}
-        | {"alpha_ema": 0.5, "alpha_probe_prompts": 5, "alpha_traces_per_answer": 2, "eta_l": 0.5}
+        | {"precompute_ref_log_probs": True, "alpha_prior": 0.4, "alpha_update_steps": 3, "alpha_rule": "direction"}
+        | {"alpha_traces_per_answer": 2, "eta_l": 0.5}
         | {"logging_steps": 3, "seed": 1, "preset": "embedded"},
         _LOADING
         | {"unmatched_prompts": "drop", "max_tokens": 999, "gradient_checkpointing": True, "save_steps": 3}
@@ -90,7 +90,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         | {"top_p": 0.9, "max_new_tokens": 7, "seed": 1, "modes": ("thinking",), "limit": 1, "data": OTHER},
         {"policy.device": "cpu", "policy.trust_remote_code": True, "policy.attention": "eager"}
         | {"split": "other", "level": 0.9, "batch_size": 3, "shard": Shard(1, 2)},
-        {"task", "engine", "server", "samples_from", "judge", "reward", "baseline"}
+        {"task", "engine", "server", "samples_from", "judge", "reward", "baseline", "config_name"}
         | {"policy.adapter", "policy.dtype", "policy.template", "policy.empty_trace"},  # its sampling runs refuse them
     ),
 }

@@ -168,7 +168,12 @@ class FileReward:
                 raise UserError(
                     f"{where}: no field {', '.join(missing)}. A row needs prompt_id, mode, sample_index, reward."
                 )
-            named = {name: _FIELDS[name].read(row[name], where) for name in ("prompt_id", "mode", "sample_index")}
+            names = ["prompt_id", "mode", "sample_index"]
+            if type(row["sample_index"]) is int and row["sample_index"] == -1:
+                names.pop()  # the answer of a baseline, which no sampler drew
+            named = {name: row[name] for name in ("prompt_id", "mode", "sample_index")} | {
+                name: _FIELDS[name].read(row[name], where) for name in names
+            }
             key, reward = "/".join(map(str, named.values())), row["reward"]
             if isinstance(reward, bool) or not isinstance(reward, (int, float, NoneType)):
                 raise UserError(f"{where}: field `reward` must be a number or null, not {shown(reward)}.")

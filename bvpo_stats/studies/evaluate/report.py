@@ -195,7 +195,7 @@ def _labels(columns: Sequence[ColumnValues]) -> list[str]:
     return list(columns[0].values) if columns else []
 
 
-def _known(values: Series) -> Series:
+def _known(values: Series) -> Float[np.ndarray, " known"]:
     return values[np.isfinite(values)]
 
 
