@@ -167,13 +167,19 @@ def prompt_pairs(
         left out.
 
     Raises:
-        UserError: The prompt id stands for several questions; or see :func:`build_pair`.
+        UserError: The prompt id stands for several questions or gold answers; or see :func:`build_pair`.
     """
     questions = {r.completion.question for r in responses}
     if len(questions) > 1:
         raise UserError(
             f"The prompt id {responses[0].completion.prompt_id} stands for {len(questions)} different prompts in the "
             "samples. Make ids unique and sample again."
+        )
+    golds = {r.completion.gold for r in responses} - {None}
+    if len(golds) > 1:
+        raise UserError(
+            f"The responses to prompt {responses[0].completion.prompt_id} come with {len(golds)} different gold answers. "
+            "Keep the right one."
         )
     for mode, lost in truncation.items():
         mine = [r for r in responses if r.completion.mode == mode]

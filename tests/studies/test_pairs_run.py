@@ -218,6 +218,10 @@ def test_samples_that_cannot_be_paired(tmp_path: Path) -> None:
     clash = [*both_modes("p0", ["17", "18"]), sample("p0", 2, "3", question="What is 1+2?")]
     with pytest.raises(UserError, match="prompt id p0 stands for 2 different prompts"):
         run_pairs(config(write_samples(tmp_path / "c", clash)), tmp_path / "oc")
+    first, *rest = both_modes("p0", ["17", "18"])
+    clash = [replace(first, gold="other"), *rest]
+    with pytest.raises(UserError, match="prompt p0 come with 2 different gold answers"):
+        run_pairs(config(write_samples(tmp_path / "d", clash)), tmp_path / "od")
     scores = tmp_path / "nan.jsonl"
     scores.write_text('{"prompt_id": "p0000", "mode": "thinking", "sample_index": 0, "reward": Infinity}\n')
     with pytest.raises(UserError, match="the reward of p0000/thinking/0 is inf"):

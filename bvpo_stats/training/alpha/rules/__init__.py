@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import check_choice
 from bvpo_stats.training.alpha.rules.base import Decision, Rule, Seen
 from bvpo_stats.training.alpha.rules.descent import Descent
 from bvpo_stats.training.alpha.rules.direction import Direction
@@ -23,6 +23,5 @@ def rule_named(name: str) -> Rule:
     Raises:
         UserError: There is none.
     """
-    if name not in RULES:
-        raise UserError(f"`alpha_rule={name!r}`: choose {', '.join(RULES)}.")
+    check_choice("alpha_rule", name, tuple(RULES))
     return RULES[name]
