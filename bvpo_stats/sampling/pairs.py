@@ -178,8 +178,8 @@ def prompt_pairs(
     golds = {r.completion.gold for r in responses} - {None}
     if len(golds) > 1:
         raise UserError(
-            f"The responses to prompt {responses[0].completion.prompt_id} come with {len(golds)} different gold answers. "
-            "Keep the right one."
+            f"The responses to prompt {responses[0].completion.prompt_id} come with {len(golds)} different gold "
+            "answers. Keep the right one."
         )
     for mode, lost in truncation.items():
         mine = [r for r in responses if r.completion.mode == mode]
