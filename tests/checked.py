@@ -30,6 +30,7 @@ DOORS = {
     "bvpo_stats.statistics.alpha.alpha_from_gradients",
     "bvpo_stats.studies.alpha_star.report.AlphaSettings.__init__",
     "bvpo_stats.studies.alpha_star.run.alpha_star",
+    "bvpo_stats.training.trainer.BVPOTrainer.__init__",
 }
 
 

@@ -266,7 +266,7 @@ class BVPOTrainer(Trainer):
 
     def evaluate(  # type: ignore[override]  # more kinds of datasets
         self,
-        eval_dataset: Source | Mapping[str, Any] | None = None,
+        eval_dataset: Source | Mapping[str, Any] | PromptRows | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -276,7 +276,7 @@ class BVPOTrainer(Trainer):
         D_e (all on the one set that is given alone); ``eval_trace/*`` and ``eval_empty/*`` are of one set.
 
         Args:
-            eval_dataset: As in the constructor; None for what was given there.
+            eval_dataset: As in the constructor; None for what was given there. (transformers hands back rows.)
             ignore_keys: Not used.
             metric_key_prefix: Begins the names.
 

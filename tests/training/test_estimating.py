@@ -3,6 +3,7 @@ bias."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from bvpo_stats.gradients.examples import Joined
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.stream import gradient_batches, pair_gradients
-from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, draw_traces, exact_moments
+from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, exact_moments
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.store.tables import write_records
 from bvpo_stats.training.alpha.metric import optimizer_metric
@@ -225,13 +226,11 @@ def test_without_traces_the_bias_is_taken_as_zero_and_that_is_said(
 
 
 def test_traces_of_another_model_are_refused(random_model: Path, tmp_path: Path) -> None:
-    oracle = build_oracle(OracleConfig(n_symbols=2, max_trace=2, n_answers=3, n_prompts=2, seed=3))
-    rng = np.random.default_rng(0)
-    thinking, nothinking = draw_pairs(oracle, 40, rng)
-    traces = draw_traces(oracle, thinking, 2, rng)
     policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    traces = [replace(trace, model="another@0123456789ab") for trace in banks(policy, pairs)]
     with pytest.raises(UserError, match="was sampled by"):
-        BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), thinking, nothinking, traces=traces)
+        BVPOTrainer(policy, settings(tmp_path, **ADAPTIVE), pairs, traces=traces)
 
 
 def test_losses_before_and_after_are_of_the_same_pairs(random_model: Path, tmp_path: Path) -> None:

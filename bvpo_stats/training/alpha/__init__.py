@@ -46,7 +46,7 @@ def make_controller(alpha: float | str, **options: Any) -> Controller:
         UserError: Anything else.
 
     >>> make_controller("0.25").alpha, make_controller("0:0.2,100:0.8").alpha, make_controller("adaptive").alpha
-    (0.25, 0.2, 0.5)
+    (0.25, 0.2, 0.25)
     """
     return AdaptiveController.start(AdaptiveOptions(**options)) if alpha == ADAPTIVE else FixedController.of(alpha)
 

@@ -74,7 +74,7 @@ class StepSize:
         size: Sum of ``u' P u`` likewise; ``L = curved / size``.
         measurements: Their number.
 
-    >>> StepSize(eta_l=1.0, peak=0.1).at(0.05), StepSize(peak=0.1, auto=True).measured(60.0, 2.0).at(0.1)
+    >>> StepSize(eta_l=1.0, peak=0.1).at(0.05), float(StepSize(peak=0.1, auto=True).measured(60.0, 2.0).at(0.1))
     (0.5, 3.0)
     """
 
