@@ -31,6 +31,7 @@ DOORS = {
     "bvpo_stats.studies.alpha_star.report.AlphaSettings.__init__",
     "bvpo_stats.studies.alpha_star.run.alpha_star",
     "bvpo_stats.training.trainer.BVPOTrainer.__init__",
+    "bvpo_stats.training.trainer.BVPOTrainer._pairs",
 }
 
 
