@@ -14,8 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; a hub lo
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Annotations are promises: shapes and types are checked at every call, from the first import of the package on.
-_CHECKED = ("bvpo_stats",)
-jaxtyping.install_import_hook(_CHECKED, "tests.checked.checked")
+jaxtyping.install_import_hook("bvpo_stats", "tests.checked.checked")
 
 
 @pytest.fixture(scope="session")
