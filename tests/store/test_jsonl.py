@@ -16,9 +16,12 @@ ROWS = [{"a": 1, "text": "é▁｜"}, {"a": 2, "text": "line\nbreak"}]
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """Files may not grow beyond 1,000 bytes: the kernel's EFBIG stands in for a full disk."""
+    """Files may not grow beyond 4 MiB: the kernel's EFBIG stands in for a full disk.
+
+    The limit is the whole process's, the file that a test log goes to included, which is smaller than that.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, hard))
     try:
         yield
     finally:
@@ -108,7 +111,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, small_disk: None)
     append_jsonl(path, ROWS)
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"Disk full while writing .*goes on where it stopped"):
-        append_jsonl(path, [{"a": "y" * 300}] * 5)
+        append_jsonl(path, [{"a": "y" * (1 << 20)}] * 5)
     assert path.read_bytes() == before
     append_jsonl(path, [{"a": 3}])  # there is still room for less
     assert len(list(read_jsonl(path))) == 3
@@ -190,7 +193,7 @@ def test_whole_files_appear_at_once_or_not_at_all(tmp_path: Path, small_disk: No
     path = tmp_path / "report.json"
     write_atomic(path, "old")
     with pytest.raises(UserError, match="Disk full"):
-        write_atomic(path, "new" * 1_000)
+        write_atomic(path, "new" * (2 << 20))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.json"]
     write_atomic(path, b"new")
