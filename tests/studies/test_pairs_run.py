@@ -219,7 +219,7 @@ def test_samples_that_cannot_be_paired(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompt id p0 stands for 2 different prompts"):
         run_pairs(config(write_samples(tmp_path / "c", clash)), tmp_path / "oc")
     first, *rest = both_modes("p0", ["17", "18"])
-    clash = [replace(first, gold="other"), *rest]
+    clash = [replace(first, gold="18"), *rest]
     with pytest.raises(UserError, match="prompt p0 come with 2 different gold answers"):
         run_pairs(config(write_samples(tmp_path / "d", clash)), tmp_path / "od")
     scores = tmp_path / "nan.jsonl"
