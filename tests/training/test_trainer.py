@@ -208,7 +208,7 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
         ({"alpha": "-0.1"}, "alpha -0.1: must lie between 0"),
         ({"alpha": "best"}, "alpha 'best': give a number"),
         ({"alpha_prior": 2.0, "alpha": "adaptive"}, "alpha 2.0: must lie between 0"),
-        ({"alpha_rule": "best", "alpha": "adaptive"}, "`alpha_rule='best'`: choose rising, theorem4"),
+        ({"alpha_rule": "best", "alpha": "adaptive"}, "`alpha_rule='best'`: choose one of rising, theorem4"),
         ({"alpha_level": 1.0, "alpha": "adaptive"}, "confidence levels lie between"),
         ({"eta_l": 0}, "`eta_l=0`"),
         ({"loss_type": "hinge"}, "sigmoid, simpo, ipo"),
