@@ -151,13 +151,18 @@ class Completion:
 
     @property
     def key(self) -> str:
-        """Unique name of the draw: ``prompt_id/mode/sample_index``."""
-        return f"{self.prompt_id}/{self.mode}/{self.sample_index}"
+        """Unique name of the draw."""
+        return draw_key(self.prompt_id, self.mode, self.sample_index)
 
     @property
     def complete(self) -> bool:
         """Whether the response finished by itself and has a final answer."""
         return self.finish_reason == "stop" and self.answer_start is not None
+
+
+def draw_key(prompt_id: str, mode: str, sample_index: int) -> str:
+    """Unique name of a draw: ``prompt_id/mode/sample_index``."""
+    return f"{prompt_id}/{mode}/{sample_index}"
 
 
 MOST_LOST = 0.02
@@ -179,11 +184,11 @@ class Truncation:
     unclosed: int = 0
 
     @classmethod
-    def of(cls, completions: Iterable[Completion]) -> Truncation:
+    def by_mode(cls, completions: Iterable[Completion]) -> dict[Mode, Truncation]:
         """Counts completions."""
-        found = cls()
+        found = {mode: cls() for mode in MODES}
         for completion in completions:
-            found = found.count(completion.finish_reason, completion.answer_start)
+            found[completion.mode] = found[completion.mode].count(completion.finish_reason, completion.answer_start)
         return found
 
     def count(self, finish_reason: Any, answer_start: Any) -> Truncation:
@@ -283,6 +288,11 @@ class PreferencePair:
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of both sequences, the prompt in each."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
 
 @dataclass(frozen=True)
 class TraceRecord:
@@ -337,6 +347,11 @@ def default_prompt_id(question: Question) -> str:
 def question_turns(question: Question) -> tuple[Message, ...]:
     """The turns of a question."""
     return (Message("user", question),) if isinstance(question, str) else question
+
+
+def chat_turns(question: Question) -> list[dict[str, str]]:
+    """The turns as chat templates and chat APIs take them."""
+    return [{"role": turn.role, "content": turn.content} for turn in question_turns(question)]
 
 
 def plain_question(turns: tuple[Message, ...]) -> Question:

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Message, Mode, Question, Role, Vocabulary, question_turns
+from bvpo_stats.records import Message, Mode, Question, Role, Vocabulary, chat_turns, question_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,7 +123,11 @@ class Template:
 
     def prompt_ids(self, question: Question, mode: Mode) -> tuple[int, ...]:
         """Token ids of :meth:`prompt_text`; the rendered text brings its own BOS, so none is added."""
-        return tuple(self.tokenizer.encode(self.prompt_text(question, mode), add_special_tokens=False))
+        return self.encode(self.prompt_text(question, mode))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text as it is: a rendered prompt brings its own BOS."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -462,7 +466,7 @@ def _empty_trace_in(rendered: str, tags: Protocol) -> str | None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, question: Question, **options: Any) -> str:
-    messages = [{"role": turn.role, "content": turn.content} for turn in question_turns(question)]
+    messages = chat_turns(question)
     source = str(tokenizer.get_chat_template())
     if _tells_time(tokenizer):
         source = _STOPPED_CLOCK + source

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from bvpo_stats.errors import UserError, check_kind, rows_of
-from bvpo_stats.records import MODES, Completion, Mode, PreferencePair, Truncation
+from bvpo_stats.records import Completion, Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
 from bvpo_stats.sampling.sample import check_one_source
 
@@ -63,7 +63,7 @@ def make_pairs(
     if not samples:
         raise UserError("There are no samples to make pairs from.")
     check_one_source(samples)
-    truncation = {mode: Truncation.of(c for c in samples if c.mode == mode) for mode in MODES}
+    truncation = Truncation.by_mode(samples)
     by_prompt: dict[str, list[Completion]] = {}
     for completion in samples:
         by_prompt.setdefault(completion.prompt_id, []).append(completion)

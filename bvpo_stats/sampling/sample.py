@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from bvpo_stats.records import (
     Question,
     Truncation,
     content_of,
+    draw_key,
     question_turns,
     to_dict,
 )
@@ -249,7 +250,7 @@ def sample_into(
         for group in run.engine.draw(_unfinished(prompts, run, finished, shard, unusable), run.options):
             drawn, lost = _records(group, run, finished)
             append_jsonl(samples, map(to_dict, drawn))
-            append_jsonl(aside, (_identify(request) | asdict(outcome) for request, outcome in lost))
+            append_jsonl(aside, (outcome.as_row(r.prompt.prompt_id, r.mode, r.sample_index) for r, outcome in lost))
             responses += len(drawn)
             tokens += sum(len(completion.completion_ids) for completion in drawn)
             put_aside += len(lost)
@@ -280,12 +281,10 @@ Drafts = dict[Mode, tuple[tuple[int, ...], str]]
 def _drafts(prompt: Prompt, run: SamplingRun) -> Drafts | SetAside:
     """A prompt in each of the run's modes, or why it cannot be put to the model."""
     try:
-        drafts: Drafts = {
-            mode: (run.template.prompt_ids(prompt.question, mode), run.template.prompt_text(prompt.question, mode))
-            for mode in run.modes
-        }
+        texts = {mode: run.template.prompt_text(prompt.question, mode) for mode in run.modes}
     except PromptError as error:
         return SetAside(error.reason, f"Prompt {prompt.prompt_id}: {error}")
+    drafts: Drafts = {mode: (run.template.encode(text), text) for mode, text in texts.items()}
     longest = max(len(ids) for ids, _ in drafts.values())
     if run.longest_prompt is not None and longest > run.longest_prompt:
         most = run.longest_prompt + 1
@@ -302,15 +301,11 @@ def _check_some_usable(unusable: Sequence[tuple[Prompt, SetAside]], n_prompts: i
 def _unusable_rows(prompt: Prompt, outcome: SetAside, run: SamplingRun) -> Iterator[dict[str, Any]]:
     for mode in run.modes:
         for index in range(run.options.samples):
-            yield {"prompt_id": prompt.prompt_id, "mode": mode, "sample_index": index, **asdict(outcome)}
+            yield outcome.as_row(prompt.prompt_id, mode, index)
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    return f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
-
-
-def _identify(request: Request) -> dict[str, str | int]:
-    return {"prompt_id": request.prompt.prompt_id, "mode": request.mode, "sample_index": request.sample_index}
+    return draw_key(row["prompt_id"], row["mode"], row["sample_index"])
 
 
 def _unfinished(

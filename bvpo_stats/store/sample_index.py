@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import MODES, Completion, Mode, Truncation, Vocabulary, content_of, from_dict
+from bvpo_stats.records import MODES, Completion, Mode, Truncation, Vocabulary, content_of, draw_key, from_dict
 from bvpo_stats.store.jsonl import LineSums, sha256_of, writing
 from bvpo_stats.store.run_folder import run_files
 
@@ -277,11 +277,9 @@ def _check_same_source(row: dict[str, Any], line: _Line, first: dict[str, str | 
             )
 
 
-def _twice(
-    connection: sqlite3.Connection, paths: Sequence[Path], row: dict[str, object], key: tuple[object, ...]
-) -> str:
+def _twice(connection: sqlite3.Connection, paths: Sequence[Path], row: dict[str, Any], key: tuple[object, ...]) -> str:
     file, number = connection.execute(
         "SELECT file, line FROM samples WHERE (prompt_id, mode, sample_index) = (?, ?, ?)", key
     ).fetchone()
-    name = f"{row['prompt_id']}/{row['mode']}/{row['sample_index']}"
+    name = draw_key(row["prompt_id"], row["mode"], row["sample_index"])
     return f"the sample {name} occurs twice (first at {paths[file]}:{number}). Remove one of them."

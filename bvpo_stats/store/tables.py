@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
@@ -27,6 +26,7 @@ from bvpo_stats.records import (
     TraceRecord,
     Vocabulary,
     arrow_schema,
+    chat_turns,
     from_dict,
     record_fields,
     record_kind,
@@ -353,7 +353,7 @@ def _write_parquet(path: Path, records: Iterator[Record], kind: type[Record], wi
 def _cell(value: Any) -> Any:
     """A value as Arrow takes it: turns of a conversation as mappings."""
     turns = isinstance(value, tuple) and bool(value) and isinstance(value[0], Message)
-    return [asdict(turn) for turn in value] if turns else value
+    return chat_turns(value) if turns else value
 
 
 def fingerprint(path: Path, name: str = "source") -> str:

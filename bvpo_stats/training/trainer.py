@@ -342,9 +342,7 @@ class BVPOTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token, as usual: the batch's own padding is not counted."""
         prompts = [self._examples[row] for row in inputs["rows"].tolist()]
-        tokens = sum(
-            2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for prompt in prompts for p in prompt.pairs
-        )
+        tokens = sum(pair.tokens for prompt in prompts for pair in prompt.pairs)
         return 6 * tokens * sum(int(weight.numel()) for weight in self.policy.model.parameters())
 
     def _gradient(self, prompts: Sequence[Any]) -> StepGradient:

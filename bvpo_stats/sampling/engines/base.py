@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError, check_number, check_whole
 from bvpo_stats.options import Option, check_options
-from bvpo_stats.records import FinishReason, Mode, Prompt
+from bvpo_stats.records import FinishReason, Mode, Prompt, draw_key
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Request:
     @property
     def key(self) -> str:
         """Unique name of the draw, as in :attr:`bvpo_stats.records.Completion.key`."""
-        return f"{self.prompt.prompt_id}/{self.mode}/{self.sample_index}"
+        return draw_key(self.prompt.prompt_id, self.mode, self.sample_index)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class SetAside:
 
     reason: str
     detail: str
+
+    def as_row(self, prompt_id: str, mode: Mode, sample_index: int) -> dict[str, Any]:
+        """As it is put on record."""
+        return {"prompt_id": prompt_id, "mode": mode, "sample_index": sample_index, **asdict(self)}
 
 
 Outcome = Draw | SetAside

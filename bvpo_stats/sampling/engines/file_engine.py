@@ -22,6 +22,7 @@ from bvpo_stats.records import (
     Field,
     Mode,
     Vocabulary,
+    draw_key,
     from_dict,
     is_end,
     read_finish_reason,
@@ -60,10 +61,15 @@ class Unusable:
     sample_index: int
     outcome: SetAside
 
+    def as_row(self) -> dict[str, Any]:
+        """As it is put on record, its place in front of the detail."""
+        told = SetAside(self.outcome.reason, f"{self.where}: {self.outcome.detail}")
+        return told.as_row(self.prompt_id, self.mode, self.sample_index)
+
     @property
     def key(self) -> str:
         """As in :attr:`~bvpo_stats.records.Completion.key`."""
-        return f"{self.prompt_id}/{self.mode}/{self.sample_index}"
+        return draw_key(self.prompt_id, self.mode, self.sample_index)
 
 
 class _SetAsideError(Exception):
@@ -173,10 +179,10 @@ def _fit(row: dict[str, Any], where: str, template: Template, mode: Mode) -> Non
     vocabulary = template.vocabulary
     question = row.get("messages") or row["prompt"]
     try:
-        prompt = template.prompt_ids(question, mode) if question else None
         prompt_text = template.prompt_text(question, mode) if question else ""
     except PromptError as error:
-        raise _SetAsideError(error.reason, f"{where}: {error}") from error
+        raise _SetAsideError(error.reason, str(error)) from error
+    prompt = template.encode(prompt_text) if question else None
     reason = read_finish_reason(row.get("finish_reason"), vocabulary.eos_ids)
     if reason == "stop" and not is_end(row.get("stop_reason", row.get("matched_stop")), vocabulary.eos_ids):
         reason = "stop-sequence"
@@ -224,7 +230,7 @@ def _fit(row: dict[str, Any], where: str, template: Template, mode: Mode) -> Non
             "out: the model saw it once."
         )
     if mode == "nothinking" and (set(tags) - {-1}).intersection(ids):
-        raise _SetAsideError("think-tag-in-answer", f"{where}: a think tag in the answer of a nothinking response")
+        raise _SetAsideError("think-tag-in-answer", "a think tag in the answer of a nothinking response")
     start, trace, answer = template.split(ids, mode)
     if row.get("answer_start") not in (None, start) and len(ids) == len(row["completion_ids"]):
         raise UserError(f"{where}: field `answer_start` is {row['answer_start']!r}, but the trace ends at {start}.")
@@ -268,8 +274,7 @@ def _tokenised(
     opening = template.protocol.open_tag
     if mode == "thinking" and prompt.rstrip().endswith(opening) and text.lstrip().startswith(opening):
         raise UserError(f"{where}: field `text` opens its trace twice; keep one opening tag.")
-    ids = tuple(template.tokenizer.encode(text, add_special_tokens=False))
-    return template.vocabulary.response(ids, where, "text")
+    return template.vocabulary.response(template.encode(text), where, "text")
 
 
 def _unmasked(row: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
@@ -377,7 +382,7 @@ def adopt_into(
             whole = [row for row in fresh if isinstance(row, Completion)]
             aside = [row for row in fresh if isinstance(row, Unusable)]
             append_jsonl(files[Completion], map(to_dict, whole))
-            append_jsonl(files[Unusable], map(_aside_row, aside))
+            append_jsonl(files[Unusable], (row.as_row() for row in aside))
             responses += len(whole)
             put_aside += len(aside)
             tokens += sum(len(row.completion_ids) for row in whole)
@@ -390,16 +395,6 @@ def adopt_into(
             )
         raise UserError(f"{source} holds no responses in mode {' or '.join(modes)}.")
     return SamplingTally(responses, tokens, put_aside, time.monotonic() - started)
-
-
-def _aside_row(row: Unusable) -> dict[str, Any]:
-    return {
-        "prompt_id": row.prompt_id,
-        "mode": row.mode,
-        "sample_index": row.sample_index,
-        "reason": row.outcome.reason,
-        "detail": f"{row.where}: {row.outcome.detail}",
-    }
 
 
 def _count_lines(path: Path) -> int:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
-from bvpo_stats.records import FinishReason, Mode, question_turns, read_finish_reason
+from bvpo_stats.records import FinishReason, Mode, chat_turns, read_finish_reason
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
 from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
 
@@ -164,8 +164,7 @@ def request_body(
     elif dialect.prompt == "text":
         body["prompt"] = request.prompt_text.removeprefix(dialect.leading)
     else:
-        turns = question_turns(request.prompt.question)
-        body["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+        body["messages"] = chat_turns(request.prompt.question)
         if rule[request.mode]:
             body["chat_template_kwargs"] = rule[request.mode]
     if dialect.extras == "vllm":
@@ -290,7 +289,7 @@ def _from_ids(answer: Answer, given: tuple[int, ...], reason: FinishReason, poli
 
 
 def _from_text(answer: Answer, reason: FinishReason, policy: ServedPolicy, counts_eos: bool | None) -> Outcome:
-    ids = tuple(policy.tokenizer.encode(answer.text, add_special_tokens=False))
+    ids = policy.template.encode(answer.text)
     if _decode(ids, policy) != answer.text:
         return SetAside("ids-differ", f"the text does not survive tokenising: {_short(answer.text)}")
     if reason == "stop" and ids[-1:] not in [(eos,) for eos in policy.eos_ids]:

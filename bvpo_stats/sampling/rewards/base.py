@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Message, Mode
+from bvpo_stats.records import Message, Mode, draw_key
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Answer:
     @property
     def key(self) -> str:
         """Unique name of the sample, as in :attr:`bvpo_stats.records.Completion.key`."""
-        return f"{self.prompt_id}/{self.mode}/{self.sample_index}"
+        return draw_key(self.prompt_id, self.mode, self.sample_index)
 
 
 @runtime_checkable

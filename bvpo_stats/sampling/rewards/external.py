@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any
 
 from bvpo_stats.errors import UserError, shown
-from bvpo_stats.records import Completion, record_fields
+from bvpo_stats.records import Completion, draw_key, record_fields
 from bvpo_stats.sampling.rewards.base import Answer, in_words
 from bvpo_stats.store.tables import fingerprint, read_rows
 
@@ -168,13 +168,11 @@ class FileReward:
                 raise UserError(
                     f"{where}: no field {', '.join(missing)}. A row needs prompt_id, mode, sample_index, reward."
                 )
-            names = ["prompt_id", "mode", "sample_index"]
-            if type(row["sample_index"]) is int and row["sample_index"] == -1:
-                names.pop()  # the answer of a baseline, which no sampler drew
-            named = {name: row[name] for name in ("prompt_id", "mode", "sample_index")} | {
-                name: _FIELDS[name].read(row[name], where) for name in names
-            }
-            key, reward = "/".join(map(str, named.values())), row["reward"]
+            prompt_id, mode = (_FIELDS[name].read(row[name], where) for name in ("prompt_id", "mode"))
+            index, reward = row["sample_index"], row["reward"]
+            if type(index) is not int or index != -1:  # the answer of a baseline, which no sampler drew
+                index = _FIELDS["sample_index"].read(index, where)
+            key = draw_key(prompt_id, mode, index)
             if isinstance(reward, bool) or not isinstance(reward, (int, float, NoneType)):
                 raise UserError(f"{where}: field `reward` must be a number or null, not {shown(reward)}.")
             if reward is not None and not -_LARGEST <= reward <= _LARGEST:

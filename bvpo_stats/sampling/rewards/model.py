@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import question_turns
+from bvpo_stats.records import chat_turns
 from bvpo_stats.sampling.rewards.base import Answer
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ModelReward:
         return scores
 
     def _chat_ids(self, answer: Answer) -> list[int]:
-        turns = [asdict(turn) for turn in question_turns(answer.messages or answer.prompt)]
+        turns = chat_turns(answer.messages or answer.prompt)
         turns.append({"role": "assistant", "content": answer.text})
         encoded: Any = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
         return list(encoded["input_ids"])

@@ -297,11 +297,7 @@ def _estimated(
     Raises:
         UserError: Its moments do not fit the disk.
     """
-    tokens = sum(
-        2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-        for example in examples
-        for pair in example.pairs
-    )
+    tokens = sum(pair.tokens for example in examples for pair in example.pairs)
     plain = choice.method == "reference-point"
     members = 2 if plain else 3
     groups = jackknife_groups(n_prompts, subset.size, members, options.groups) or n_prompts

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
 from bvpo_stats.errors import UserError
-from bvpo_stats.records import Message, Prompt, to_dict
+from bvpo_stats.records import Message, Prompt, chat_turns, to_dict
 from bvpo_stats.sampling.prompts import prompt_from_row
 from bvpo_stats.store.tables import source_rows
 
@@ -88,7 +88,7 @@ class Benchmark:
         """The count and a short hash of ids, texts and gold answers, in order."""
         digest = hashlib.sha256()
         for problem in self.problems:
-            turns = [] if problem.messages is None else [asdict(turn) for turn in problem.messages]
+            turns = [] if problem.messages is None else chat_turns(problem.messages)
             digest.update(json.dumps([problem.prompt_id, problem.prompt, problem.gold, *turns]).encode())
         return f"{len(self.problems)}:{digest.hexdigest()[:16]}"
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.progress import progress
-from bvpo_stats.records import UNKNOWN, Completion, Mode, Prompt, question_turns
+from bvpo_stats.records import UNKNOWN, Completion, Mode, Prompt, chat_turns
 from bvpo_stats.sampling.rewards import Answer, Reward, load_reward, score_answers
 from bvpo_stats.sampling.sample import SAMPLES_FILE
 from bvpo_stats.statistics.proportions import Interval, length_controlled_difference, length_controlled_rate
@@ -95,7 +95,7 @@ def arena_hard_text(answers: Iterable[FinalAnswer], model: str, time: float) -> 
             "ans_id": uuid.uuid5(_NAMESPACE, f"{model}/{prompt.prompt_id}").hex,
             "model": model,
             "messages": [
-                *({"role": turn.role, "content": turn.content} for turn in question_turns(prompt.question)),
+                *chat_turns(prompt.question),
                 {"role": "assistant", "content": {"answer": answer.text}},
             ],
             "tstamp": time,

@@ -96,11 +96,7 @@ def _estimated(trainer: BVPOTrainer, done: int, folder: Path) -> str:
         UserError: The checkpoints do not fit the disk.
     """
     args, train = trainer.config, trainer.selection.train
-    tokens = sum(
-        2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-        for prompt in train
-        for pair in prompt.pairs
-    )
+    tokens = sum(pair.tokens for prompt in train for pair in prompt.pairs)
     steps = _steps(trainer) - done
     trained = sum(w.numel() * w.element_size() for w in trainer.policy.model.parameters() if w.requires_grad)
     checkpoint = 3 * trained  # weights, and two moments of Adam

@@ -159,7 +159,7 @@ def _scored(completions: list[Completion], logprobs_path: Path, profile: Positio
 def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_path: Path, model: str) -> VarianceReport:
     profile = PositionProfile()
     samples = list(_scored(completions, logprobs_path, profile))
-    lost = {mode: Truncation.of(c for c in completions if c.mode == mode) for mode in MODES}
+    lost = Truncation.by_mode(completions)
     try:
         tables = variance_tables(samples, config.definitions)
     except UserError as error:

@@ -66,8 +66,7 @@ class BiasLooks:
         """Tokens of a look at one prompt: its D_t pair and the traces that are used, on average."""
         total = 0
         for example in self.examples:
-            pair = example.both[0]
-            total += 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+            total += example.both[0].tokens
             for _, bank in example.sides:
                 used = select_traces(bank, "posterior", self._options.traces_per_answer)
                 total += sum(len(t.prompt_ids) + len(t.completion_ids) for t in used if t is not bank.own)
@@ -359,5 +358,4 @@ def _without_looks(policy: Policy, examples: Sequence[Example], args: BVPOConfig
 
 
 def _mean_tokens(examples: Sequence[Example]) -> float:
-    tokens = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for row in examples for p in row.pairs]
-    return sum(tokens) / len(examples)
+    return sum(pair.tokens for example in examples for pair in example.pairs) / len(examples)
