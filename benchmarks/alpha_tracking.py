@@ -40,7 +40,7 @@ def embedded_gradients() -> tuple[Array, Array]:
     """g_t and g_e of each embedded prompt, in coordinates of their span."""
     options = PolicyOptions(model="embedded", device="cpu")
     policy = with_lora(load_policy(options), LoraOptions(r=16, seed=0))
-    pairs = [pair for mode in ("thinking", "nothinking") for pair in load_set(AlphaInputs(), mode, options)]
+    pairs = [pair for mode in ("thinking", "nothinking") for pair in load_set(AlphaInputs(), mode, policy.template)]
     stream = StreamOptions(objective=Objective("dpo", 0.1), method="none", reference="adapter")
     found = pair_gradients(policy, join(pairs, unmatched="drop"), subset=lora_subset(policy.model), options=stream)
     both = np.concatenate([found.t, found.e]).astype(np.float64)

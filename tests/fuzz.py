@@ -30,7 +30,7 @@ from unittest import mock
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import join
-from bvpo_stats.model.policy import load_served_policy, load_template
+from bvpo_stats.model.policy import PolicyOptions, load_served_policy, load_template
 from bvpo_stats.records import MODES, PreferencePair, Prompt, TraceRecord, to_dict
 from bvpo_stats.sampling.pairs import make_pairs
 from bvpo_stats.sampling.prompts import load_prompts
@@ -265,7 +265,7 @@ def from_pairs(path: Path, work: Path) -> Numbers:
 def from_traces(path: Path, work: Path) -> Numbers:
     """A bank, joined with undamaged pairs."""
     pairs = read_records([dict(row) for row in pairs_and_traces()[0]], PreferencePair)
-    return examples_of(pairs, load_traces(AlphaInputs(traces=str(path))))
+    return examples_of(pairs, load_traces(AlphaInputs(traces=str(path)), load_template(PolicyOptions())))
 
 
 def prompts() -> list[Row]:

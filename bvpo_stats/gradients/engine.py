@@ -12,10 +12,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bvpo_stats.gradients.examples import Example, SideBank
@@ -28,9 +30,9 @@ from bvpo_stats.gradients.marginal import (
 )
 from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.gradients.options import MarginalMethod
-from bvpo_stats.gradients.reference import Reference, batch_of, to_numpy
+from bvpo_stats.gradients.reference import Reference, to_numpy
 from bvpo_stats.model.batching import TokenSequence, length_batches, padding_share
-from bvpo_stats.model.scores import Mix, ScoreOptions, score_pass
+from bvpo_stats.model.scores import Mix, ScoreOptions, batch_of, score_pass
 from bvpo_stats.model.sinks import Mixture, Sink
 from bvpo_stats.model.subset import Subset
 from bvpo_stats.records import TraceRecord
@@ -75,6 +77,13 @@ class BlockLayout:
             sizes[block] = sizes.get(block, 0) + weight.numel()
         wide = all(weight.dtype == torch.float64 for weight in subset.parameters.values())
         return cls(sizes, places, np.float64 if wide else np.float32)
+
+    def strung(self, pieces: Iterable[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Blocks from one flat piece a weight, in the order of `places`; float64."""
+        blocks = {block: np.empty(size) for block, size in self.sizes.items()}
+        for (block, offset, size), piece in zip(self.places.values(), pieces, strict=True):
+            blocks[block][offset : offset + size] = piece
+        return blocks
 
     @property
     def size(self) -> int:

@@ -15,10 +15,10 @@ from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import PairLogps
-from bvpo_stats.model.batching import Batch, TokenSequence, collate, length_batches
+from bvpo_stats.model.batching import Batch, TokenSequence, length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.model.scores import completion_logprobs, log_probabilities
+from bvpo_stats.model.scores import batch_of, completion_logprobs, log_probabilities
 from bvpo_stats.records import PreferencePair
 
 _CHECKED_PAIRS = 8  # stored values that are compared with the model before training takes them all
@@ -75,14 +75,9 @@ def pair_batches(
     for part in length_batches(lengths, max_tokens=max_tokens, groups=owners, max_padding=max_padding):
         members = sorted({row // 2 for row in part})
         rows = [2 * member + side for member in members for side in (0, 1)]
-        batch = collate(
-            [sequences[row] for row in rows],
-            pad_id=policy.pad_id,
-            max_positions=policy.max_positions,
-            names=[names[row] for row in rows],
-            device=policy.device,
-        )
-        found.append(PairBatch(members, [pairs[m] for m in members], batch, [names[row] for row in rows]))
+        batch_names = [names[row] for row in rows]
+        batch = batch_of(policy, [sequences[row] for row in rows], batch_names)
+        found.append(PairBatch(members, [pairs[m] for m in members], batch, batch_names))
     if reference is None:
         return found
     return [replace(b, reference=logps) for b, logps in zip(found, reference.of_batches(found), strict=True)]
@@ -188,13 +183,6 @@ class Reference:
             )
             found[part] = to_numpy(sequence_logprobs(logps))
         return found
-
-
-def batch_of(policy: Policy, sequences: Sequence[TokenSequence], names: Sequence[str]) -> Batch:
-    """Sequences as one padded batch of the policy's."""
-    return collate(
-        sequences, pad_id=policy.pad_id, max_positions=policy.max_positions, names=names, device=policy.device
-    )
 
 
 def to_numpy(values: Tensor) -> Float[np.ndarray, " sequences"]:

@@ -32,11 +32,11 @@ from bvpo_stats.gradients.ladder import MarginalChoice, check_method, choose_mar
 from bvpo_stats.gradients.marginal import SideDiagnostics
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.reference import batch_of, check_stored_log_probs, to_numpy
+from bvpo_stats.gradients.reference import check_stored_log_probs, to_numpy
 from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, as_policy
-from bvpo_stats.model.scores import ScoreOptions, check_alone, check_scores, score_pass
+from bvpo_stats.model.scores import ScoreOptions, batch_of, check_alone, check_scores, score_pass
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.progress import progress
 from bvpo_stats.records import TraceRecord

@@ -181,6 +181,13 @@ def _is_reentrant(module: Any) -> bool:
     return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
 
 
+def batch_of(policy: Policy, sequences: Sequence[TokenSequence], names: Sequence[str]) -> Batch:
+    """Sequences as one padded batch of the policy's."""
+    return collate(
+        sequences, pad_id=policy.pad_id, max_positions=policy.max_positions, names=names, device=policy.device
+    )
+
+
 @torch.inference_mode()
 def completion_logprobs(
     policy: Policy,
@@ -212,13 +219,7 @@ def completion_logprobs(
         check_alone(policy, sequences)
     results: list[Float[np.ndarray, "temperatures tokens"] | None] = [None] * len(sequences)
     for rows in length_batches([len(sequence) for sequence in sequences], max_tokens=budget):
-        batch = collate(
-            [sequences[row] for row in rows],
-            pad_id=policy.pad_id,
-            max_positions=policy.max_positions,
-            names=[names[row] for row in rows],
-            device=policy.device,
-        )
+        batch = batch_of(policy, [sequences[row] for row in rows], [names[row] for row in rows])
         for row, values in zip(rows, _batch(policy, batch, temperatures), strict=True):
             if not np.isfinite(values).all():
                 raise UserError(

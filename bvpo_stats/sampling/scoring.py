@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.batching import TokenSequence, collate, length_batches
+from bvpo_stats.model.batching import TokenSequence, length_batches
 from bvpo_stats.model.head import token_logprobs
 from bvpo_stats.model.policy import Policy
+from bvpo_stats.model.scores import batch_of
 from bvpo_stats.progress import progress
 from bvpo_stats.records import Completion
 from bvpo_stats.store.jsonl import append_jsonl, mend, read_jsonl
@@ -53,13 +54,7 @@ def score_into(path: Path, completions: Sequence[Completion], policy: Policy, *,
 
 @torch.inference_mode()
 def _batch_logprobs(sequences: list[TokenSequence], names: list[str], policy: Policy) -> list[list[float]]:
-    batch = collate(
-        sequences,
-        pad_id=policy.pad_id,
-        max_positions=policy.max_positions,
-        names=[f"Response {name}" for name in names],
-        device=policy.device,
-    )
+    batch = batch_of(policy, sequences, [f"Response {name}" for name in names])
     logps = token_logprobs(policy.model, batch)
     rows = [row[mask].double().tolist() for row, mask in zip(logps.cpu(), batch.completion_mask.cpu(), strict=True)]
     for name, row in zip(names, rows, strict=True):

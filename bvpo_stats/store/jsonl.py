@@ -227,26 +227,27 @@ def mend(path: Path, *, ordered: bool = False) -> None:
     sums = LineSums.of(path)
     if sums is None or not path.is_file():
         return
-    temporary, bad = path.with_name(path.name + ".tmp"), list[int]()
+    bad: set[int] = set()
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip() and ((ordered and bad) or not sums.admits(line)):
+            bad.add(number)
+    if not bad:
+        return
+    temporary, first = path.with_name(path.name + ".tmp"), min(bad)
     try:
         with temporary.open("wb") as handle:
-            for number, line in enumerate(_lines(path), start=1):
-                if line.strip() and not (ordered and bad) and sums.admits(line):
-                    handle.write(line)
-                elif line.strip():
-                    bad.append(number)
+            handle.writelines(line for number, line in enumerate(_lines(path), start=1) if number not in bad)
             handle.flush()
             os.fsync(handle.fileno())
-        if bad:
-            temporary.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    if bad and ordered:
-        say(f"{path}: line {bad[0]} is damaged or a copy; cut with the {len(bad) - 1} behind it, and done again.")
-    elif bad:
-        say(f"{path}: {len(bad)} damaged or copied lines cut, the first of them line {bad[0]}; done again.")
+    if ordered:
+        say(f"{path}: line {first} is damaged or a copy; cut with the {len(bad) - 1} behind it, and done again.")
+    else:
+        say(f"{path}: {len(bad)} damaged or copied lines cut, the first of them line {first}; done again.")
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]], *, sums: bool = True) -> None:

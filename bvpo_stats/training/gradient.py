@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,18 @@ class PairModel:
             self.policy, pairs, self.reference, max_tokens=self.max_tokens, max_padding=self.max_padding
         )
 
+    def forward(self, micro: PairBatch) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
+        """Log-probabilities, losses and score weights of a microbatch.
+
+        Raises:
+            UserError: A log-probability is not finite; the pair is named.
+        """
+        policy = sequence_logprobs(token_logprobs(self.policy.model, micro.batch))
+        check_finite(policy.detach(), micro.names)
+        return self.terms(micro, policy)
+
     def terms(self, micro: PairBatch, policy: Tensor) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
-        """Losses and score weights of a microbatch, from log pi_theta of its rows."""
+        """The same from log pi_theta of its rows."""
         logps = micro.logps(policy)
         return logps, self.objective(logps)
 
@@ -107,9 +117,7 @@ def mixed_gradient(pair_model: PairModel, prompts: Sequence[Example], alpha: flo
     for micro in pair_model.plan(pairs):
         share = torch.tensor([weighted[i][1] for i in micro.members], dtype=torch.float64, device=loss.device)
         with torch.enable_grad():
-            policy = sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch))
-            check_finite(policy.detach(), micro.names)
-            logps, terms = pair_model.terms(micro, policy)
+            logps, terms = pair_model.forward(micro)
             part = (share * terms.loss).sum()
             found = torch.autograd.grad(part, weights, allow_unused=True)
         gradients = _added(gradients, found)
@@ -228,16 +236,14 @@ def parted_gradient(
         gradients: list[Tensor | None] = [None] * len(weights)
         for micro in pair_model.plan([example.both[which] for example in prompts]):
             with torch.enable_grad():
-                policy = sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch))
-                check_finite(policy.detach(), micro.names)
-                logps, terms = pair_model.terms(micro, policy)
+                logps, terms = pair_model.forward(micro)
                 found = torch.autograd.grad(terms.loss.sum(), weights, allow_unused=True)
             gradients = _added(gradients, found)
             shares = torch.full_like(terms.loss.detach(), share / len(prompts))
             loss += (shares * terms.loss.detach()).sum()
             observe([pair.mode for pair in micro.pairs], shares, logps, terms)
             if which == 0:
-                passes.append((micro, micro.logps(policy.detach())))
+                passes.append((micro, replace(logps, chosen=logps.chosen.detach(), rejected=logps.rejected.detach())))
         sides.append(gradients)
     mixed = [
         None if t is None and e is None else _mix(t, alpha / len(prompts), e, (1 - alpha) / len(prompts))

@@ -36,6 +36,7 @@ from bvpo_stats.model.policy import (
     with_lora,
 )
 from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
+from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
@@ -463,23 +464,25 @@ def load_examples(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> J
 
     Args:
         inputs: Where they are.
-        policy: Whose template renders pairs that are no records yet (TRL's layouts); the embedded model's when None.
+        policy: Whose template judges records and renders pairs that are none yet (TRL's layouts); the embedded model's
+            when None.
 
     Raises:
         UserError: Records are missing fields, a file holds the wrong kind of pairs, or no prompt has both.
     """
-    pairs = (pair for mode in MODES for pair in load_set(inputs, mode, policy))
-    return join(pairs, load_traces(inputs, policy), unmatched="drop", limit=inputs.limit)
+    template = load_template(policy or PolicyOptions())
+    pairs = (pair for mode in MODES for pair in load_set(inputs, mode, template))
+    return join(pairs, load_traces(inputs, template), unmatched="drop", limit=inputs.limit)
 
 
-def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = None) -> list[PreferencePair]:
-    """All pairs of D_t (``thinking``) or D_e (``nothinking``); arguments as in `load_examples`.
+def load_set(inputs: AlphaInputs, mode: Mode, template: Template) -> list[PreferencePair]:
+    """All pairs of D_t (``thinking``) or D_e (``nothinking``); see `load_examples`.
 
     Raises:
         UserError: The file is missing, records lack fields, or it holds the wrong kind of pairs.
     """
     path, option = inputs.set_path(mode), "pairs" if mode == "thinking" else "empty_pairs"
-    pairs = read_pairs(path, lambda: load_template(policy or PolicyOptions()), mode, name=option)
+    pairs = read_pairs(path, template, mode, name=option)
     if not pairs:
         raise UserError(f"`{option}={str(path)!r}` holds no pairs.")
     for pair in pairs:
@@ -491,7 +494,7 @@ def load_set(inputs: AlphaInputs, mode: Mode, policy: PolicyOptions | None = Non
     return pairs
 
 
-def load_traces(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Iterator[TraceRecord]:
+def load_traces(inputs: AlphaInputs, template: Template) -> Iterator[TraceRecord]:
     """The bank's traces, one at a time; none where there is no bank.
 
     Raises:
@@ -500,10 +503,11 @@ def load_traces(inputs: AlphaInputs, policy: PolicyOptions | None = None) -> Ite
     path = inputs.traces_path()
     if path is None:
         return
-    vocabulary, number = load_template(policy or PolicyOptions()).vocabulary, 0
-    for number, trace in enumerate(read_records(path, TraceRecord, vocabulary=vocabulary), start=1):  # noqa: B007
+    empty = True
+    for trace in read_records(path, TraceRecord, vocabulary=template.vocabulary):
+        empty = False
         yield trace
-    if not number:
+    if empty:
         raise UserError(f"`traces={str(path)!r}` holds no traces. Leave it out, or make the bank again.")
 
 
@@ -763,10 +767,7 @@ def block_metric(
     lacking = [name for name in layout.places if name not in second_moments]
     if lacking:
         raise UserError(f"`second_moments` lacks {len(lacking)} of theta's parameters, e.g. {lacking[0]}.")
-    metric = {block: np.empty(size) for block, size in layout.sizes.items()}
-    for name, (block, offset, size) in layout.places.items():
-        metric[block][offset : offset + size] = adam_metric(second_moments[name], epsilon)
-    return metric
+    return layout.strung(adam_metric(second_moments[name], epsilon) for name in layout.places)
 
 
 def _difference(first: dict[str, NDArray[Any]], second: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

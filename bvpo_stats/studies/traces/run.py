@@ -49,11 +49,14 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
     """
     (pairs_path,) = record_paths(config.pairs, PreferencePair, mode="thinking", name="pairs")
     vocabulary = load_template(config.policy).vocabulary
-    n_pairs = sum(1 for _ in read_records(pairs_path, PreferencePair, vocabulary=vocabulary))
-    if not n_pairs:
+    total, temperatures = 0, set()
+    for number, pair in enumerate(read_records(pairs_path, PreferencePair, vocabulary=vocabulary), start=1):
+        if config.limit is None or number <= config.limit:
+            total = number
+            temperatures.add(sampling_temperature(pair))
+    if not total:
         raise UserError(f"{pairs_path} holds no pairs, so there is nothing to find traces for.")
-    total = n_pairs if config.limit is None else min(config.limit, n_pairs)
-    check_one_temperature({sampling_temperature(p) for p in islice(read_records(pairs_path, PreferencePair), total)})
+    check_one_temperature(temperatures)
     samples = samples_fingerprint(config.samples)
     policy = load_policy(config.policy)
     identity = {

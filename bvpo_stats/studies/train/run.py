@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
-from bvpo_stats.model.policy import load_policy, on_own_device, pick_device, with_lora
+from bvpo_stats.model.policy import load_policy, load_template, on_own_device, pick_device, with_lora
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.store.run_folder import Shard, check_room, folder_damage, open_run, seal_folder
@@ -50,8 +50,9 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     args = _arguments(config, output)
     check_distribution(args)  # before anything is loaded
     world = World(args.process_index, args.world_size, args.local_process_index)
-    pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, config.policy))
-    traces = load_traces(config.inputs, config.policy) if args.adaptive else ()
+    template = load_template(config.policy)
+    pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, template))
+    traces = load_traces(config.inputs, template) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
     policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
     if config.lora is not None and not policy.has_adapter:

@@ -92,7 +92,10 @@ class BiasLooks:
             return len(some), np.zeros(2), np.zeros((2, 2)), "mu = E g_t exactly, at the reference point"
         if method == "none":
             return *none, f"mu is not estimable: {'; '.join(reasons)}"
-        directions = [self._blocks(vector) for vector in lagged]
+        sizes = [size for *_, size in self._layout.places.values()]
+        directions = [
+            self._layout.strung(piece.cpu().numpy() for piece in vector.double().split(sizes)) for vector in lagged
+        ]
         found, diagnostics = [], []
         for batch in gradient_batches(self._policy, self._subset, some, replace(self._options, method=method)):
             t, m = batch.vectors["t"], batch.vectors["m"]
@@ -109,15 +112,6 @@ class BiasLooks:
         values = np.concatenate([np.stack(one, axis=1) for one in found])
         values = np.pad(values, ((0, 0), (0, 2 - values.shape[1])))
         return len(values), values.sum(axis=0), values.T @ values, f"c = E g_t - mu from {method} traces"
-
-    def _blocks(self, vector: Tensor) -> dict[str, Any]:
-        numbers, blocks, start = vector.double().cpu().numpy(), {}, 0
-        for name, size in self._layout.sizes.items():
-            blocks[name] = np.zeros(size)
-        for block, offset, size in self._layout.places.values():
-            blocks[block][offset : offset + size] = numbers[start : start + size]
-            start += size
-        return blocks
 
 
 class AlphaEstimator:

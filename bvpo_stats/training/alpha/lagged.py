@@ -133,9 +133,8 @@ class ProductAverages:
         v_ij = sum_k u_ik u_jk (y_ik - y_i)(y_jk - y_j) / (U_i U_j) * n / (n - 1),
 
     n the effective number of steps. Lagged products of one epoch share hbar, whose own error their spread does not
-    show: where noise rules (norm(h)^2 below its error) they are uncorrelated all the same, where signal rules the
-        variance of
-    a U-statistic is up to `SHARED_AT_MOST` times the spread's.
+    show: where noise rules (norm(h)^2 below its error) they are uncorrelated all the same, where signal rules
+    the variance of a U-statistic is up to `SHARED_AT_MOST` times the spread's.
 
     Attributes:
         weights: U, ``[6]``: sums of the weights of `WITHIN` and `LAGGED`.
@@ -203,14 +202,21 @@ class ProductAverages:
 
     def to_state(self) -> dict[str, Any]:
         """JSON-ready; floats survive exactly."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}
+        return _plain(self)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ProductAverages:
         """Read what `to_state` wrote."""
-        values: dict[str, Any] = {name: np.array(x) if isinstance(x, list) else x for name, x in state.items()}
-        return cls(**values)
+        return cls(**_arrays(state))
+
+
+def _plain(averages: Any) -> dict[str, Any]:
+    values = {f.name: getattr(averages, f.name) for f in fields(averages)}
+    return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}
+
+
+def _arrays(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.array(x) if isinstance(x, list) else x for name, x in state.items()}
 
 
 SHARED, SHARED_AT_MOST = 2.0, 3.0
@@ -226,13 +232,11 @@ class BiasAverage:
     the mean is unbiased, and alpha was fixed before the step was drawn: nothing is held out.
 
     Attributes:
-        weight: Sum of the weights, prompts.
         sums: ``[2]``: c . h and c . e.
         cross: ``[2, 2]``: weighted sums of squares and products within looks, for the covariance.
         prompts: Prompts looked at.
     """
 
-    weight: float
     sums: Array
     cross: Array
     prompts: int = 0
@@ -240,7 +244,7 @@ class BiasAverage:
     @classmethod
     def empty(cls) -> BiasAverage:
         """Nothing seen yet."""
-        return cls(0.0, np.zeros(2), np.zeros((2, 2)))
+        return cls(np.zeros(2), np.zeros((2, 2)))
 
     def add(self, count: int, sums: Array, squares: Array) -> BiasAverage:
         """A look.
@@ -254,7 +258,7 @@ class BiasAverage:
         scatter = (squares - count * np.outer(mean, mean)) * count / max(count - 1, 1)
         if count == 1:  # no spread to judge by: the square itself
             scatter = np.asarray(squares)
-        return BiasAverage(self.weight + count, self.sums + sums, self.cross + scatter, self.prompts + count)
+        return BiasAverage(self.sums + sums, self.cross + scatter, self.prompts + count)
 
     @property
     def known(self) -> bool:
@@ -263,21 +267,19 @@ class BiasAverage:
 
     @property
     def mean(self) -> Array:
-        """C . h and c . e; 0, the best guess near theta_ref, where there was no look."""
-        return self.sums / self.weight if self.weight else np.zeros(2)
+        """``[2]``: c . h and c . e; 0, the best guess near theta_ref, where there was no look."""
+        return self.sums / self.prompts if self.prompts else np.zeros(2)
 
     @property
     def covariance(self) -> Array:
         """Of `mean`."""
-        return self.cross / self.weight**2 if self.weight else np.zeros((2, 2))
+        return self.cross / self.prompts**2 if self.prompts else np.zeros((2, 2))
 
     def to_state(self) -> dict[str, Any]:
         """JSON-ready."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}
+        return _plain(self)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> BiasAverage:
         """Read what `to_state` wrote."""
-        values: dict[str, Any] = {name: np.array(x) if isinstance(x, list) else x for name, x in state.items()}
-        return cls(**values)
+        return cls(**_arrays(state))
