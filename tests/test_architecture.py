@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "options", "records", "progress", "distributed"),
+    ("lazy", "errors", "options", "records", "progress", "distributed"),
     ("embedded",),
     ("store",),
     ("statistics",),

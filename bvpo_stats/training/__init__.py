@@ -1,7 +1,6 @@
 """Training: controllers of alpha, and the trainer that uses them."""
 
-from typing import Any
-
+from bvpo_stats.lazy import on_first_use
 from bvpo_stats.training.alpha import (
     AdaptiveController,
     AdaptiveOptions,
@@ -31,14 +30,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The trainer and its settings on first use: they bring torch along, which the controllers do without."""
-    if name == "BVPOConfig":
-        from bvpo_stats.training.config import BVPOConfig
-
-        return BVPOConfig
-    if name == "BVPOTrainer":
-        from bvpo_stats.training.trainer import BVPOTrainer
-
-        return BVPOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# They bring torch along, which the controllers do without.
+__getattr__ = on_first_use(__name__, {"BVPOConfig": "config", "BVPOTrainer": "trainer"})

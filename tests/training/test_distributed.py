@@ -52,6 +52,20 @@ LAUNCHERS = {
 }
 
 
+def started(*words: object) -> str:
+    """What a Python that ended well has printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "alpha"), [("torchrun", "adaptive"), ("accelerate", "0.5")])
 def test_two_processes_give_the_trajectory_of_one(
@@ -67,16 +81,8 @@ def test_two_processes_give_the_trajectory_of_one(
     count = "--nproc_per_node=2" if launcher == "torchrun" else "--num_processes=2"
     port_option = "--master_port" if launcher == "torchrun" else "--main_process_port"
     arguments = [str(path) for path in (script, random_model, pairs, tmp_path / "double", alpha)]
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if line in ("led", "followed")) == ["followed", "led"]
+    printed = started("-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", *arguments)
+    assert sorted(line for line in printed.splitlines() if line in ("led", "followed")) == ["followed", "led"]
     expected, found = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("single", "double"))
     assert found["settings"] == expected["settings"]
     for name in ("loss", "grad_norm", "rewards/margins", "alpha", "logps/chosen"):
@@ -94,15 +100,7 @@ def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, tmp_pa
     script = tmp_path / "worker.py"
     script.write_text(EVALUATION)
     for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]):
-        done = subprocess.run(
-            [sys.executable, *launcher, script, random_model, tmp_path],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        started(*launcher, script, random_model, tmp_path)
     expected, *found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert len(expected["predictions"]) == 11
     assert len({round(value, 9) for value in expected["predictions"]}) == 11  # no two alike, or an order says nothing

@@ -6,8 +6,7 @@ when they are first used, so that reading a report imports no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from bvpo_stats.lazy import on_first_use
 
 _HOMES = {
     "appendix_b": "log_probabilities",
@@ -50,7 +49,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = on_first_use(__name__, _HOMES)
