@@ -103,6 +103,39 @@ def jackknife_corrected(values: Array, group_sizes: Array) -> tuple[Array, Array
     return corrected, np.sqrt(variance)
 
 
+def effective_number(squares: Array) -> tuple[Array, Array]:
+    """How many clusters an estimate rests on, and the largest one's share of its variance.
+
+    With psi_i the influence of cluster i (its centred pseudo-value) and p_i = psi_i^2 / sum psi^2,
+
+        n_eff = 1 / sum p_i^2 = (sum psi^2)^2 / sum psi^4,      share = max p_i.
+
+    N where all matter alike, about N / 3 where the influences are normal, near 1 where one cluster rules: then the
+    sample says as little about the spread of the estimate as one observation would, and an interval means little.
+
+    Args:
+        squares: ``[..., G]``, psi_i^2, or any multiple of the parts that the clusters have in a variance.
+
+    Returns:
+        n_eff and the share, ``[...]`` each. Where nothing varies (all zero) all clusters matter alike; NaN where a
+        square is not finite or there is none.
+
+    Source:
+        Kish's (1965) effective sample size, with the squared influences as weights.
+
+    >>> [x.tolist() for x in effective_number(np.array([[4.0, 4.0, 4.0, 4.0], [4.0, 0.0, 0.0, 0.0]]))]
+    [[4.0, 1.0], [0.25, 1.0]]
+    """
+    values = np.asarray(squares, dtype=np.float64)
+    if not values.shape[-1]:
+        return np.full(values.shape[:-1], np.nan), np.full(values.shape[:-1], np.nan)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        largest = values.max(axis=-1, keepdims=True)
+        relative = np.where(largest == 0, 1.0, values / largest)  # of the largest, so that no square overflows
+        total = relative.sum(axis=-1)
+        return total**2 / (relative**2).sum(axis=-1), 1 / total
+
+
 @dataclass(frozen=True)
 class SimpleInterval:
     """An estimate with its standard error and interval (arrays where the input had leading axes)."""

@@ -15,6 +15,7 @@ from bvpo_stats.statistics.intervals import (
     BOUNDED,
     COMPLEMENT,
     WHOLE_LINE,
+    effective_number,
     fieller_sets,
     jackknife_covariance,
     jackknife_normal,
@@ -220,3 +221,19 @@ def test_prompts_needed_are_more_than_there_are_in_two_digits():
 def test_levels_outside_zero_and_one_are_refused(level):
     with pytest.raises(UserError, match="level"):
         t_quantile(level, 20)
+
+
+def test_the_effective_number_of_clusters_and_the_largest_share():
+    rng = np.random.default_rng(5)
+    n_eff, share = effective_number(rng.normal(size=100_000) ** 2)
+    assert n_eff == pytest.approx(100_000 / 3, rel=0.05)
+    n_eff, share = effective_number(np.array([1e200, *[1e198 / 99] * 99]))  # one cluster with 99%
+    assert share == pytest.approx(1 / 1.01)
+    assert n_eff == pytest.approx(1.01**2, rel=1e-3)
+    for squares in (np.zeros(7), np.full(7, 3.0)):
+        n_eff, share = effective_number(squares)
+        assert (n_eff, share) == (7.0, pytest.approx(1 / 7))
+    for squares in (np.array([1.0, np.inf]), np.array([1.0, np.nan]), np.zeros(0)):
+        n_eff, share = effective_number(squares)
+        assert np.isnan(n_eff)
+        assert np.isnan(share)
