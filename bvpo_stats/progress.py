@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 _LINE_EVERY_SECONDS = 30.0
 _LINE_AT_SHARES = 10  # and at every tenth of the work, but no line sooner than this after another:
@@ -56,6 +59,7 @@ class _Course:
     started: float = 0.0
     finished: int = 0
     in_hand: float = 0.0
+    stages: list[tuple[float, float]] = field(default_factory=lambda: [(0.0, 1.0)])
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -83,11 +87,61 @@ class _Course:
 _open: list[_Course] = []  # the innermost course is the last
 
 
-def within(units: float) -> None:
-    """Says how many units of the batch in hand are done, where a batch is long; nothing is on record of them yet."""
+def within(share: float) -> None:
+    """Says how much of the stage in hand is done, 0 to 1: of the batch (`in_hand`), or of a part of it (`stages`).
+
+    Nothing of it is on record yet, so what is shown says "about"; it never goes back.
+    """
     if _open:
-        _open[-1].in_hand = units
-        _open[-1].show(_open[-1])
+        course = _open[-1]
+        start, width = course.stages[-1]
+        course.in_hand = max(course.in_hand, start + width * share)
+        course.show(course)
+
+
+@contextmanager
+def in_hand(units: float) -> Iterator[None]:
+    """The batch that is worked on within is so many units long; without, one."""
+    yield from _stage(0.0, units)
+
+
+@contextmanager
+def stage(start: float, end: float) -> Iterator[None]:
+    """What is done within is a part of the stage in hand, from one share of it to another."""
+    if not _open:
+        yield
+        return
+    before, width = _open[-1].stages[-1]
+    yield from _stage(before + width * start, width * (end - start))
+
+
+def stages(items: Sequence[Item], weights: Sequence[float] | None = None) -> Iterator[Item]:
+    """The items one by one, each a part of the stage in hand: progress moves with them, and inside them.
+
+    Args:
+        items: Batches, steps, ...
+        weights: What each takes, in any unit; alike where not given.
+    """
+    sizes = [1.0] * len(items) if weights is None else [float(weight) for weight in weights]
+    total, done = sum(sizes) or 1.0, 0.0
+    for item, size in zip(items, sizes, strict=True):
+        with stage(done / total, (done + size) / total):
+            yield item
+        done += size
+        within(done / total)
+
+
+def _stage(start: float, width: float) -> Iterator[None]:
+    if not _open:
+        yield
+        return
+    stack = _open[-1].stages
+    depth = len(stack)
+    stack.append((start, width))
+    try:
+        yield
+    finally:
+        del stack[depth:]  # those inside that an error left open, too
 
 
 @contextmanager

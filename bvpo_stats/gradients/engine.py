@@ -8,6 +8,7 @@ them and hands the combinations to a sink, weight by weight.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +36,11 @@ from bvpo_stats.model.batching import TokenSequence, length_batches, padding_sha
 from bvpo_stats.model.scores import Mix, ScoreOptions, batch_of, score_pass
 from bvpo_stats.model.sinks import Mixture, Sink
 from bvpo_stats.model.subset import Subset
+from bvpo_stats.progress import stage, stages, within
 from bvpo_stats.records import TraceRecord
 
 _LAYER = re.compile(r"(?:^|\.)(layers|h|blocks|layer)\.(\d+)\.")
+_FORWARDS = 0.3  # about their share of the time, where they are made apart from the scores' own
 OTHER = "other"
 """Block of weights outside the decoder's layers."""
 
@@ -449,9 +452,13 @@ class Passes:
 
             self._scores(sequences, everything, mix, sink)
             return
-        rows = mixing(log_probs(reference, sequences) if known is None else known)
-        for part in length_batches(lengths, max_tokens=reference.max_tokens, max_padding=reference.max_padding):
-            self._scores(sequences, part, _always(self._mixture(rows, part)), sink)
+        forwards = _FORWARDS if known is None else 0.0
+        with stage(0.0, forwards):
+            rows = mixing(log_probs(reference, sequences) if known is None else known)
+        parts = length_batches(lengths, max_tokens=reference.max_tokens, max_padding=reference.max_padding)
+        with stage(forwards, 1.0):
+            for part in stages(parts):
+                self._scores(sequences, part, _always(self._mixture(rows, part)), sink)
 
     def _mixture(self, rows: Sequence[Row], part: Sequence[int]) -> Mixture:
         place = {column: k for k, column in enumerate(part)}
@@ -461,7 +468,13 @@ class Passes:
     def _scores(self, sequences: Sequences, part: list[int], mix: Mix, sink: Sink) -> None:
         names = [sequences.names[i] for i in part]
         batch = batch_of(self.reference.policy, [sequences.sequences[i] for i in part], names)
-        score_pass(self.reference.policy.model, self.subset, batch, [sink], ScoreOptions(mix=mix, names=names))
+        reached = itertools.count(1)
+
+        def moving(name: str, scores: Tensor) -> None:
+            sink(name, scores)
+            within(next(reached) / len(self.subset.parameters))
+
+        score_pass(self.reference.policy.model, self.subset, batch, [moving], ScoreOptions(mix=mix, names=names))
 
 
 def _always(mixture: Mixture) -> Mix:

@@ -19,6 +19,7 @@ from bvpo_stats.model.batching import Batch, TokenSequence, length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import batch_of, completion_logprobs, log_probabilities
+from bvpo_stats.progress import stages
 from bvpo_stats.records import PreferencePair
 
 _CHECKED_PAIRS = 8  # stored values that are compared with the model before training takes them all
@@ -176,7 +177,7 @@ class Reference:
         """Log-probabilities under the policy as it stands, by passes of their own."""
         found = np.zeros(len(sequences))
         lengths = [len(sequence) for sequence in sequences]
-        for part in length_batches(lengths, max_tokens=self.max_tokens, max_padding=self.max_padding):
+        for part in stages(length_batches(lengths, max_tokens=self.max_tokens, max_padding=self.max_padding)):
             some = [names[i] for i in part]
             logps = log_probabilities(
                 self.policy.model, batch_of(self.policy, [sequences[i] for i in part], some), names=some

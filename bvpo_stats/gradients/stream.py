@@ -38,7 +38,7 @@ from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import ScoreOptions, batch_of, check_alone, check_scores, score_pass
 from bvpo_stats.model.subset import Subset, lora_subset
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import in_hand, progress
 from bvpo_stats.records import TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs
 from bvpo_stats.store.tables import Source, read_records
@@ -103,7 +103,10 @@ def gradient_batches(
     passes = Passes(reference_of(policy, options), subset, BlockLayout.of(subset))
     todo = [example for example in examples if example.prompt_id not in done]
     for number, members in enumerate(_microbatches(todo, rules, passes)):
-        yield from _microbatch([todo[i] for i in members], rules, passes, check=number == 0)
+        some = [todo[i] for i in members]
+        with in_hand(len({example.prompt_id for example in some})):
+            found = list(_microbatch(some, rules, passes, check=number == 0))
+        yield from found
 
 
 def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOptions) -> RowRules:

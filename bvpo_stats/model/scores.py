@@ -28,6 +28,7 @@ from bvpo_stats.model.head import (
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.sinks import Keep, Mixture, Sink, Sum
 from bvpo_stats.model.subset import Subset
+from bvpo_stats.progress import stages
 
 Mix = Callable[[Tensor], Tensor | Mixture]
 """From sequence log-probabilities [sequences] to the map of sequences to rows [rows, sequences]."""
@@ -218,7 +219,7 @@ def completion_logprobs(
     if sequences:
         check_alone(policy, sequences)
     results: list[Float[np.ndarray, "temperatures tokens"] | None] = [None] * len(sequences)
-    for rows in length_batches([len(sequence) for sequence in sequences], max_tokens=budget):
+    for rows in stages(length_batches([len(sequence) for sequence in sequences], max_tokens=budget)):
         batch = batch_of(policy, [sequences[row] for row in rows], [names[row] for row in rows])
         for row, values in zip(rows, _batch(policy, batch, temperatures), strict=True):
             if not np.isfinite(values).all():

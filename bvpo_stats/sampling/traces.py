@@ -22,7 +22,7 @@ from bvpo_stats.errors import UserError, check_kind, check_positive, check_whole
 from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import completion_logprobs
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import in_hand, progress, stage, stages
 from bvpo_stats.records import SIDES, Completion, PreferencePair, Prompt, Side, TraceRecord, TraceSource, content_of
 from bvpo_stats.sampling.engines.base import Draw, Request, SamplingOptions
 from bvpo_stats.sampling.engines.transformers_engine import TransformersEngine, sampler_identity, uniforms
@@ -30,6 +30,7 @@ from bvpo_stats.store.sample_index import check_sampling_model
 
 SOURCES: tuple[TraceSource, ...] = get_args(TraceSource)
 _PRIOR_ROUNDS = 4  # times a prior trace that does not close is drawn again before it is given up
+_DRAWING = 0.9  # about its share of the time of drawing traces and scoring them
 _BURN_IN = 10  # moves to move away from anchors that were sampled at another temperature than the target's
 Trace = tuple[int, ...]
 """Token ids of a trace, closing tag included."""
@@ -161,7 +162,8 @@ def make_traces(
     with progress("Tracing", len(thinking), "pairs") as advance:
         for start in range(0, len(thinking), WINDOW):
             window = thinking[start : start + WINDOW]
-            found += window_traces(window, lambda name: by_prompt.get(name, []), drawer, options, tally)
+            with in_hand(len(window)):
+                found += window_traces(window, lambda name: by_prompt.get(name, []), drawer, options, tally)
             advance(len(window))
     return found
 
@@ -424,7 +426,7 @@ class TraceDrawer:
         room = [side.max_trace - len(prefix) for side, prefix in zip(sides, prefixes, strict=True)]
         drawn: list[Trace | None] = [None] * len(sides)
         order = sorted(range(len(sides)), key=lambda row: (len(requests[row].prompt_ids), row))
-        for start in range(0, len(order), self.batch_size):
+        for start in stages(range(0, len(order), self.batch_size)):
             rows = order[start : start + self.batch_size]
             draws = self._generate([requests[row] for row in rows], [room[row] for row in rows])
             for row, draw in zip(rows, draws, strict=True):
@@ -511,9 +513,11 @@ def metropolis_moves(
     numbers = [uniforms(f"{side.name}/mh/{step}", drawer.seed, 2) for side in sides]
     cuts = [int(u[0] * len(state.ids)) for u, state in zip(numbers, states, strict=True)]
     prefixes = [state.ids[:cut] for state, cut in zip(states, cuts, strict=True)]
-    proposals = drawer.draw(sides, prefixes, "mh", [step] * len(sides))
+    with stage(0.0, _DRAWING):
+        proposals = drawer.draw(sides, prefixes, "mh", [step] * len(sides))
     rows = [row for row, proposal in enumerate(proposals) if proposal is not None]
-    scored = drawer.score([sides[row] for row in rows], [trace for trace in proposals if trace is not None])
+    with stage(_DRAWING, 1.0):
+        scored = drawer.score([sides[row] for row in rows], [trace for trace in proposals if trace is not None])
     moves = [Move(state, False) for state in states]
     for row, proposal in zip(rows, scored, strict=True):
         log_ratio = log_acceptance(states[row], proposal, cuts[row])
@@ -552,22 +556,28 @@ def trace_bank(
     """
     k = options.traces_per_answer
     taken: list[dict[TraceSource, list[ScoredTrace]]] = [{} for _ in sides]
-    if "anchor" in options.sources:
-        _add_sampled(drawer, sides, [(side.anchor,) for side in sides], sampled_at, "anchor", taken)
-    if "same-answer" in options.sources:
-        wanted = [side.same_answer[: k - _count(bank)] for side, bank in zip(sides, taken, strict=True)]
-        _add_sampled(drawer, sides, wanted, sampled_at, "same-answer", taken)
-    if "mh" in options.sources:
-        missing = [k - _count(bank) for bank in taken]
-        anchors = drawer.score(sides, [side.anchor for side in sides])
-        chains = _chains(drawer, sides, anchors, missing, options, options.burn_in_moves(sampled_at), tally)
-        for bank, chain in zip(taken, chains, strict=True):
-            bank["mh"] = chain
-    if "prior" in options.sources and options.prior == "samples":
-        _add_sampled(drawer, sides, [side.others[:k] for side in sides], sampled_at, "prior", taken)
-    elif "prior" in options.sources:
-        for bank, drawn in zip(taken, _fresh_prior(drawer, sides, k, tally), strict=True):
-            bank["prior"] = drawn
+    burn_in, move = options.burn_in_moves(sampled_at), 1 / (1 - _DRAWING)  # in passes that score one trace a side
+    costs = {"anchor": 1, "same-answer": k, "mh": move * (burn_in + options.mh_moves * k)}
+    costs["prior"] = k if options.prior == "samples" else move * k
+    wanted = [source for source in SOURCES if source in options.sources]
+    for source in stages(wanted, [costs[source] for source in wanted]):
+        if source == "anchor":
+            _add_sampled(drawer, sides, [(side.anchor,) for side in sides], sampled_at, source, taken)
+        elif source == "same-answer":
+            known = [side.same_answer[: k - _count(bank)] for side, bank in zip(sides, taken, strict=True)]
+            _add_sampled(drawer, sides, known, sampled_at, source, taken)
+        elif source == "mh":
+            missing = [k - _count(bank) for bank in taken]
+            with stage(0.0, 1 / costs[source]):
+                anchors = drawer.score(sides, [side.anchor for side in sides])
+            chains = _chains(drawer, sides, anchors, missing, options, burn_in, tally)
+            for bank, chain in zip(taken, chains, strict=True):
+                bank["mh"] = chain
+        elif options.prior == "samples":
+            _add_sampled(drawer, sides, [side.others[:k] for side in sides], sampled_at, source, taken)
+        else:
+            for bank, drawn in zip(taken, _fresh_prior(drawer, sides, k, tally), strict=True):
+                bank["prior"] = drawn
     fresh = {"mh"} | ({"prior"} if options.prior == "fresh" else set())
     for side, bank in zip(sides, taken, strict=True):
         tally.sides += 1
@@ -615,15 +625,14 @@ def _chains(
     states, moved = list(anchors), [0] * len(sides)
     active = [row for row, number in enumerate(wanted) if number > 0]
     moving = list(active)
-    step = 0
-    while active:
+    for step in stages(range(burn_in + options.mh_moves * max(wanted, default=0) if active else 0)):
         moves = metropolis_moves(drawer, [sides[row] for row in active], [states[row] for row in active], step)
-        step += 1
+        behind = step + 1 - burn_in
         for row, move in zip(active, moves, strict=True):
             moved[row] += move.state.ids != states[row].ids
             tally.accepted += move.accepted
             states[row] = move.state
-            if step > burn_in and (step - burn_in) % options.mh_moves == 0:
+            if behind > 0 and behind % options.mh_moves == 0:
                 kept[row].append(move.state)
         tally.proposals += len(active)
         active = [row for row in active if len(kept[row]) < wanted[row]]
@@ -636,14 +645,16 @@ def _fresh_prior(drawer: TraceDrawer, sides: Sequence[PairSide], k: int, tally: 
     """K new draws of the trace for each side; one that does not close is drawn again a few times."""
     found: dict[tuple[int, int], Trace] = {}
     todo = [(row, number) for row in range(len(sides)) for number in range(k)]
-    for attempt in range(_PRIOR_ROUNDS):
-        owners = [sides[row] for row, _ in todo]
-        drawn = drawer.draw(owners, [()] * len(todo), "prior", [number + attempt * k for _, number in todo])
-        found.update((place, trace) for place, trace in zip(todo, drawn, strict=True) if trace is not None)
-        todo = [place for place in todo if place not in found]
+    with stage(0.0, _DRAWING):
+        for attempt in range(_PRIOR_ROUNDS):  # the first does nearly all
+            owners = [sides[row] for row, _ in todo]
+            drawn = drawer.draw(owners, [()] * len(todo), "prior", [number + attempt * k for _, number in todo])
+            found.update((place, trace) for place, trace in zip(todo, drawn, strict=True) if trace is not None)
+            todo = [place for place in todo if place not in found]
     tally.unclosed += len(todo)
     places = sorted(found)
-    scored = drawer.score([sides[row] for row, _ in places], [found[place] for place in places])
+    with stage(_DRAWING, 1.0):
+        scored = drawer.score([sides[row] for row, _ in places], [found[place] for place in places])
     banks: list[list[ScoredTrace]] = [[] for _ in sides]
     for (row, _), trace in zip(places, scored, strict=True):
         banks[row].append(trace)

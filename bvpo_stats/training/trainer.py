@@ -352,7 +352,7 @@ class BVPOTrainer(Trainer):
         def observe(modes: list[Mode], *values: Any) -> None:
             nonlocal seen
             seen += len(modes)
-            within(seen / pairs)
+            within(seen / pairs)  # of one step
             self._metrics.add(modes, *values)
 
         if not self.estimator.collects:

@@ -171,11 +171,11 @@ def test_memory_that_runs_out_halves_the_batch(policy: Policy, monkeypatch: pyte
     plain = draws(policy, asked, 24, options)
     generate, sizes = TransformersEngine._generate, []
 
-    def tight(engine: TransformersEngine, batch: list[Request], options: SamplingOptions, *tell: object) -> list[Draw]:
+    def tight(engine: TransformersEngine, batch: list[Request], options: SamplingOptions) -> list[Draw]:
         if len(batch) > limit:
             raise torch.OutOfMemoryError
         sizes.append(len(batch))
-        return generate(engine, batch, options, *tell)
+        return generate(engine, batch, options)
 
     monkeypatch.setattr(transformers_engine.TransformersEngine, "_generate", tight)
     limit = 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.head import causal_lm_of
 from bvpo_stats.model.policy import Policy
-from bvpo_stats.progress import within
+from bvpo_stats.progress import in_hand, stages, within
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions
 
 _LOOK = 3  # tokens of the comparison of a prompt alone with the same prompt in a batch
@@ -111,12 +111,12 @@ class TransformersEngine:
     ) -> Iterator[list[tuple[Request, Outcome]]]:
         """Draws batch by batch."""
         for batch in batches:
-            yield list(zip(batch, self.generate(batch, options, within), strict=True))
+            with in_hand(len(batch)):
+                draws = self.generate(batch, options)
+            yield list(zip(batch, draws, strict=True))
 
     @torch.inference_mode()
-    def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, tell: Callable[[float], None] = lambda _: None
-    ) -> list[Draw]:
+    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
         """Draws one batch; halves it and tries again where memory runs out.
 
         Where the model's draws would depend on the padding of its batch, prompts of one length are drawn together.
@@ -124,17 +124,16 @@ class TransformersEngine:
         Args:
             requests: What to draw.
             options: How.
-            tell: Is told meanwhile how many of them are done, about.
         """
         lengths = [len(request.prompt_ids) for request in requests]
         try:
             if not self._padding_is_ignored(requests) and len(set(lengths)) > 1:
                 found: dict[int, Draw] = {}
-                for length in dict.fromkeys(lengths):
+                for length in stages(list(dict.fromkeys(lengths))):
                     rows = [row for row, its in enumerate(lengths) if its == length]
                     found |= zip(rows, self.generate([requests[row] for row in rows], options), strict=True)
                 return [found[row] for row in range(len(requests))]
-            return self._generate(requests, options, tell)
+            return self._generate(requests, options)
         except torch.OutOfMemoryError:
             if len(requests) == 1:
                 raise UserError(
@@ -143,7 +142,7 @@ class TransformersEngine:
                 ) from None
         torch.cuda.empty_cache()
         half = len(requests) // 2
-        return [*self.generate(requests[:half], options), *self.generate(requests[half:], options)]
+        return [draw for part in stages([requests[:half], requests[half:]]) for draw in self.generate(part, options)]
 
     def _padding_is_ignored(self, requests: Sequence[Request]) -> bool:
         """Whether the shortest prompt is continued alike alone and padded to the length of the longest.
@@ -200,9 +199,7 @@ class TransformersEngine:
                 f"with {type(error).__name__} ({reason}). Sample with another engine, or take another `dtype` or model."
             ) from error
 
-    def _generate(
-        self, requests: Sequence[Request], options: SamplingOptions, tell: Callable[[float], None]
-    ) -> list[Draw]:
+    def _generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Draw]:
         # In stretches, leaving finished rows behind after each: plain `generate` computes every row until the longest
         # has ended.
         policy, width = self._policy, max(len(request.prompt_ids) for request in requests)
@@ -231,7 +228,7 @@ class TransformersEngine:
             alive, input_ids = alive[running], sequences[running]
             mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], dim=1)[running]
             written = sequences.shape[1] - width
-            tell(len(draws) + sum(written / limit for limit in limits[alive].tolist()))
+            within((len(draws) + sum(written / limit for limit in limits[alive].tolist())) / len(requests))
         return [draws[row] for row in range(len(requests))]
 
     def _room(self, prompt_length: int, options: SamplingOptions) -> int:

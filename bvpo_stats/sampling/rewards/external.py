@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any
 
 from bvpo_stats.errors import UserError, shown
+from bvpo_stats.progress import stages
 from bvpo_stats.records import Completion, draw_key, record_fields
 from bvpo_stats.sampling.rewards.base import Answer, in_words
 from bvpo_stats.store.tables import fingerprint, read_rows
@@ -63,7 +64,7 @@ class FunctionReward:
                     gold=[answer.gold for answer in answers],
                 )
             else:
-                scores = [self._function(answer.prompt, answer.text) for answer in answers]
+                scores = [self._function(answer.prompt, answer.text) for answer in stages(answers)]
             found = list(islice(scores, len(answers) + 1))  # a generator may never end; one too many is refused later
             return [None if score is None else _number(score) for score in found]
         except (

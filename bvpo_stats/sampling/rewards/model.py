@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.progress import stages
 from bvpo_stats.records import chat_turns
 from bvpo_stats.sampling.rewards.base import Answer
 
@@ -64,7 +65,7 @@ class ModelReward:
         fitting = [i for i, ids in enumerate(chats) if longest is None or len(ids) <= longest]
         budget = self._options.max_tokens or (8_192 if self._model.device.type == "cpu" else 32_768)
         scores: list[float | None] = [None] * len(answers)
-        for batch in length_batches([len(chats[i]) for i in fitting], max_tokens=budget):
+        for batch in stages(length_batches([len(chats[i]) for i in fitting], max_tokens=budget)):
             members = [fitting[i] for i in batch]
             for member, value in zip(members, self._forward([chats[i] for i in members]), strict=True):
                 scores[member] = value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bvpo_stats.model.policy import Policy, load_policy, load_template
-from bvpo_stats.progress import progress
+from bvpo_stats.progress import in_hand, progress, stage
 from bvpo_stats.records import UNKNOWN, Completion, Mode, PreferencePair, to_dict
 from bvpo_stats.sampling.pairs import ScoredCompletion, final_answers, prompt_pairs, reads_back, reference_logps
 from bvpo_stats.sampling.rewards import Reward, load_reward, score_answers
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SCORES_FILE = "scores.jsonl"
 REF_LOGPS_FILE = "ref_logps.jsonl"
 _WINDOW = 64  # prompts in memory at a time
+_REWARDS = 0.5  # of the time of a window, where log pi_ref is taken, too: as if a reward model were as large
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,12 @@ def _write_pairs(run: _Run, modes: Sequence[Mode], folder: Path) -> tuple[dict[M
     joint = 0
     with progress("Pairing", run.index.source.n_prompts, "prompts") as advance:
         for window in run.index.windows(_WINDOW):
-            pairs = [pair for responses in _scored(run, window) for pair in _pairs(run, responses, modes, tallies)]
+            with in_hand(len(window)), stage(0.0, 1.0 if run.policy is None else _REWARDS):
+                pairs = [pair for responses in _scored(run, window) for pair in _pairs(run, responses, modes, tallies)]
             joint += len(pairs) - len({pair.prompt_id for pair in pairs})
             if run.policy is not None:
-                pairs = _with_ref_logps(run, run.policy, pairs)
+                with in_hand(len(window)), stage(_REWARDS, 1.0):
+                    pairs = _with_ref_logps(run, run.policy, pairs)
             for mode, part in parts.items():
                 append_jsonl(part, (to_dict(pair) for pair in pairs if pair.mode == mode), sums=False)
             advance(len(window))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy, load_template
-from bvpo_stats.progress import progress, say
+from bvpo_stats.progress import in_hand, progress, say
 from bvpo_stats.records import PreferencePair, to_dict
 from bvpo_stats.sampling.traces import (
     WINDOW,
@@ -116,8 +116,9 @@ def _fill_bank(
             check_one_temperature(temperatures)
             if done <= state.pairs:
                 continue
-            records = window_traces(window, index.completions, drawer, config.bank, state.tally)
-            append_jsonl(bank, map(to_dict, records))
+            with in_hand(len(window)):
+                records = window_traces(window, index.completions, drawer, config.bank, state.tally)
+                append_jsonl(bank, map(to_dict, records))
             state = _State(done, bank.stat().st_size, state.tally)
             append_jsonl(states, [asdict(state)])
             advance(len(window))
