@@ -35,12 +35,14 @@ def setting():
 
 def test_the_draw_is_written_down():
     """The committed study's models: whoever changes the draw changes this line."""
-    drawn = [(model.prompts, model.oracle_seed) for model in drawn_models(12, OracleTrainingConfig().draw_seed)]
+    drawn = [(model.prompts, model.oracle_seed) for model in drawn_models(24, OracleTrainingConfig().draw_seed)]
     assert drawn == [(3, 830), (6, 360), (2, 702), (4, 860), (4, 641), (3, 548), (2, 762), (2, 716), (7, 467), (7, 572),
-                     (8, 746), (8, 63)]  # fmt: skip
-    models = drawn_models(12, 14)
+                     (8, 746), (8, 63), (2, 646), (7, 736), (7, 398), (7, 507), (3, 228), (7, 650), (8, 971), (7, 298),
+                     (5, 462), (3, 891), (8, 551), (3, 421)]  # fmt: skip
+    models = drawn_models(24, 14)
+    assert [model.judges for model in models] == 12 * [False] + 12 * [True]
     for beta in (1.0, 0.1):
-        assert sum(model.beta == beta and model.judges for model in models) == 3
+        assert sum(model.beta == beta and model.judges for model in models) == 6
 
 
 def test_losses_and_smoothness_are_the_oracles(setting):
@@ -95,7 +97,7 @@ def row(method, model, size, end):
 
 def test_sums_by_hand():
     ends = {"alpha = 0.5": (0.50, 0.40), "alpha = 1": (0.40, 0.44), "rising": (0.44, 0.40)}
-    rows = [row(name, model, 0, end) for name, both in ends.items() for model, end in zip((0, 2), both, strict=True)]
+    rows = [row(name, model, 0, end) for name, both in ends.items() for model, end in zip((0, 1), both, strict=True)]
     settings = OracleTrainingConfig(models=4, optimizers=("sgd",), horizons=(25,)).to_dict()
     methods = [{"name": name, "source": "fixed", "line": (0.5, 0.5)} for name in ends]
     report = OracleTrainingReport.of(settings, methods, rows, 4)

@@ -178,12 +178,12 @@ def test_rules_are_their_formulas(sample) -> None:
         "theorem4": p.numerator(0.4 / 32) / p.denominator(0.4 / 32),
         "descent": np.divide(*p.alpha_j_parts(0.4, 32.0)),
         "direction": direction_alpha(summary_of_arrays(sample), batch_size=32).unclipped,
-        "rising": p.P1 / p.Q1,
     }
+    expected["rising"] = expected["direction"] / 2
     for name, value in expected.items():
         decision = RULES[name].decide(look, 0.95)
         assert float(decision.estimate) == pytest.approx(float(value), rel=1e-6), name
-    start = float(np.clip(p.P1 / p.Q1, 0, 1))
+    start = float(np.clip(expected["direction"], 0, 1)) / 2
     assert float(RULES["rising"].decide(look, 0.95).alpha) == pytest.approx(start + 0.25 * (1 - start), rel=1e-6)
     beyond, p = seen(sample, 32.0, 1.7)
     np.testing.assert_allclose(
@@ -228,7 +228,7 @@ def test_products_that_are_not_finite_are_left_out() -> None:
     assert controller.update(Observation(20, 8, 1.0, broken)).alpha == controller.alpha
 
 
-@pytest.mark.parametrize("alpha", ["adaptive", 0.25, "0:0.2,100:0.8"])
+@pytest.mark.parametrize("alpha", ["adaptive", 0.25, "0:0.2,100:0.8", "0%:0.5,100%:1"])
 @pytest.mark.parametrize("rule", ["rising", "hypergradient"])
 def test_state_goes_through_json_and_on_bit_for_bit(alpha, rule) -> None:
     def run(first, steps, found):
@@ -277,6 +277,20 @@ def test_log_has_every_number() -> None:
     assert {"alpha", "alpha/low", "alpha/high", "alpha/h_sq", "alpha/P1", "alpha/Q1", "alpha/eta_l", "alpha/tau",
             "alpha/prompts", "alpha/bias_prompts", "alpha/time_share"} <= set(log)  # fmt: skip
     assert all(np.isfinite(list(log.values())))
+
+
+def test_a_schedule_in_percent_follows_the_run() -> None:
+    schedule = FixedController.of("0%:0.5,100%:1")
+    alphas = [schedule.alpha]
+    for k in range(4):
+        schedule = schedule.update(Observation(k, 8, progress=(k + 1) / 4))
+        alphas.append(schedule.alpha)
+    assert alphas == [0.5, 0.625, 0.75, 0.875, 1.0]
+    with pytest.raises(UserError, match="known length"):
+        schedule.update(Observation(4, 8))
+    for wrong in ("0%:0.5,101%:1", "0:0.5,100%:1", "50%:0.5,20%:1", "0%:0.5,100%:2"):
+        with pytest.raises(UserError):
+            FixedController.of(wrong)
 
 
 def test_schedule_and_step_size() -> None:

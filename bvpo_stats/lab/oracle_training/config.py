@@ -59,16 +59,18 @@ def drawn_models(count: int, seed: int) -> list[DrawnModel]:
     """The models of the study: decided by the seed alone, before anything is trained.
 
     Prompts are uniform over 2 to 8, oracle seeds over 0 to 999; models 0, 1, 4, 5, ... have beta 1, the others 0.1;
-    odd ones judge. Two symbols, traces of up to two, three answers.
+    the second half judges. Two symbols, traces of up to two, three answers.
 
-    >>> [(m.prompts, m.beta, m.judges) for m in drawn_models(4, 14)][:2]
-    [(..., 1.0, False), (..., 1.0, True)]
+    >>> [(m.prompts, m.beta, m.judges) for m in drawn_models(4, 14)][1:3]
+    [(..., 1.0, False), (..., 0.1, True)]
     """
     import numpy as np  # not for `--help`
 
     rng = np.random.default_rng(seed)
     draws = [(int(rng.integers(2, 9)), int(rng.integers(1000))) for _ in range(count)]
-    return [DrawnModel(k, prompts, (1.0, 0.1)[k // 2 % 2], own, k % 2 == 1) for k, (prompts, own) in enumerate(draws)]
+    return [
+        DrawnModel(k, prompts, (1.0, 0.1)[k // 2 % 2], own, k >= count / 2) for k, (prompts, own) in enumerate(draws)
+    ]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class OracleTrainingConfig:
             spelled="adamw,sgd,adamw-decay",
         ),
     ] = OPTIMIZERS
-    models: Annotated[int, o.Option("Enumerable models; half choose the rule, half judge it.", low=1, high=1000)] = 12
+    models: Annotated[
+        int, o.Option("Enumerable models; the first half choose the rule, the others judge it.", low=1, high=1000)
+    ] = 24
     horizons: Annotated[
         tuple[int, ...],
         o.Option(

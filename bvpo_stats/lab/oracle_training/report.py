@@ -146,8 +146,8 @@ class OracleTrainingReport(Report):
             "0.75, 1 in the same setting (optimizer, model, length, step size), which is picked after the fact and so "
             f"favoured; of DPO (alpha = 1); of the paper's 0.5. Means over settings, {settings['level']:.0%} intervals "
             "over models. A seed fixes the data of every method.",
-            f"Models, drawn before anything was trained: {models}. Odd numbers judge, even ones choose. Two symbols, "
-            "traces of up to two, three answers, LoRA.",
+            f"Models, drawn before anything was trained: {models}. The first half choose, the others judge. Two "
+            "symbols, traces of up to two, three answers, LoRA.",
             f"{settings['seeds']} seeds, batches of {settings['batch_size']} fresh pairs, {lengths} steps; cosine "
             "schedule with 10% warm-up; AdamW at 3e-4, 1e-3 and 3e-3 (beta 1) or 1e-3, 3e-3 and 1e-2 (beta 0.1), "
             "weight decay 0 or 0.1; SGD at 0.2, 0.6 and 1.4 over the spectral norm of L_m's Hessian at theta_ref; "

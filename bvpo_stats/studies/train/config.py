@@ -58,7 +58,8 @@ class TrainConfig:
     alpha: Annotated[
         float | str | None,
         o.Option(
-            "Weight of the trace loss: a number, `adaptive`, or a schedule such as 0:0.2,100:0.8. [default: 0.5]",
+            "Weight of the trace loss: a number, `adaptive`, or a schedule such as 0:0.2,100:0.8 (steps) or "
+            "0%:0.5,100%:1 (of the run). [default: 0.5]",
             read=str,
         ),
     ] = None

@@ -15,7 +15,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bvpo_stats.statistics.moments import Array
-from bvpo_stats.training.alpha.rules.base import Decision, Parts, Seen, shrunk
+from bvpo_stats.training.alpha.rules.base import Decision, Parts, Ratio, Seen, shrunk
+
+
+def direction_ratio(seen: Seen) -> Ratio:
+    """Numerator and denominator of the direction answer at the batch size of the step to come."""
+
+    def ratio(parts: Parts) -> tuple[Array, Array]:
+        tau = 1 / seen.batch_size
+        ee = parts.e_sq + tau * parts.var_e
+        eh, hh = parts.e_h - tau * parts.P1, parts.h_sq + tau * parts.Q1
+        te, tt = ee + eh, ee + 2 * eh + hh
+        v_e = parts.e_sq + parts.e_h - parts.c_e
+        v_t = v_e + parts.e_h + parts.h_sq - parts.c_h
+        top, other = v_t * ee - v_e * te, v_e * tt - v_t * te
+        return top, top + other
+
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -26,16 +42,5 @@ class Direction:
     keeps_empty: bool = True
 
     def decide(self, seen: Seen, level: float) -> Decision:
-        """The shrunk ratio at the batch size of the step to come."""
-
-        def ratio(parts: Parts) -> tuple[Array, Array]:
-            tau = 1 / seen.batch_size
-            ee = parts.e_sq + tau * parts.var_e
-            eh, hh = parts.e_h - tau * parts.P1, parts.h_sq + tau * parts.Q1
-            te, tt = ee + eh, ee + 2 * eh + hh
-            v_e = parts.e_sq + parts.e_h - parts.c_e
-            v_t = v_e + parts.e_h + parts.h_sq - parts.c_h
-            top, other = v_t * ee - v_e * te, v_e * tt - v_t * te
-            return top, top + other
-
-        return shrunk(seen, ratio, level, seen.prior)
+        """The shrunk ratio."""
+        return shrunk(seen, direction_ratio(seen), level, seen.prior)
