@@ -2,7 +2,7 @@
 
 A controller is an immutable value. The training loop reads ``alpha`` before a step and calls ``update`` after it:
 
-    controller = make_controller("adaptive")        # or a number, or a schedule "0:0.2,100:0.8"
+    controller = make_controller("adaptive")        # or a number, or a schedule "0%:0.5,100%:1"
     for step in range(steps):
         alpha = controller.alpha                    # chosen from data of earlier steps only
         ...                                         # g_c = alpha g_t + (1 - alpha) g_e; optimizer step
