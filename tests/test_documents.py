@@ -83,7 +83,9 @@ def test_numbers_of_appendix_b() -> None:
     assert (found["n_prompts"], found["n_samples"], found["seed"]) == (200, 2000, 0)
     rows = {
         "Variance ratio (log p), Thinking / NoThinking": (found["table3"]["logp_variance_ratio"], "{:.3g}"),
+        "Ratio of geometric means (log p)": (found["table3"]["logp_geometric_ratio"], "{:.2f}"),
         "Variance ratio (length)": (found["table3"]["length_variance_ratio"], "{:.1f}"),
+        "Ratio of geometric means (length)": (found["table3"]["length_geometric_ratio"], "{:.1f}"),
         "Mean length ratio": (found["table4"]["mean_length_ratio"], "{:.2f}"),
         "NLL Think (nats per token)": (found["table4"]["nll_think"], "{:.3f}"),
         "NLL No": (found["table4"]["nll_no"], "{:.3f}"),
@@ -94,6 +96,22 @@ def test_numbers_of_appendix_b() -> None:
     for label, (cell, form) in rows.items():
         value, low, high = (form.format(cell[key]) for key in ("value", "low", "high"))
         assert f"| {label} | {value} | {low} to {high} |" in RESULTS, label
+    trace, answer = (found["spreads"][mode]["logp"] for mode in ("thinking", "nothinking"))
+    shares = (trace["top_share"], answer["top_share"], trace["even_top_share"])
+    assert "hold {:.0%} of the variance of log p with a trace and {:.0%} without ({:.0%} if".format(*shares) in RESULTS
+    n_eff = [found["table3"][f"logp_{kind}_ratio"]["n_eff"] for kind in ("variance", "geometric")]
+    assert n_eff == [pytest.approx(6, abs=0.5), pytest.approx(60, abs=0.5)]
+
+
+def test_numbers_of_coverage_under_tails() -> None:
+    lines = json.loads((ROOT / "benchmarks" / "tails.json").read_text())["lines"]
+    held = [line for line in lines if not line["power_law"]]
+    assert all(line["passed"] for line in lines)
+    assert f"covers {min(line['coverage'] for line in held):.0%}".rstrip("%") in RESULTS
+    assert min(line["coverage"] for line in held if line["questions"] >= 200) >= 0.93
+    before = [line["before"]["coverage"] for line in held]
+    assert f".{min(before) * 100:.0f} to .{max(before) * 100:.0f}, hardly better" in RESULTS
+    assert len({line["population"] for line in lines}) == 12
 
 
 def test_numbers_of_the_theorems() -> None:

@@ -33,6 +33,10 @@ REPORT_FILE = "report.json"
 Mark = Literal["holds", "fails", "open", "plain"]
 """How a finding stands: it holds, it fails, the data cannot say, or it is no question of holding."""
 
+MODE_NAMES = {"thinking": "Thinking", "nothinking": "NoThinking"}
+"""The two modes as people read them."""
+FEW_PROMPTS = 20
+
 _PACKAGES = ("bvpo-stats", "torch", "transformers", "peft", "tokenizers", "numpy", "scipy")
 
 
@@ -362,6 +366,13 @@ def clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def few_cautions(count: int, what: str = "prompts") -> list[str]:
+    """A caution where fewer than 20 clusters stand behind an interval; what covers then is hardly ever checked."""
+    if count >= FEW_PROMPTS:
+        return []
+    return [f"{count} {what} are few: intervals from fewer than {FEW_PROMPTS} are rough. Give more `prompts`."]
 
 
 def caption(figure: Path) -> str:

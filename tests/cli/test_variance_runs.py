@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_has_every_promised_field(uninterrupted: Path) -> None:
     found = report(uninterrupted)
     promised = {
-        "table3": ["logp_variance_ratio", "length_variance_ratio"],
+        "table3": ["logp_variance_ratio", "logp_geometric_ratio", "length_variance_ratio", "length_geometric_ratio"],
         "table4": ["mean_length_ratio", "nll_think", "nll_no", "delta_nll", "percent_increase"],
         "table5": ["trace_token_share", "nll_trace", "nll_answer", "nll_ratio"],
     }

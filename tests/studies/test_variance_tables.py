@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.file_engine import adopt_completions
-from bvpo_stats.studies.variance.report import Definitions, VarianceTables, reduce_sample, variance_tables
+from bvpo_stats.studies.variance.report import (
+    Definitions,
+    ScoredSample,
+    VarianceReport,
+    VarianceTables,
+    histogram,
+    reduce_sample,
+    variance_tables,
+)
 
 # (prompt, mode, log-probs of the trace with its closing tag, log-probs of the answer with end-of-sequence)
 SAMPLES = [
@@ -155,3 +164,113 @@ def test_bad_logprobs_are_named(samples: Path, values: list[float], message: str
     with pytest.raises(UserError, match=message) as error:
         reduce_sample(completion, np.array(values))
     assert "a/thinking/0" in str(error.value)
+
+
+def question(name: str, thinking: list[float], nothinking: list[float]) -> list[ScoredSample]:
+    """Responses of one question with the given log p, all of them four tokens long without a trace."""
+    modes: list[tuple[Mode, list[float]]] = [("thinking", thinking), ("nothinking", nothinking)]
+    return [
+        ScoredSample(name, mode, logp, 4 + at * (mode == "thinking"), logp / 2 if mode == "thinking" else 0.0, 2, True)
+        for mode, values in modes
+        for at, logp in enumerate(values)
+    ]
+
+
+def spread_questions(count: int, scale: float = 0.0) -> list[ScoredSample]:
+    """Variances that differ by a log-normal scale with a trace, and not at all without."""
+    rng = np.random.default_rng(4)
+    scales = np.exp(scale * rng.normal(size=count))
+    rows = [
+        question(f"q{at:04}", list(-30 + scales[at] * rng.normal(size=5)), list(-9 + rng.normal(size=5)))
+        for at in range(count)
+    ]
+    return [sample for row in rows for sample in row]
+
+
+def written(samples: list[ScoredSample]) -> VarianceReport:
+    """The report of these responses."""
+    return VarianceReport(
+        model="m",
+        seed=0,
+        **vars(variance_tables(samples)),
+        definitions=Definitions(),
+        sampling=None,
+        template="t",
+        published=None,
+        lengths=histogram(samples, "length"),
+        logps=histogram(samples, "logp"),
+        positions={},
+    )
+
+
+def test_table_3_has_the_ratio_of_geometric_means(samples: Path) -> None:
+    found = tables(samples).table3["logp_geometric_ratio"]
+    # a: 2.583 over 3 responses against 0.125 over 2; b: 4.5 over 2 against 0.0625 over 3; the bias of a log of k
+    # responses, psi((k - 1) / 2) - log((k - 1) / 2), cancels between the two questions
+    assert found.value == pytest.approx(np.sqrt(2.583333333333333 / 0.125 * 4.5 / 0.0625))
+
+
+def test_few_questions_that_rule_are_said_and_the_estimate_still_shown() -> None:
+    report = written(spread_questions(60, 2.0))
+    cell = report.table3["logp_variance_ratio"]
+    assert cell.few
+    assert cell.n_eff is not None
+    assert cell.n_eff < 5
+    page = report.present()
+    assert page.findings[0].mark == "open"
+    assert f"few questions rule that: n_eff is {cell.n_eff:.1f} of 60" in page.findings[0].sentence
+    assert page.tables[0].rows[0][2].endswith("(few)")
+    assert any("Few questions rule variance ratio (log p)" in caution for caution in page.cautions)
+    spread = report.spreads["thinking"]["logp"]
+    assert spread.top_share is not None
+    assert spread.top_share > 0.6 > spread.even_top_share
+    assert VarianceReport.from_json(report.to_json()) == report
+
+
+def test_alike_questions_are_no_few() -> None:
+    report = written(spread_questions(60))
+    cell, spread = report.table3["logp_variance_ratio"], report.spreads["thinking"]["logp"]
+    assert not cell.few
+    assert spread.top_share == pytest.approx(spread.even_top_share, abs=0.05)
+    assert not any("rule" in caution for caution in report.present().cautions)
+    typical = report.table3["logp_geometric_ratio"]
+    assert typical.low is not None
+    assert typical.high is not None
+    assert typical.low < 1 < typical.high
+
+
+def test_questions_without_spread_are_counted_out_of_the_geometric_ratio() -> None:
+    report = written(spread_questions(30))  # every NoThinking response is four tokens long
+    assert report.without_spread == {"logp": 0, "length": 30}
+    assert report.table3["length_geometric_ratio"].value is None
+    assert report.table3["length_variance_ratio"].value is None
+    assert any("leaves out 30 of 30 questions" in caution for caution in report.present().cautions)
+
+
+def test_fewer_than_20_questions_carry_a_caution() -> None:
+    assert any("12 questions are few" in caution for caution in written(spread_questions(12)).present().cautions)
+    assert not any("are few" in caution for caution in written(spread_questions(20)).present().cautions)
+
+
+def test_one_question_holds_all_variance_without_a_trace() -> None:
+    rows = [question(f"q{at}", [-3.0, -4.0, -5.0], [-1.0, -1.0, -1.0]) for at in range(25)]
+    rows[3] = question("q3", [-3.0, -4.0, -5.5], [-1.0, -2.0, -4.0])
+    report = written([sample for row in rows for sample in row])
+    cell = report.table3["logp_variance_ratio"]
+    assert cell.value is not None
+    assert (cell.low, cell.high) == (None, None)
+    assert report.present().tables[0].rows[0][2] == "not estimable"
+
+
+def test_a_report_of_before_is_still_read() -> None:
+    plain = written(spread_questions(30)).to_dict()
+    for name in ("spreads", "without_spread"):
+        del plain[name]
+    plain["table3"] = {
+        name: {end: cell[end] for end in ("value", "low", "high")}
+        for name, cell in plain["table3"].items()
+        if "geometric" not in name
+    }
+    old = VarianceReport.from_dict(plain)
+    assert len(old.present().tables) == 3
+    assert "geometric" not in old.markdown()

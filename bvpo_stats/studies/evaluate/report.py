@@ -17,11 +17,10 @@ from bvpo_stats.statistics.proportions import (
     mean_interval,
     proportion_interval,
 )
-from bvpo_stats.studies.base import REPORT_FILE, Finding, Mark, Presentation, Report, ResultTable
+from bvpo_stats.studies.base import MODE_NAMES, REPORT_FILE, Finding, Mark, Presentation, Report, ResultTable
 from bvpo_stats.studies.evaluate.benchmarks import PRESETS
 from bvpo_stats.studies.evaluate.config import BASE
 
-MODE_NAMES = {"thinking": "Thinking", "nothinking": "NoThinking"}
 _COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed", "empty": "Empty",
            "timeouts": "Timeouts", "missing": "Missing", "solved": "Solved"}  # fmt: skip
 _ALWAYS = ("responses", "truncated")

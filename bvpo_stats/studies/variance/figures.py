@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bvpo_stats.statistics.proportions import Interval
+from bvpo_stats.studies.base import MODE_NAMES
 from bvpo_stats.studies.style import (
     BLUE,
     GREEN,
@@ -25,7 +26,7 @@ from bvpo_stats.studies.variance.report import Histogram, VarianceReport
 
 COLOURS = {"thinking": BLUE, "nothinking": OCHRE, "trace": BLUE, "answer": GREEN, "no-trace answer": OCHRE}
 MARKERS = {"trace": "o-", "answer": "^-.", "no-trace answer": "s--"}
-NAMES = {"thinking": "Thinking", "nothinking": "NoThinking", "trace": "trace (Thinking)", "answer": "answer (Thinking)",
+NAMES = {**MODE_NAMES, "trace": "trace (Thinking)", "answer": "answer (Thinking)",
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
 
 
@@ -42,17 +43,19 @@ def draw(report: VarianceReport, folder: Path) -> list[Path]:
 def _ratios(report: VarianceReport, path: Path) -> None:
     entries = [
         ("Variance of log p", report.table3["logp_variance_ratio"], "table3", "logp_variance_ratio"),
+        ("its geometric mean", report.table3.get("logp_geometric_ratio"), "table3", "logp_geometric_ratio"),
         ("Variance of length", report.table3["length_variance_ratio"], "table3", "length_variance_ratio"),
+        ("its geometric mean", report.table3.get("length_geometric_ratio"), "table3", "length_geometric_ratio"),
         ("Mean length", report.table4["mean_length_ratio"], "table4", "mean_length_ratio"),
         ("NLL, trace / answer", report.table5["nll_ratio"], "table5", "nll_ratio"),
     ]
-    entries = [entry for entry in entries if entry[1].value is not None]
-    with figure(path, height=3.0) as (_, axes):
+    entries = [entry for entry in entries if entry[1] is not None and entry[1].value is not None]
+    with figure(path, height=0.6 + 0.6 * len(entries)) as (_, axes):
         for row, (_, entry, table, name) in enumerate(entries):
             value, low, high = entry.value, entry.low, entry.high
             interval_bar(axes, low, high, row, colour=COLOURS["thinking"])
             axes.plot(numbers([value]), row, "o", color=COLOURS["thinking"], ms=6)
-            if report.published:
+            if report.published and name in report.published[table]:
                 axes.plot(report.published[table][name], row, "D", color=RED, ms=6,
                           label="paper" if row == 0 else None)  # fmt: skip
         axes.axvline(1, color=INK, lw=1, ls=":")

@@ -14,7 +14,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.records import MODES, Completion, Mode, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.statistics.proportions import Interval, Statistic, jackknife_interval
-from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable
+from bvpo_stats.statistics.tails import TailInterval, even_top_share, geometric_ratio, tail_interval, top_share
+from bvpo_stats.studies.base import MODE_NAMES, Finding, Mark, Presentation, Report, ResultTable, few_cautions
 
 Table = dict[str, Interval]
 Pooling = Literal["tokens", "questions"]
@@ -68,11 +69,31 @@ class ScoredSample:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How the variances of single questions differ, in one mode: which of them rule their mean.
+
+    Attributes:
+        n_eff: Effective number of questions behind the interval of the mean variance.
+        largest_share: The one question's that matters most, of the squared changes that n_eff counts.
+        few: Whether few questions rule, see `bvpo_stats.statistics.tails.TailInterval`.
+        top_share: Share of the sum of variances that the top 5% of questions hold.
+        even_top_share: What that would be if all questions had one variance and responses were normal.
+    """
+
+    n_eff: float | None
+    largest_share: float | None
+    few: bool
+    top_share: float | None
+    even_top_share: float
+
+
+@dataclass(frozen=True)
 class VarianceTables:
     """Tables 3, 4 and 5 with intervals, and what they were computed from.
 
     Attributes:
-        table3: Variance ratios, Thinking / NoThinking.
+        table3: Variance ratios, Thinking / NoThinking: of the means over questions (the paper's) and of the geometric
+            means.
         table4: Mean-length ratio and per-token NLL by mode (nats per token).
         table5: Trace and answer segments within Thinking.
         modes: Per-mode averages over questions: variance and mean of joint log-probability (nats) and length (tokens).
@@ -80,9 +101,12 @@ class VarianceTables:
         n_samples: Completions used.
         truncated: Completions set aside because they were cut or their trace never closed.
         dropped_prompts: Questions left out because fewer than two complete responses remained in some mode.
+        spreads: By mode, of ``logp`` and ``length``: which questions rule the mean variance.
+        without_spread: Of ``logp`` and ``length``: questions that the ratio of geometric means leaves out because all
+            their responses were alike in some mode.
     """
 
-    table3: Table
+    table3: dict[str, TailInterval]
     table4: Table
     table5: Table
     modes: dict[str, Table]
@@ -90,6 +114,8 @@ class VarianceTables:
     n_samples: int
     truncated: int
     dropped_prompts: int
+    spreads: dict[str, dict[str, Spread]] = field(default_factory=dict, kw_only=True)
+    without_spread: dict[str, int] = field(default_factory=dict, kw_only=True)
 
 
 def reduce_sample(completion: Completion, logprobs: Float[np.ndarray, " tokens"]) -> ScoredSample:
@@ -121,7 +147,7 @@ def reduce_sample(completion: Completion, logprobs: Float[np.ndarray, " tokens"]
 
 
 # Feature columns of a question: of each mode, of the two segments of Thinking, and the trace's share of the tokens.
-_BY_MODE = ("var_logp", "var_len", "mean_logp", "mean_len", "nll_sum", "tokens", "nll_mean")
+_BY_MODE = ("var_logp", "var_len", "mean_logp", "mean_len", "nll_sum", "tokens", "nll_mean", "responses")
 _BY_SEGMENT = ("nll_sum", "tokens", "nll_mean")
 _COLUMNS = (
     *(f"{what}_{mode}" for mode in MODES for what in _BY_MODE),
@@ -129,6 +155,7 @@ _COLUMNS = (
     "share_mean",
 )
 _AT = {name: column for column, name in enumerate(_COLUMNS)}
+_SHORT = {"logp": "logp", "length": "len"}  # what varies, and its columns
 
 
 def question_features(
@@ -143,6 +170,7 @@ def question_features(
         row[_AT[f"var_len_{mode}"]] = length.var(ddof=ddof)
         row[_AT[f"mean_logp_{mode}"]] = logp.mean()
         row[_AT[f"mean_len_{mode}"]] = length.mean()
+        row[_AT[f"responses_{mode}"]] = len(samples)
         _segment(row, mode, -logp.sum(), length.sum())
     trace = sum(sample.trace_logp for sample in thinking)
     trace_tokens = sum(sample.trace_length for sample in thinking)
@@ -219,8 +247,22 @@ def _entries(rows: Float[np.ndarray, "questions features"], definitions: Definit
     def interval(statistic: Statistic, *, positive: bool = True) -> Interval:
         return jackknife_interval(rows, statistic, level=definitions.level, positive=positive)
 
-    def ratio(what: str) -> Interval:
-        return interval(_quotient(_column(f"{what}_thinking"), _column(f"{what}_nothinking")))
+    variances = {(what, mode): rows[:, _AT[f"var_{_SHORT[what]}_{mode}"]] for what in _SHORT for mode in MODES}
+    responses = {mode: rows[:, _AT[f"responses_{mode}"]] for mode in MODES}
+    means = {at: tail_interval(values, level=definitions.level) for at, values in variances.items()}
+    table3: dict[str, TailInterval] = {}
+    without_spread = {}
+    for what in _SHORT:
+        both = [variances[what, mode] for mode in MODES]
+        table3[f"{what}_variance_ratio"] = tail_interval(*both, level=definitions.level)
+        table3[f"{what}_geometric_ratio"], without_spread[what] = geometric_ratio(
+            *both, tuple(responses.values()), level=definitions.level
+        )
+
+    def spread(what: str, mode: Mode) -> Spread:
+        found = means[what, mode]
+        even = even_top_share(float(np.median(responses[mode])))
+        return Spread(found.n_eff, found.largest_share, found.few, top_share(variances[what, mode]), even)
 
     think, no = _nll("thinking", definitions.nll), _nll("nothinking", definitions.nll)
     trace, answer = _nll("trace", definitions.nll), _nll("answer", definitions.nll)
@@ -229,9 +271,9 @@ def _entries(rows: Float[np.ndarray, "questions features"], definitions: Definit
     else:
         share = _quotient(_column("tokens_trace"), _column("tokens_thinking"))
     return VarianceTables(
-        table3={"logp_variance_ratio": ratio("var_logp"), "length_variance_ratio": ratio("var_len")},
+        table3=table3,
         table4={
-            "mean_length_ratio": ratio("mean_len"),
+            "mean_length_ratio": interval(_quotient(_column("mean_len_thinking"), _column("mean_len_nothinking"))),
             "nll_think": interval(think),
             "nll_no": interval(no),
             "delta_nll": interval(lambda x: think(x) - no(x), positive=False),
@@ -245,8 +287,7 @@ def _entries(rows: Float[np.ndarray, "questions features"], definitions: Definit
         },
         modes={
             mode: {
-                "logp_variance": interval(_column(f"var_logp_{mode}")),
-                "length_variance": interval(_column(f"var_len_{mode}")),
+                **{f"{what}_variance": _plain(means[what, mode]) for what in _SHORT},
                 "mean_logp": interval(_column(f"mean_logp_{mode}"), positive=False),
                 "mean_length": interval(_column(f"mean_len_{mode}")),
             }
@@ -256,7 +297,13 @@ def _entries(rows: Float[np.ndarray, "questions features"], definitions: Definit
         n_samples=0,
         truncated=0,
         dropped_prompts=0,
+        spreads={mode: {what: spread(what, mode) for what in _SHORT} for mode in MODES},
+        without_spread=without_spread,
     )
+
+
+def _plain(found: Interval) -> Interval:
+    return Interval(found.value, found.low, found.high)
 
 
 _BINS = 30
@@ -339,9 +386,12 @@ _TITLES = {
     "table4": "Table 4. Mean length ratio and NLL (nats per token)",
     "table5": "Table 5. Trace and answer within Thinking (nats per token)",
 }
+_VARIES = {"logp": "log p", "length": "length"}
 _LABELS = {
     "logp_variance_ratio": "Variance ratio (log p)",
+    "logp_geometric_ratio": "Ratio of geometric means (log p)",
     "length_variance_ratio": "Variance ratio (length)",
+    "length_geometric_ratio": "Ratio of geometric means (length)",
     "mean_length_ratio": "Mean length ratio",
     "nll_think": "NLL Think",
     "nll_no": "NLL No",
@@ -389,8 +439,8 @@ class VarianceReport(VarianceTables, Report):
         """Tables 3 to 5, and what their numbers are."""
         return Presentation(
             title="How much variance do traces add?",
-            findings=(self._finding(),),
-            tables=tuple(self._table(name) for name in _TITLES),
+            findings=(self._finding(), *self._typical()),
+            tables=(*(self._table(name) for name in _TITLES), *self._spread_table()),
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
@@ -405,11 +455,28 @@ class VarianceReport(VarianceTables, Report):
         if entry.value is None or entry.low is None or entry.high is None:
             return Finding("These responses do not say whether traces add variance.", "open")
         said = f"{_number(entry.value)} ({_number(entry.low)} to {_number(entry.high)})"
+        if entry.few:
+            return Finding(
+                f"Log p varies {said} times as much with a trace as without, but few questions rule that: n_eff is "
+                f"{entry.n_eff:.1f} of {self.n_prompts}.",
+                "open",
+            )
         if entry.low > 1:
             return Finding(f"Traces add variance: log p varies {said} times as much with a trace as without.", "holds")
         if entry.high < 1:
             return Finding(f"Traces add no variance here: log p varies {said} times as much with a trace.", "fails")
         return Finding(f"The variance ratio of log p, {said}, is not told apart from 1.", "open")
+
+    def _typical(self) -> tuple[Finding, ...]:
+        """What a trace does to a question's variance, whichever question it is."""
+        entry = self.table3.get("logp_geometric_ratio")
+        if entry is None or entry.value is None or entry.low is None or entry.high is None:
+            return ()
+        mark: Mark = "holds" if entry.low > 1 else "fails" if entry.high < 1 else "open"
+        said = f"{_number(entry.value)} ({_number(entry.low)} to {_number(entry.high)})"
+        return (
+            Finding(f"A typical question's log p varies {said} times as much with a trace (geometric means).", mark),
+        )
 
     def _table(self, name: str) -> ResultTable:
         published = self.published
@@ -418,13 +485,37 @@ class VarianceReport(VarianceTables, Report):
             head.append(f"Paper, {published['model']}")
         rows = []
         for entry, cell in getattr(self, name).items():
-            interval = "-" if cell.low is None else f"{_number(cell.low)} to {_number(cell.high)}"
-            row = [_LABELS[entry], _number(cell.value), interval]
+            few = isinstance(cell, TailInterval) and cell.few
+            row = [_LABELS[entry], _number(cell.value), _ends(cell) + (" (few)" if few else "")]
             if published:
                 printed = published[name].get(entry)
                 row.append("-" if printed is None else _number(printed))
             rows.append(tuple(row))
         return ResultTable(_TITLES[name], tuple(head), tuple(rows))
+
+    def _spread_table(self) -> tuple[ResultTable, ...]:
+        """Which questions rule the variances and their ratios."""
+        if not self.spreads:  # a report of before they were kept
+            return ()
+        head = ("", "Mean", f"{self.definitions.level:.0%} interval", "n_eff", "Top 5%", "Alike")
+        rows = []
+        for what, name in _VARIES.items():
+            for mode in MODES:
+                spread, mean = self.spreads[mode][what], self.modes[mode][f"{what}_variance"]
+                rows.append(
+                    (
+                        f"{name}, {MODE_NAMES[mode]}",
+                        _number(mean.value),
+                        _ends(mean),
+                        _few(spread),
+                        _percent(spread.top_share),
+                        _percent(spread.even_top_share),
+                    )
+                )
+            for kind, label in (("variance", "ratio"), ("geometric", "geometric")):
+                cell = self.table3[f"{what}_{kind}_ratio"]
+                rows.append((f"{name}, {label}", _number(cell.value), _ends(cell), _few(cell), "-", "-"))
+        return (ResultTable(f"How few of {self.n_prompts} questions rule the mean variances", head, tuple(rows)),)
 
     def _notes(self) -> list[str]:
         """What the numbers mean: every choice that Appendix B leaves open, as made in this run."""
@@ -443,8 +534,16 @@ class VarianceReport(VarianceTables, Report):
             f"are averaged over questions; NLL is {pooling} (`nll`).",
             "Log-probabilities are the policy's own at temperature 1, whatever the sampling temperature; a trace "
             "includes its closing tag, an answer its end-of-sequence token.",
-            f"Intervals: {definitions.level:.0%}, delete-one-question jackknife, paired over questions.",
+            f"Intervals: {definitions.level:.0%}, delete-one-question jackknife, paired over questions; of mean "
+            "variances and their ratio its hull with one that lets them have a log-normal tail over questions.",
         ]
+        if self.spreads:
+            lines.append(
+                "n_eff: effective number of questions behind an interval (few: so few that they rule it). Top 5%: "
+                "the share of the sum of variances that 5% of the questions hold; Alike: what they would hold if every "
+                "question had the same variance. The ratio of geometric means is a typical question's: no question "
+                "rules it."
+            )
         if self.sampling is not None:
             s = self.sampling
             lines.insert(
@@ -455,7 +554,46 @@ class VarianceReport(VarianceTables, Report):
         return lines
 
     def _cautions(self) -> list[str]:
-        return [caution for mode, lost in self.lost.items() for caution in lost.cautions(mode)]
+        cautions = [caution for mode, lost in self.lost.items() for caution in lost.cautions(mode)]
+        cautions += few_cautions(self.n_prompts, "questions")
+        ruled = [_LABELS[name] for name, cell in self.table3.items() if cell.few]
+        if ruled:
+            cautions.append(
+                f"Few questions rule {_listed(ruled)}: the estimate may change with the next questions, and its "
+                "interval rests on a log-normal tail that these do not confirm. Read the ratio of geometric means, or "
+                "give more `prompts`."
+            )
+        for what, count in self.without_spread.items():
+            if count:
+                cautions.append(
+                    f"The ratio of geometric means of {_VARIES[what]} leaves out {count} of {self.n_prompts} questions "
+                    "whose responses are all alike in some mode: read it as that of the others."
+                )
+        return cautions
+
+
+def _ends(cell: Interval) -> str:
+    if cell.value is None:
+        return "-"
+    if cell.low is None or cell.high is None:
+        return "not estimable"
+    return f"{_number(cell.low)} to {_number(cell.high)}"
+
+
+def _few(found: Spread | TailInterval) -> str:
+    """n_eff, marked where few questions rule."""
+    if found.n_eff is None:
+        return "-"
+    return f"{found.n_eff:.1f}" + (" (few)" if found.few else "")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _listed(names: list[str]) -> str:
+    lower = [name[0].lower() + name[1:] for name in names]
+    return lower[0] if len(lower) == 1 else f"{', '.join(lower[:-1])} and {lower[-1]}"
 
 
 def _number(value: float | None) -> str:
