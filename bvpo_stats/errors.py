@@ -7,7 +7,8 @@ import numbers
 import operator
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -24,6 +25,9 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
+
+wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
+"""How texts for people name settings: as fields between backticks, which the command line turns into its options."""
 
 _LONGEST = 2_000  # characters of a message; a name or value in it may be a whole file
 _NOT_PRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control and format characters, lone surrogates, line separators

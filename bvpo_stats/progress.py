@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from bvpo_stats.errors import wording
+
 Item = TypeVar("Item")
 
 _LINE_EVERY_SECONDS = 30.0
@@ -20,7 +22,7 @@ _LINES_APART_SECONDS = 5.0
 def say(line: str) -> None:
     """One line on stderr about what a run is going to do; of several processes, the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        print(wording.get()(line), file=sys.stderr, flush=True)
 
 
 def spoken_bytes(size: float) -> str:

@@ -206,15 +206,20 @@ class Truncation:
         """Share of the responses that never closed their trace."""
         return self.unclosed / max(1, self.responses)
 
-    def cautions(self, mode: Mode) -> list[str]:
-        """What a reader of a report should worry about, by cause."""
+    def cautions(self, mode: Mode, *, drawn_here: bool = False) -> list[str]:
+        """What a reader of a report should worry about, by cause.
+
+        Args:
+            mode: How they were sampled.
+            drawn_here: By the run that is reported, whose limit on new tokens may be raised.
+        """
         found = []
         if self.cut_share > MOST_LOST:
             found.append(
                 f"{self.cut_share:.1%} of the {mode} responses were cut at the token limit; what is left is a "
                 "selection of short ones"
                 + (", and of pairs made of it mu = E g_t does not hold" if mode == "thinking" else "")
-                + ". Raise `max_new_tokens`."
+                + f". {more_tokens(drawn_here)}"
             )
         if self.unclosed_share > MOST_LOST:
             found.append(
@@ -222,6 +227,11 @@ class Truncation:
                 "More tokens do not help: check `template`, and that the model was trained to close it."
             )
         return found
+
+
+def more_tokens(drawn_here: bool) -> str:
+    """What to do about responses that were cut, whether the run itself drew them or they came from elsewhere."""
+    return "Raise `max_new_tokens`." if drawn_here else "Sample again with a larger limit on new tokens."
 
 
 @dataclass(frozen=True)

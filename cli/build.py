@@ -15,10 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, wording
 from bvpo_stats.options import Group, Option, field_types, members
 
-_FIELD = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
+_FIELD = re.compile(
+    r"(?P<column>\b(?:[Ff]ield|[Cc]olumn)s? `\w+`(?:(?:, (?:and |or )?| and | or )`\w+`)*)"  # of a record, no setting
+    r"|`(?P<foreign>[a-z]\w*)` of `(?P<command>[a-z-]+)`"
+    r"|`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]*))?`"
+)
 
 
 @dataclass(frozen=True)
@@ -207,17 +211,21 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Runs the command."""
-        options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)}
+        options = {str(p.name): p.opts[0] for p in self.params if isinstance(p, TyperOption)} | dict(self.names)
+        before = wording.set(lambda message: in_options(message, options))
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise UserError(in_options(str(error), dict(self.names) | options)) from error
+            raise UserError(in_options(str(error), options)) from error
+        finally:
+            wording.reset(before)
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
     """Says a message about fields in options: ``limit=0`` between backticks becomes ``--limit 0``.
 
-    What is no field of the command stays as it is.
+    What is no field of the command stays as it is: fields of records ("field `temperature`") among them. A setting of
+    another command says whose it is.
 
     Args:
         message: Of a `UserError`.
@@ -226,10 +234,14 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     >>> in_options('`limit=0`: too few. Use `unmatched_prompts="drop"` or `verbose`.', {"limit": "--limit",
     ...     "unmatched_prompts": "--unmatched"})
     '--limit 0: too few. Use --unmatched drop or `verbose`.'
+    >>> in_options("field `limit` is null; raise `max_new_tokens` of `sample`", {"limit": "--limit"})
+    'field `limit` is null; raise --max-new-tokens of `bvpo-stats sample`'
     """
 
     def spoken(match: re.Match[str]) -> str:
-        name, value = match[1], match[2]
+        if match["foreign"]:
+            return f"--{match['foreign'].replace('_', '-')} of `bvpo-stats {match['command']}`"
+        name, value = match["name"], match["value"]
         if name not in options:
             return match[0]
         words = "" if value is None else _words(value)

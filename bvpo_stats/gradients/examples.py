@@ -188,8 +188,9 @@ def join(
 
     Raises:
         UserError: A set is empty; no prompt has pairs in both; a pair without a partner (``unmatched="error"``); all
-            examples are too long; a record without token ids; a pair whose two sides are the same; a trace whose prompt
-            or answer is not a pair's; a bank of other prompts. The record is named.
+            examples are too long; a record without token ids; a pair whose two sides are the same; pairs of one
+            example with different prompt ids (their text does not count); a trace whose prompt or answer is not a
+            pair's; a bank of other prompts. The record is named.
     """
     sets: dict[Mode, dict[str, list[PreferencePair]]] = {mode: {} for mode in MODES if mode in needs}
     check_choice("unmatched", unmatched, get_args(Unmatched))
@@ -245,6 +246,8 @@ def join(
         for i in range(counts[prompt]):
             trace_pair = thinking[prompt][i] if thinking else None
             empty_pair = empty[prompt][i] if empty else None
+            if trace_pair is not None and empty_pair is not None:
+                _check_one_prompt(trace_pair, empty_pair)
             examples.append(Example(prompt, trace_pair, empty_pair, i, tuple(owned[i]) if thinking else ()))
     fitting = [example for example in examples if max_length is None or example.longest <= max_length]
     if not fitting:
@@ -311,6 +314,29 @@ def _check_pair(pair: PreferencePair) -> None:
             f"The {pair.mode} pair of prompt {pair.prompt_id} has the same tokens as chosen and as rejected, so it "
             "prefers nothing and its gradient is 0. Leave it out."
         )
+
+
+def _check_one_prompt(trace: PreferencePair, empty: PreferencePair) -> None:
+    """Refuses an example whose two gradients would be of different conditional laws: pi(. | x) of one x is meant.
+
+    Token ids decide; the prompt's text is for people, and may have been rendered otherwise.
+    """
+    if trace.prompt_ids != empty.prompt_ids:
+        first = next(
+            (i for i, (a, b) in enumerate(zip(trace.prompt_ids, empty.prompt_ids, strict=False)) if a != b),
+            min(len(trace.prompt_ids), len(empty.prompt_ids)),
+        )
+        there, here = (repr(pair.prompt[:_SHOWN]) for pair in (trace, empty))
+        texts = f"D_t's is {there}, D_e's {here}" if there != here else "their texts begin alike"
+        raise UserError(
+            f"The D_t and the D_e pair of prompt {trace.prompt_id} have different prompts: `prompt_ids` of "
+            f"{len(trace.prompt_ids)} and {len(empty.prompt_ids)} tokens, which differ from token {first + 1} on "
+            f"({texts}). Give both the prompt of D_t: the tokens that close the empty trace belong to the completions "
+            "of D_e. If these are two questions, give them two ids."
+        )
+
+
+_SHOWN = 60  # characters of a prompt
 
 
 def _check_ids(record: str, name: str, ids: Sequence[int]) -> None:

@@ -65,6 +65,7 @@ def collate(
     *,
     pad_id: int = 0,
     max_positions: int | None = None,
+    positions_end: str = "",
     names: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Batch:
@@ -74,6 +75,7 @@ def collate(
         sequences: What to score, in the order of the rows.
         pad_id: Any word of the vocabulary; its value cannot change a result.
         max_positions: Longest sequence the model has positions for; None for no limit.
+        positions_end: Why they end there, for the error.
         names: How to name the records in errors; their index where not given.
         device: Where the tensors go.
 
@@ -83,7 +85,7 @@ def collate(
     if not sequences:
         raise UserError("There are no sequences to score; give at least one record.")
     for index, sequence in enumerate(sequences):
-        check_sequence(sequence, _name(index, names), max_positions)
+        check_sequence(sequence, _name(index, names), max_positions, positions_end)
     width = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
@@ -97,13 +99,16 @@ def collate(
     return Batch(input_ids, attention_mask, position_ids, completion_mask).to(device)
 
 
-def check_sequence(sequence: TokenSequence, name: str, max_positions: int | None = None) -> None:
+def check_sequence(
+    sequence: TokenSequence, name: str, max_positions: int | None = None, positions_end: str = ""
+) -> None:
     """Refuses what cannot be scored.
 
     Args:
         sequence: The sequence.
         name: How the error names it, e.g. ``record 3`` or ``pair p17 (chosen)``.
         max_positions: Longest sequence the model has positions for; None for no limit.
+        positions_end: Why they end there.
 
     Raises:
         UserError: Empty prompt, empty completion, or longer than the model's positions.
@@ -114,9 +119,9 @@ def check_sequence(sequence: TokenSequence, name: str, max_positions: int | None
         raise UserError(f"{name}: the prompt is empty, so its first token has no log-probability; add a BOS token.")
     if max_positions is not None and len(sequence) > max_positions:
         raise UserError(
-            f"{name}: {len(sequence)} tokens, but the model has positions for {max_positions} (with LongRoPE, up to "
-            "where its frequencies change); "
-            "drop the record or sample with a smaller limit on new tokens."
+            f"{name}: {len(sequence)} tokens, but the model has positions for {max_positions}"
+            f"{f' ({positions_end})' if positions_end else ''}; leave the record out, or sample with a smaller limit "
+            "on new tokens."
         )
 
 

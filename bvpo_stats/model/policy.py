@@ -79,7 +79,15 @@ class Policy:
         its longest sequence, so that beyond it log pi of a sequence would depend on its neighbours, and on whether it
         was generated or read.
         """
-        config = self.model.config
+        return self._positions()[0]
+
+    @property
+    def positions_end(self) -> str:
+        """Why the positions end where they do, for messages."""
+        return self._positions()[1]
+
+    def _positions(self) -> tuple[int | None, str]:
+        config, why = self.model.config, "max_position_embeddings of its config.json"
         most = getattr(config, "max_position_embeddings", None)
         ropes = getattr(config, "rope_parameters", None) or {}
         nested = [value for value in ropes.values() if isinstance(value, dict)]  # one for each kind of layer
@@ -87,9 +95,9 @@ class Policy:
             original = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-            if rope.get("rope_type") in ("longrope", "dynamic") and original:
-                most = original if most is None else min(most, original)
-        return most
+            if rope.get("rope_type") in ("longrope", "dynamic") and original and (most is None or original < most):
+                most, why = original, f"where the frequencies of its {rope['rope_type']} positions change"
+        return most, why
 
     @property
     def has_adapter(self) -> bool:
@@ -137,8 +145,8 @@ def load_policy(
     """A policy, from safetensors weights or around a model that is loaded already.
 
     Args:
-        model: ``embedded``, a folder, a hub id; a transformers causal LM, wrapped by PEFT or not, whose name then
-            stands for its identity; or all of this as `PolicyOptions`, which leave ``lora`` alone to be said here.
+        model: ``embedded``, a folder, a hub id; a transformers causal LM, wrapped by PEFT or not, which goes by its
+            content (`loaded_identity`); or all of this as `PolicyOptions`, which leave ``lora`` alone to be said here.
         tokenizer: The fast tokenizer of a loaded model.
         lora: A new LoRA adapter on top: its rank, or `LoraOptions`; None for none.
         adapter: Folder or hub id of a PEFT adapter.
@@ -290,7 +298,7 @@ def _wrap(
         check_adapter_config(config, "The model's adapter")
     eos_ids = _eos_ids(model, tokenizer)
     model.generation_config = GenerationConfig()
-    identity = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    identity = loaded_identity(model, tokenizer)
     protocol = find_template(tokenizer, name=template, empty_trace=empty_trace)
     embeddings: Any = model.get_input_embeddings()
     words = int(embeddings.weight.shape[0])
@@ -305,7 +313,11 @@ def with_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy
     """
     _check_tokenizer(tokenizer)
     template = replace(find_template(tokenizer), words=policy.template.words, eos_ids=policy.eos_ids)
-    return replace(policy, tokenizer=tokenizer, template=template)
+    name, at, content = policy.identity.partition("@")
+    if _tokenizer_content(tokenizer) != _tokenizer_content(policy.tokenizer):
+        both = json.dumps([content, _tokenizer_content(tokenizer)]).encode()
+        content = f"{hashlib.sha256(both).hexdigest()[:12]}{content[12:]}"
+    return replace(policy, tokenizer=tokenizer, template=template, identity=f"{name}{at}{content}")
 
 
 def _check_tokenizer(tokenizer: object) -> None:
@@ -495,6 +507,107 @@ def content_identity(name: str, source: str, model: PreTrainedModel | None) -> s
         digests = pool.map(_file_digest, files)
         found = "".join(f"{file.relative_to(folder)}:{digest}\n" for file, digest in zip(files, digests, strict=True))
     return f"{short}@{hashlib.sha256(found.encode()).hexdigest()[:12]}"
+
+
+def loaded_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name and fingerprint of a model in memory.
+
+    That of the folder it was loaded from, where the folder still holds these very weights and this tokenizer: records
+    and runs then know it for the same model. Otherwise over weights, configuration, tokenizer and template as they are
+    in memory. An adapter that has moved the policy stands behind it, by its own weights.
+
+    Args:
+        model: The causal LM, wrapped by PEFT or not.
+        tokenizer: Its tokenizer.
+    """
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in causal_lm_of(model).state_dict().items()}
+    adapter = {name: tensor for name, tensor in weights.items() if _ADAPTED.search(name)}
+    own = {name: tensor for name, tensor in weights.items() if name not in adapter}
+    source = str(getattr(model.config, "name_or_path", "") or "")
+    if any(t.device.type == "meta" or hasattr(t, "full_tensor") or not t.numel() for t in own.values()):
+        return source or type(model).__name__  # sharded, or not there yet: the name must do
+    folder = _folder_behind(source, model)
+    if folder is not None and _holds(folder, own, tokenizer):
+        name = EMBEDDED if folder.resolve() == Path(embedded_model_path()).resolve() else source
+        identity = content_identity(name, source, model)
+    else:
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_CONTENT and not k.startswith("_")}
+        content = json.dumps(
+            [settings, _tokenizer_content(tokenizer), _tensor_digests(own)], sort_keys=True, default=str
+        )
+        name = re.sub("[@+]", "-", Path(source).name or type(causal_lm_of(model)).__name__)
+        identity = f"{name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    if not any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_A" not in name and tensor.numel()):
+        return identity  # no adapter, or one that has not moved
+    moved = hashlib.sha256(json.dumps(_tensor_digests(adapter), sort_keys=True).encode()).hexdigest()
+    return f"{identity}+adapter@{moved[:12]}"
+
+
+_ADAPTED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save|original_module|token_adapter|trainable_tokens\w*)(?:\.|$)")
+_NOT_CONTENT = ("name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+def _folder_behind(source: str, model: PreTrainedModel) -> Path | None:
+    """Where the files of a loaded model are: its folder, or its hub's cache; None where they are not here."""
+    from transformers.utils.hub import cached_file
+
+    if source and Path(source).is_dir():
+        return Path(source)
+    commit = getattr(model.config, "_commit_hash", None)
+    if not source or commit is None:
+        return None
+    try:
+        found = cached_file(source, "config.json", revision=commit, local_files_only=True)
+    except OSError:
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _holds(folder: Path, weights: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a folder's weights and tokenizer are those in memory (in the dtype that is in memory)."""
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    missing = set(weights)
+    places: dict[int, set[str]] = {}  # tied weights are stored once
+    for name, tensor in weights.items():
+        places.setdefault(tensor.data_ptr(), set()).add(name)
+    try:
+        with quiet_transformers():
+            stored = AutoTokenizer.from_pretrained(str(folder))
+        if _tokenizer_content(stored) != _tokenizer_content(tokenizer):
+            return False
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (no dictionary)
+                    if name not in weights:
+                        return False
+                    here, there = weights[name].detach().cpu(), handle.get_tensor(name)
+                    if here.shape != there.shape or not torch.equal(here, there.to(here.dtype)):
+                        return False
+                    missing -= places[weights[name].data_ptr()]
+    except Exception:  # whatever is wrong with a folder, what is in memory is not what it holds
+        return False
+    return not missing
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return [words, special, str(tokenizer.chat_template)]
+
+
+def _tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Of each tensor, dtype, shape and the SHA-256 of its bytes."""
+
+    def digest(tensor: torch.Tensor) -> str:
+        values = tensor.detach().cpu().contiguous()
+        raw = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
+        return f"{values.dtype} {tuple(values.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
 def _file_digest(file: Path) -> str:

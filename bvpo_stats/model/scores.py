@@ -185,7 +185,12 @@ def _is_reentrant(module: Any) -> bool:
 def batch_of(policy: Policy, sequences: Sequence[TokenSequence], names: Sequence[str]) -> Batch:
     """Sequences as one padded batch of the policy's."""
     return collate(
-        sequences, pad_id=policy.pad_id, max_positions=policy.max_positions, names=names, device=policy.device
+        sequences,
+        pad_id=policy.pad_id,
+        max_positions=policy.max_positions,
+        positions_end=policy.positions_end,
+        names=names,
+        device=policy.device,
     )
 
 

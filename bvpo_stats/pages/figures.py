@@ -9,7 +9,7 @@ from pathlib import Path
 from bvpo_stats.errors import UserError
 from bvpo_stats.pages.runs import KINDS, Run, find_runs
 from bvpo_stats.progress import progress
-from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.jsonl import write_sealed
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 
 
@@ -65,7 +65,7 @@ def draw_all(sources: Sequence[Path], output: Path) -> list[Drawn]:
             _check_same_study(run, folder)
             made = draw_figures(run, folder)
             if made.figures and run.report is not None and sources:
-                write_atomic(folder / REPORT_FILE, to_json({"study": run.study, **run.report}))
+                write_sealed(folder / REPORT_FILE, to_json({"study": run.study, **run.report}))
             drawn.append(made)
             advance(1)
     return drawn

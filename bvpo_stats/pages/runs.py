@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.store.jsonl import altered_words, is_altered
 from bvpo_stats.store.run_folder import RUN_FILE
 from bvpo_stats.studies.base import REPORT_FILE, Report
 
@@ -116,9 +117,11 @@ def _read_object(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """(content, problem): neither where there is no such file."""
     if not path.exists():
         return None, None
+    if is_altered(path):
+        return None, altered_words(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"{path.name} cannot be read ({error}). Run the command again to have it rewritten."
     if not isinstance(content, dict):
         return None, f"{path.name} holds no JSON object. Run the command again to have it rewritten."

@@ -312,6 +312,36 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise write_error(path, error) from error
 
 
+def write_sealed(path: Path, data: str) -> None:
+    """As `write_atomic`, with a checksum in a hidden file beside it, so that a change is noticed (`is_altered`).
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    write_atomic(_seal(path), hashlib.sha256(data.encode()).hexdigest() + "\n")
+    write_atomic(path, data)
+
+
+def is_altered(path: Path) -> bool:
+    """Whether a file is not as `write_sealed` wrote it; one without a checksum is somebody else's, and is not."""
+    try:
+        return _seal(path).read_text(encoding="ascii").strip() != sha256_of(path)
+    except (OSError, ValueError):
+        return False
+
+
+def altered_words(path: Path) -> str:
+    """What to tell a user about a file that `is_altered`."""
+    return (
+        f"{path} is not as it was written (its checksum differs). Run the same command again to have it rewritten; if "
+        f"you changed it on purpose, delete {_seal(path)}."
+    )
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
+
+
 def write_error(path: Path, error: OSError) -> UserError:
     """What to tell a user about a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from html import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from bvpo_stats.errors import UserError, one_line
-from bvpo_stats.store.jsonl import write_atomic, writing
+from bvpo_stats.errors import UserError, one_line, wording
+from bvpo_stats.store.jsonl import write_atomic, write_sealed, writing
 
 ReportT = TypeVar("ReportT", bound="Report")
 
@@ -86,6 +86,13 @@ class Presentation:
     tables: tuple[ResultTable, ...] = ()
     notes: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        spoken = wording.get()
+        findings = tuple(replace(finding, sentence=spoken(finding.sentence)) for finding in self.findings)
+        object.__setattr__(self, "findings", findings)
+        for name in ("notes", "cautions"):
+            object.__setattr__(self, name, tuple(map(spoken, getattr(self, name))))
 
     def lines(self) -> list[str]:
         """Notes and cautions, the latter marked as such."""
@@ -275,7 +282,7 @@ class Report:
         with writing(folder / "figures"):
             figures = self.figures(folder / "figures")
         write_atomic(folder / "report.md", self.markdown(figures))
-        write_atomic(folder / REPORT_FILE, self.to_json())
+        write_sealed(folder / REPORT_FILE, self.to_json())
 
     def __str__(self) -> str:
         return self.present().text()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bvpo_stats.cli.build import in_options
 
 import bvpo_stats
+from bvpo_stats.studies.sample.report import SampleReport
 from tests.cli.running import failed_politely, run
 
 OPTIONS = {
@@ -35,6 +37,7 @@ OPTIONS = {
         ('`sources=("anchor", "mh")`', "--sources anchor,mh"),
         ('`empty_trace="<think></think>"`', "--empty-trace '<think></think>'"),
         ("`timeout=inf`: finite.", "--timeout inf: finite."),
+        ("Raise `moves` of `traces`.", "Raise --moves of `bvpo-stats traces`."),
     ],
 )
 def test_fields_become_options(message: str, spoken: str) -> None:
@@ -43,7 +46,16 @@ def test_fields_become_options(message: str, spoken: str) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    ["`prompt_id` is missing.", "`samples=3` is of another command.", "run `bvpo-stats sample` first", "limit=0", ""],
+    [
+        "a.jsonl:3: field `limit` must be a text",
+        "give the fields `limit`, `level` and `sources` (0 for none)",
+        "no column `limit`",
+        "`prompt_id` is missing.",
+        "`samples=3` is of another command.",
+        "run `bvpo-stats sample` first",
+        "limit=0",
+        "",
+    ],
 )
 def test_what_is_no_field_of_the_command_stays(message: str) -> None:
     assert in_options(message, OPTIONS) == message
@@ -53,6 +65,19 @@ def test_an_error_of_a_run_names_the_option(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.write_text("")
     failed_politely(run("variance", "--limit", "0", "--output", folder), "--limit 0")
+
+
+def test_reports_name_options_on_the_command_line_and_fields_elsewhere(tmp_path: Path) -> None:
+    options = ("--limit", 1, "--samples", 2, "--mode", "thinking", "--max-new-tokens", 3)
+    done = run("sample", *options, "--output", tmp_path / "s")
+    assert "100.0% of the thinking responses were cut at the token limit" in done.stdout
+    assert "Raise --max-new-tokens." in done.stdout
+    assert "Raise --max-new-tokens." in (tmp_path / "s" / "report.md").read_text()
+    report = SampleReport.from_json((tmp_path / "s" / "report.json").read_text())
+    assert "Raise `max_new_tokens`." in str(report)
+    assert "Sample again with a larger limit on new tokens." in str(replace(report, engine="file"))
+    done = run("pairs", "--samples", tmp_path / "s", "--reward", "embedded", "--output", tmp_path / "p")
+    assert "Sample again with a larger limit on new tokens." in done.stdout  # `pairs` draws nothing
 
 
 def test_no_message_of_the_package_names_an_option() -> None:

@@ -43,6 +43,16 @@ def test_several_pairs_of_a_prompt_are_paired_in_order(plain):
         }
 
 
+def test_both_pairs_of_an_example_have_one_prompt(plain):
+    trace_pairs, empty_pairs = split(plain)
+    odd = replace(empty_pairs[1], prompt_ids=(*empty_pairs[1].prompt_ids[:-1], 3, 3))
+    with pytest.raises(UserError, match=rf"pair of prompt {odd.prompt_id} have different prompts: .*from token \d+ on"):
+        join([*trace_pairs, empty_pairs[0], odd, *empty_pairs[2:]])
+    reworded = [replace(pair, prompt="the same ids, shown otherwise") for pair in empty_pairs]  # ids decide
+    assert join([*trace_pairs, *reworded]).prompts == join(plain.pairs).prompts
+    assert len(join([odd], needs=["nothinking"]).examples) == 1  # nothing to compare it with
+
+
 def test_limit_and_longest_sequence(plain):
     assert [e.prompt_id for e in join(plain.pairs, limit=2).examples] == [p.prompt_id for p in plain.trace_pairs[:2]]
     lengths = sorted(example.longest for example in join(plain.pairs).examples)

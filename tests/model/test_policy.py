@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import TokenSequence
 from bvpo_stats.model.options import PolicyOptions
-from bvpo_stats.model.policy import Policy, content_identity, load_policy, load_template, model_source, with_lora
+from bvpo_stats.model.policy import (
+    Policy,
+    content_identity,
+    load_policy,
+    load_template,
+    loaded_identity,
+    model_source,
+    with_lora,
+    with_tokenizer,
+)
 from bvpo_stats.model.scores import completion_logprobs
 from bvpo_stats.model.subset import LoraOptions, lora_subset
 from bvpo_stats.records import content_of
@@ -65,7 +74,7 @@ def test_one_call_loads_names_options_and_models(random_model: Path) -> None:
     by_options = load_policy(PolicyOptions(str(random_model), dtype="float64", device="cpu"), lora=LoraOptions(r=2))
     model, tokenizer = (kind.from_pretrained(random_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     around = load_policy(model, tokenizer, lora=2, dtype="float64")
-    assert by_name.identity == by_options.identity
+    assert by_name.identity == by_options.identity == around.identity
     assert {p.model.dtype for p in (by_name, by_options, around)} == {torch.float64}
     assert len({lora_subset(p.model).size for p in (by_name, by_options, around)}) == 1
     assert logp(by_name) == pytest.approx(logp(around), rel=1e-12) == logp(by_options)
@@ -256,3 +265,37 @@ def test_an_adapter_is_its_content_wherever_its_base_lies(random_model: Path, tm
     settings["lora_alpha"] += 1
     (tmp_path / "two" / "adapter_config.json").write_text(json.dumps(settings))
     assert content_of(content_identity("two", str(tmp_path / "two"), None)) != one
+
+
+def test_a_model_in_memory_goes_by_its_content(random_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(random_model, tmp_path / "moved")
+
+    def loaded(folder: Path) -> tuple[Any, Any]:
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    known = content_of(load_policy(str(random_model), device="cpu").identity)
+    model, tokenizer = loaded(tmp_path / "moved")
+    assert content_of(load_policy(model, tokenizer).identity) == known
+    half = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.bfloat16)
+    assert content_of(load_policy(half, tokenizer).identity) == known  # the dtype stands beside the identity
+    tuned = with_lora(load_policy(model, tokenizer), LoraOptions(r=2))
+    assert content_of(loaded_identity(tuned.model, tokenizer)) == known  # B = 0
+    with torch.no_grad():
+        for name, weight in tuned.model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.01)
+    assert content_of(loaded_identity(tuned.model, tokenizer)).startswith(f"{known}+")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 0] += 0.5
+    changed = content_of(load_policy(model, tokenizer).identity)
+    again, _ = loaded(random_model)
+    with torch.no_grad():
+        again.get_input_embeddings().weight[5, 0] += 0.5
+    again.config._name_or_path = again.config.name_or_path = "elsewhere"
+    assert content_of(load_policy(again, tokenizer).identity) == changed != known  # whatever it is called
+    tokenizer.chat_template += " "
+    again, _ = loaded(random_model)
+    assert content_of(load_policy(again, tokenizer).identity) not in (known, changed)
+    assert content_of(with_tokenizer(load_policy(str(random_model), device="cpu"), tokenizer).identity) != known

@@ -61,7 +61,7 @@ def test_a_model_that_depends_on_its_batch_is_refused(
     zoo.build("phi3_longrope", tmp_path)
     policy = load_policy(str(tmp_path), device="cpu")
     short, long = TokenSequence((5, 6, 7), (8, 9, 3)), TokenSequence((5, 6, 7), tuple(range(10, 70)))
-    with pytest.raises(UserError, match=r"b: 63 tokens, .* positions for 40 \(with LongRoPE"):
+    with pytest.raises(UserError, match=r"b: 63 tokens, .* for 40 \(where the frequencies of its longrope"):
         completion_logprobs(policy, [short, long], ["a", "b"])
     monkeypatch.setattr(Policy, "max_positions", 512)
     with pytest.raises(UserError, match="Phi3ForCausalLM gives a sequence of 6 tokens other log-probabilities beside"):

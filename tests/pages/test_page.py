@@ -14,6 +14,7 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.pages.page import write_page
+from bvpo_stats.store.jsonl import write_sealed
 from tests.cli.running import failed_politely, run
 
 FIGURES = Path(__file__).parents[2] / "figures"
@@ -167,3 +168,15 @@ def test_another_file_is_not_written_over(tmp_path: Path) -> None:
     assert data.read_text() == '{"prompt_id": "p"}\n'
     page = write_page(tmp_path, tmp_path / "page.html")
     assert write_page(tmp_path, page) == page  # a page of an earlier call
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "report.json"
+    path.parent.mkdir()
+    write_sealed(path, (FIGURES / "variance" / "report.json").read_text())
+    assert "not as it was written" not in write_page(tmp_path).read_text()
+    path.write_text(path.read_text().replace('"n_samples": ', '"n_samples": 1', 1))
+    assert "report.json is not as it was written (its checksum differs)." in write_page(tmp_path).read_text()
+    assert "not as it was written" in run("figures", tmp_path, "--output", tmp_path / "f").stdout
+    (path.parent / ".report.json.sha256").unlink()  # changed on purpose
+    assert "not as it was written" not in write_page(tmp_path).read_text()

@@ -199,7 +199,12 @@ def test_many_cut_responses_are_warned_of(problems: str, tmp_path: Path) -> None
     base = write_responses(tmp_path / "base.jsonl", {"p0": ["17", None], "p1": [None, None], "p2": ["3", "3"]})
     report = run(settings(problems, base), tmp_path / "run")
     assert report.scores["base"]["thinking"]["problems"].value == pytest.approx(0.5)
-    assert any("50% of the responses" in line and "were cut" in line for line in report.present().lines())
+    cautions = " ".join(report.present().cautions)
+    assert "50.0% of the responses of base" in cautions
+    assert "were cut at the token limit and count as wrong" in cautions
+    assert "Sample again with a larger limit on new tokens." in cautions  # they come from a file
+    drawn = replace(report, sampling={"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0})
+    assert "Raise `max_new_tokens`." in " ".join(drawn.present().cautions)
 
 
 def test_the_papers_rows_stand_beside_its_models(problems: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.pages.runs import find_runs
 from bvpo_stats.store.run_folder import SEAL
 from bvpo_stats.studies.train.run import run_train
 from bvpo_stats.training import trainer as module
@@ -215,6 +216,24 @@ def test_a_damaged_model_of_a_finished_run_is_written_again(
     flip(run / "model" / WEIGHTS)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match=r"is damaged .* no checkpoint to write it again"):
+        run_train(run_config(random_model, pairs, **SHORT), run)
+
+
+def test_a_changed_report_of_a_finished_run_is_noticed(
+    random_model: Path, pairs: Path, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short, run)
+    report = (run / "report.json").read_text()
+    for kept in (True, False):
+        (run / "report.json").write_text(report.replace('"steps": 4', '"steps": 5'))
+        assert find_runs(run)[0].report is None
+        if kept:
+            run_train(run_config(random_model, pairs, **SHORT), run)
+            assert same(run, short)
+            assert "report.json is not as it was written (its checksum differs); it is made" in capsys.readouterr().err
+            shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"report\.json is not as it was written .* no checkpoint to make it again"):
         run_train(run_config(random_model, pairs, **SHORT), run)
 
 

@@ -588,7 +588,7 @@ def bank_warnings(joined: Joined, choice: MarginalChoice, diagnostics: Sequence[
     if choice.estimable and choice.method != "reference-point" and lost > MOST_LOST:
         found.append(
             f"{lost:.1%} of the responses behind D_t were cut or never closed their trace. mu is that of the responses "
-            "that fit under the limit, as the traces of the bank do; raise `max_new_tokens` in sampling."
+            "that fit under the limit, as the traces of the bank do; raise `max_new_tokens` of `sample`."
         )
     if joined.repeated:
         found.append(f"{joined.repeated} records of the trace bank repeat others, number included; counted once.")
@@ -597,7 +597,7 @@ def bank_warnings(joined: Joined, choice: MarginalChoice, diagnostics: Sequence[
     if several and copies > _MANY_COPIES * len(several):
         found.append(
             f"Behind {copies} of {len(several)} answers all traces are one and the same: the bank has not seen their "
-            "posterior move. Make it with more moves (`mh_moves`)."
+            "posterior move. Make it with more moves: `mh_moves` of `traces`."
         )
     return tuple(found)
 

@@ -408,7 +408,7 @@ class _Responses:
         return ResponseCounts(
             responses=len(found),
             truncated=sum(c.finish_reason == "length" for c in found),
-            unclosed=len(found) - len(closed),
+            unclosed=sum(c.finish_reason != "length" for c in found if c.answer_start is None),
             empty=sum(not c.answer for c in closed),
             timeouts=0,
             missing=len(self.completions) - len(found),

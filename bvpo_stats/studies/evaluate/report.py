@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
+from bvpo_stats.records import MOST_LOST, more_tokens
 from bvpo_stats.statistics.proportions import (
     Interval,
     average_interval,
@@ -25,7 +26,6 @@ _COUNTS = {"responses": "Responses", "truncated": "Cut", "unclosed": "Unclosed",
            "timeouts": "Timeouts", "missing": "Missing", "solved": "Solved"}  # fmt: skip
 _ALWAYS = ("responses", "truncated")
 _DASH = "-"
-_MANY_CUT = 0.1
 Scores = dict[str, dict[str, dict[str, Interval]]]
 """By label of the model, mode and name of the column."""
 
@@ -342,9 +342,25 @@ class EvaluationReport(TaskResults, Report):
             if preset is not None and facts.problems + facts.duplicates < preset.size:
                 yield f"{facts.name} has {preset.size} problems, {facts.problems} were evaluated."
         for where, counts in self._each_count():
-            cut = counts.truncated / counts.responses if counts.responses else 0.0
-            if cut > _MANY_CUT:
-                yield f"{cut:.0%} of the responses of {where} were cut. Raise `max_new_tokens`."
+            cut, unclosed = (
+                count / counts.responses if counts.responses else 0.0 for count in (counts.truncated, counts.unclosed)
+            )
+            if cut > MOST_LOST:
+                fate = (
+                    "count as wrong, whatever they would have become"
+                    if self.task == "math"
+                    else "are judged by what is left of them: nothing, where the trace was cut"
+                )
+                yield (
+                    f"{cut:.1%} of the responses of {where} were cut at the token limit and {fate}. "
+                    f"{more_tokens(self.sampling is not None)}"
+                )
+            if unclosed > MOST_LOST:
+                yield (
+                    f"{unclosed:.1%} of the responses of {where} ended by themselves without closing their trace, so "
+                    "that they have no answer. More tokens do not help: check `template`, and that the model was "
+                    "trained to close it."
+                )
             if counts.missing:
                 yield f"{counts.missing} responses of {where} are missing; they count neither way."
             if counts.timeouts:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.sample import ModeSummary, SamplingTally
-from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.jsonl import write_atomic, write_sealed
 from bvpo_stats.store.run_folder import parse_shard
 from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report, ResultTable
 
@@ -70,7 +70,7 @@ class SampleReport(Report):
         """Writes ``report.md`` and ``report.json``; a shard's carry its number."""
         shard = parse_shard(self.shard)
         write_atomic(shard.file(folder, "report.md"), self.markdown())
-        write_atomic(shard.file(folder, REPORT_FILE), self.to_json())
+        write_sealed(shard.file(folder, REPORT_FILE), self.to_json())
 
     def _notes(self) -> list[str]:
         lines = [f"Model {self.model}, template {self.template}, engine {self.engine}."]
@@ -99,7 +99,7 @@ class SampleReport(Report):
         """What a reader should worry about."""
         lines = []
         for name, mode in self.modes.items():
-            lines += mode.truncation.cautions(name)
+            lines += mode.truncation.cautions(name, drawn_here=self.engine != "file")
         if sum(self.set_aside.values()) > sum(mode.responses for mode in self.modes.values()):
             hint = " Is `model` the model that the server serves?" if self.engine == "openai" else ""
             lines.append(f"More was set aside than kept.{hint}")

@@ -18,7 +18,7 @@ from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import load_policy, load_template, on_own_device, pick_device, with_lora
 from bvpo_stats.progress import progress, say, spoken_bytes
-from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.jsonl import is_altered, write_atomic
 from bvpo_stats.store.run_folder import Shard, check_room, folder_damage, open_run, seal_folder
 from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
@@ -120,6 +120,14 @@ def _finished_report(folder: Path) -> TrainReport | None:
     if not path.is_file():
         return None
     problem = folder_damage(model) if model.is_dir() else None
+    if is_altered(path):
+        if last_checkpoint(folder / _CHECKPOINTS) is None:
+            raise UserError(
+                f"{path} is not as it was written (its checksum differs), and there is no checkpoint to make it again "
+                "from. Put the file back, or delete it to train anew."
+            )
+        say(f"{path} is not as it was written (its checksum differs); it is made again from the last checkpoint.")
+        return None
     if problem is None:
         return TrainReport.from_json(path.read_text(encoding="utf-8"))
     if last_checkpoint(folder / _CHECKPOINTS) is None:

@@ -218,7 +218,7 @@ def variance_tables(samples: Iterable[ScoredSample], definitions: Definitions | 
     if not usable:
         raise UserError(
             f"No question has at least 2 complete responses in both modes ({truncated} truncated or unclosed responses "
-            "were set aside). Draw more `samples`, or raise `max_new_tokens` if they were cut."
+            "were set aside). Draw more responses a question, or with a larger limit on new tokens if they were cut."
         )
     rows = np.stack([question_features(g["thinking"], g["nothinking"], definitions.ddof) for g in usable.values()])
     tables = _entries(rows, definitions)
@@ -554,7 +554,8 @@ class VarianceReport(VarianceTables, Report):
         return lines
 
     def _cautions(self) -> list[str]:
-        cautions = [caution for mode, lost in self.lost.items() for caution in lost.cautions(mode)]
+        here = self.sampling is not None
+        cautions = [c for mode, lost in self.lost.items() for c in lost.cautions(mode, drawn_here=here)]
         cautions += few_cautions(self.n_prompts, "questions")
         ruled = [_LABELS[name] for name, cell in self.table3.items() if cell.few]
         if ruled:

@@ -163,7 +163,8 @@ def _analyse(config: VarianceConfig, completions: list[Completion], logprobs_pat
     try:
         tables = variance_tables(samples, config.definitions)
     except UserError as error:
-        causes = (caution for mode, found in lost.items() for caution in found.cautions(mode))
+        here = not config.samples_from
+        causes = (caution for mode, found in lost.items() for caution in found.cautions(mode, drawn_here=here))
         raise UserError(" ".join((str(error), *causes))) from error
     name = published_name(config.policy.model)
     return VarianceReport(
