@@ -386,7 +386,8 @@ class LayerAlphas:
         alphas: Block name to weight with interval.
         weights: Block name to ``A_l``, the curvature of its error parabola (its say in the global alpha).
         gain: ``sum_l A_l (alpha_l - alpha)^2 = sum_l B_l^2 / A_l - B^2 / A``, the error saved by unclipped per-layer
-            weights, freed of its bias of order 1/N by the jackknife; None where some A_l is not positive.
+            weights, freed of its bias of order 1/N by the jackknife; None where some A_l is not positive. It cannot be
+            negative, but its estimate can; then the interval reaches below zero, so that it holds the estimate.
     """
 
     alphas: dict[str, AlphaInterval]
@@ -414,7 +415,7 @@ def layer_alphas(
         saved = (B[:, live] ** 2 / A[:, live]).sum(axis=1) - B.sum(axis=1) ** 2 / A.sum(axis=1)
         value, error = jackknife_corrected(saved, summary.group_sizes)
         half = t_quantile(level, summary.n_groups) * error
-        gain = SimpleInterval(value, error, np.maximum(value - half, 0.0), np.maximum(value + half, 0.0), level)
+        gain = SimpleInterval(value, error, value - half, value + half, level)
     return LayerAlphas(alphas, {name: float(A[0, k]) for k, name in enumerate(summary.blocks)}, gain)
 
 

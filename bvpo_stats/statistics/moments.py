@@ -317,6 +317,7 @@ class GroupMoments:
         within: ``[L, p, p]``, ``sum_c (S_a^c - n_c mean_a) . (S_b^c - n_c mean_b)``.
         trace_draws: Examples with a second trace draw, and ``[L]`` sum of ``norm(t1 - t2)^2 / 2``.
         repeats: Prompts with two pairs or more, and ``[L, p, p]`` sum of their own unbiased covariances.
+        drawn_prompts: Prompts with a second trace draw.
     """
 
     size: float
@@ -328,10 +329,11 @@ class GroupMoments:
     within: Array
     trace_draws: tuple[float, Array]
     repeats: tuple[float, Array]
+    drawn_prompts: float = 0.0
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays, exact."""
-        counts = [self.size, self.squares, self.prompts, self.trace_draws[0], self.repeats[0]]
+        counts = [self.size, self.squares, self.prompts, self.trace_draws[0], self.repeats[0], self.drawn_prompts]
         arrays: dict[str, NDArray[Any]] = {
             "counts": np.array(counts, dtype=np.float64),
             "scatter": self.scatter,
@@ -345,7 +347,7 @@ class GroupMoments:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], blocks: int) -> GroupMoments:
         """Read what `to_arrays` wrote for that number of parameter blocks."""
-        size, squares, prompts, draws, repeats = (float(x) for x in arrays["counts"])
+        size, squares, prompts, draws, repeats, drawn_prompts = (float(x) for x in arrays["counts"])
         return cls(
             size=size,
             squares=squares,
@@ -356,6 +358,7 @@ class GroupMoments:
             within=arrays["within"],
             trace_draws=(draws, arrays["trace_draws"]),
             repeats=(repeats, arrays["repeats"]),
+            drawn_prompts=drawn_prompts,
         )
 
 
@@ -409,6 +412,7 @@ def merge_groups(first: GroupMoments | None, second: GroupMoments) -> GroupMomen
         within=within,
         trace_draws=(first.trace_draws[0] + second.trace_draws[0], first.trace_draws[1] + second.trace_draws[1]),
         repeats=(first.repeats[0] + second.repeats[0], first.repeats[1] + second.repeats[1]),
+        drawn_prompts=first.drawn_prompts + second.drawn_prompts,
     )
 
 
@@ -434,6 +438,7 @@ def prompt_moments(vectors: Sequence[Sequence[NDArray[Any]]], halved: Array | No
         within=np.zeros_like(scatter),
         trace_draws=(0.0, np.zeros(len(blocks))) if halved is None else (float(n), halved.sum(axis=0)),
         repeats=(1.0, scatter / (n - 1)),
+        drawn_prompts=float(halved is not None),
     )
 
 
@@ -477,6 +482,7 @@ def add_singles(
         within=within,
         trace_draws=(group.trace_draws[0] + draws[0], group.trace_draws[1] + draws[1]),
         repeats=group.repeats,
+        drawn_prompts=group.drawn_prompts + draws[0],
     )
 
 
@@ -539,6 +545,11 @@ class Moments:
     def n_second_draws(self) -> int:
         """Examples seen with a second trace draw."""
         return round(sum(g.trace_draws[0] for g in self.groups.values()))
+
+    @property
+    def n_drawn_prompts(self) -> int:
+        """Prompts seen with a second trace draw."""
+        return round(sum(g.drawn_prompts for g in self.groups.values()))
 
     @property
     def nbytes(self) -> int:

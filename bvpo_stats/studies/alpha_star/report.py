@@ -38,7 +38,7 @@ from bvpo_stats.statistics.intervals import (
 )
 from bvpo_stats.statistics.moments import Array, MomentSummary
 from bvpo_stats.statistics.proportions import Interval
-from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, number
+from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, few_cautions, number
 
 PAPER_ALPHA = 0.5
 _PARABOLA_POINTS = 41
@@ -58,6 +58,8 @@ _VARIANCES = {
     "empty": "tr Sigma_e",
     "cross": "tr Sigma_te",
 }
+_NO_INTERVAL = "not estimable"
+_AT_REFERENCE = "an identity here: b_t = 0"
 Row = tuple[str, str, str]
 """Label, value and interval."""
 
@@ -108,6 +110,7 @@ class Weight:
         method: How the set was made.
         prompts_needed: How many prompts would identify it, where these do not and such a number exists.
         needed_is_bound: Whether that number is only a lower bound.
+        identity: Why the weight is what it is without any data, where it is: nothing was measured then.
     """
 
     value: float | None
@@ -122,6 +125,7 @@ class Weight:
     method: Method
     prompts_needed: int | None = None
     needed_is_bound: bool = False
+    identity: str | None = None
 
     @classmethod
     def of(cls, interval: AlphaInterval) -> Weight:
@@ -142,13 +146,17 @@ class Weight:
         )
 
     def __str__(self) -> str:
+        if self.identity is not None and self.value is not None:
+            return f"{self.value:g}"
         if self.identified and self.value is not None:
             return f"{self.value:.3f}"
         return "not identified"
 
     @property
     def range_text(self) -> str:
-        """The interval in words, or what would be needed for one."""
+        """The interval in words, or what would be needed for one, or why there is none to measure."""
+        if self.identity is not None:
+            return self.identity
         if self.identified:
             return f"{self.low:.3f} to {self.high:.3f}"
         if self.prompts_needed is None:
@@ -301,6 +309,7 @@ class AlphaReport(Report):
         layer_gain: What per-layer weights save over one weight for all, ``sum_l A_l (alpha_l - alpha)^2``.
         marginal: Where mu came from.
         warnings: What a reader must know before quoting a number.
+        n_drawn_prompts: Prompts of the examples of ``n_second_draws``; None in a report of before they were counted.
     """
 
     study: ClassVar[str] = "alpha-star"
@@ -339,6 +348,7 @@ class AlphaReport(Report):
     layer_gain: Interval | None
     marginal: Marginal
     warnings: list[str]
+    n_drawn_prompts: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(
@@ -368,8 +378,8 @@ class AlphaReport(Report):
                 halves.
             drift: Bound on g_t's bias, where mu is not estimable and the drift is small.
             warnings: What the run noticed.
-            **about: ``model``, ``template``, ``objective``, ``subset``, ``n_parameters``, ``n_second_draws``, ``seed``
-                and ``curvature``.
+            **about: ``model``, ``template``, ``objective``, ``subset``, ``n_parameters``, ``n_second_draws``,
+                ``n_drawn_prompts``, ``seed`` and ``curvature``.
         """
         known = marginal.estimable
         level: dict[str, Any] = {"level": settings.level}
@@ -400,7 +410,7 @@ class AlphaReport(Report):
             layers=layers,
             layer_gain=gain,
             marginal=marginal,
-            warnings=[*warnings, *_warnings(summary, marginal, weights["alpha_star"], values["mse"])],
+            warnings=[*warnings, *_warnings(summary, settings, marginal, weights["alpha_star"])],
             **about,
         )
 
@@ -442,8 +452,13 @@ class AlphaReport(Report):
         share = self.trace_sampling_share
         if share is not None:
             text = "-" if share.unclipped is None else f"{share.unclipped:.1%}"
-            interval = f"{share.low:.1%} to {share.high:.1%}" if share.identified else "-"
-            variances.insert(2, ("  its share (Theorem 1)", text, interval))
+            interval = f"{share.low:.1%} to {share.high:.1%}" if share.identified else _NO_INTERVAL
+            label, drawn = "  its share (Theorem 1)", self.n_drawn_prompts
+            if drawn is not None:
+                label += f", {drawn} of {self.n_prompts} prompts"
+            if drawn == 1:  # it says nothing of the others
+                text, interval, variances[1] = _NO_INTERVAL, "", (variances[1][0], _NO_INTERVAL, "")
+            variances.insert(2, (label, text, interval))
         found["Variance of one example"] = variances
         found["Marginal gradient"] = _diagnostics(self.marginal)
         return found
@@ -471,9 +486,17 @@ class AlphaReport(Report):
             value, spread = values.get(name), self.uncertainty[part].get(name)
             if value is None:
                 continue
-            interval = "-" if spread is None else f"{number(spread.low)} to {number(spread.high)}"
-            rows.append((label, number(value), interval))
+            rows.append((label, number(value), self._interval_words(part, name, spread)))
         return rows
+
+    def _interval_words(self, part: str, name: str, spread: Uncertainty | None) -> str:
+        if part == "bias_sq" and name != "empty" and self.marginal.rung == "reference point":
+            return _AT_REFERENCE
+        if spread is None:
+            return "-"
+        if spread.low is None or spread.high is None:
+            return _NO_INTERVAL
+        return f"{number(spread.low)} to {number(spread.high)}"
 
     def _notes(self) -> list[str]:
         """What the numbers are."""
@@ -490,10 +513,11 @@ class AlphaReport(Report):
             f"mu: {self.marginal.reason}",
         ]
         if 0 < self.n_second_draws < self.n_examples:
+            of = "" if self.n_drawn_prompts is None else f" ({self.n_drawn_prompts} of {self.n_prompts} prompts)"
             lines.append(
-                f"The trace-sampling part rests on the {self.n_second_draws} of {self.n_examples} examples of which "
-                "both answers came up again among the samples. Their second traces are exact draws, but their answers "
-                "are likelier than the others'."
+                f"The trace-sampling part rests on the {self.n_second_draws} of {self.n_examples} examples{of} of "
+                "which both answers came up again among the samples. Their second traces are exact draws, but their "
+                "answers are likelier than the others'."
             )
         if self.curvature is not None:
             words = {key: f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in self.curvature.items()}
@@ -501,9 +525,11 @@ class AlphaReport(Report):
             lines.append(f"eta L was measured: {parts}.")
         if self.layer_gain is not None and self.layer_gain.value is not None:
             gain = self.layer_gain
+            open_ = gain.low is None or gain.low <= 0
             lines.append(
                 f"One alpha per layer instead of one for all would save {number(gain.value)} "
-                f"({number(gain.low)} to {number(gain.high)}) of the error."
+                f"({number(gain.low)} to {number(gain.high)}) of the error"
+                + (": these prompts do not tell that from nothing." if open_ else ".")
             )
         return lines
 
@@ -524,9 +550,15 @@ def _weights(
         weights["alpha_j"] = Weight.of(alpha_j(summary, settings.eta_l, **how))
     if adam is not None:
         weights["alpha_adam"] = Weight.of(alpha_from_summary(adam, **step))
+    bias = Weight.of(limits.bias_only)
+    if summary.reference_point:  # P0 and Q0 are both norm(b_e)^2
+        bias = replace(
+            bias, value=1.0, low=1.0, high=1.0, unclipped=1.0, identified=True, shape="bounded", unclipped_low=1.0,
+            unclipped_high=1.0, prompts_needed=None, needed_is_bound=False, identity=_AT_REFERENCE,
+        )  # fmt: skip
     return weights | {
         "alpha_star": Weight.of(alpha_from_summary(summary, **step)),
-        "alpha_bias": Weight.of(limits.bias_only),
+        "alpha_bias": bias,
         "alpha_direction": Weight.of(direction_alpha(summary, **how)),
     }
 
@@ -658,13 +690,8 @@ def _layers_and_gain(summary: MomentSummary, settings: AlphaSettings) -> tuple[l
     return layers, Interval(*(finite(float(x)) for x in (gain.value, gain.low, gain.high)))
 
 
-def _warnings(
-    summary: MomentSummary,
-    marginal: Marginal,
-    star: Weight | None,
-    mse: dict[str, float | None],
-) -> list[str]:
-    found = []
+def _warnings(summary: MomentSummary, settings: AlphaSettings, marginal: Marginal, star: Weight | None) -> list[str]:
+    found = few_cautions(summary.n_prompts)
     if not marginal.estimable:
         found.append(
             f"mu is not estimable ({marginal.reason}); there is no alpha* here. alpha_var is the weight that minimises "
@@ -672,12 +699,21 @@ def _warnings(
         )
     elif star is not None and not star.identified:
         found.append(f"alpha* is not identified at {summary.n_prompts} prompts: {star.range_text}.")
-    zero, best = mse["zero"], mse["alpha_star"]
-    if zero is not None and best is not None and zero < best:
-        found.append(
-            "The zero vector has less error than any mix: at this batch size noise outweighs the signal. Mean squared "
-            "error rewards small vectors; raise the batch size before you compare directions."
-        )
+    if star is not None and star.value is not None:
+        parts = estimates(summary)
+        error = parts.error(star.value, noise_scale(settings.batch_size, settings.eta_l))
+        more = _interval(error - parts.marginal_sq, summary, settings.level)
+        if more.low > 0:
+            found.append(
+                "The zero vector has less error than any mix: at this batch size noise outweighs the signal. Mean "
+                "squared error rewards small vectors; raise the batch size before you compare directions."
+            )
+        elif more.value > 0:
+            found.append(
+                "The zero vector is not told apart from the best mix: at this batch size noise is about as large as "
+                f"the signal (the mix has {more.value:.3g} more error, {more.low:.3g} to {more.high:.3g}). Raise the "
+                "batch size before you compare directions."
+            )
     if marginal.half_split is not None and not marginal.half_split["agrees"]:
         found.append(
             "The two halves of the traces give different alphas: mu depends on which traces were drawn. Look at the "

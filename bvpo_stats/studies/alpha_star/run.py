@@ -346,6 +346,7 @@ def _report(
         subset=theta_words(policy, subset, words),
         n_parameters=subset.size,
         n_second_draws=state.moments.n_second_draws,
+        n_drawn_prompts=state.moments.n_drawn_prompts,
         seed=options.stream.seed,
         curvature=measured,
     )
