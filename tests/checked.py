@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer
 from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from jaxtyping import AbstractArray
+from jaxtyping import jaxtyped as jaxtyping_jaxtyped
 
 _check = beartype(
     conf=BeartypeConf(
@@ -35,13 +39,44 @@ DOORS = {
 }
 
 
-# Made by the ten thousand from what the readers, which check every field, have passed: a check each costs minutes.
-_MANY = ("bvpo_stats.records.", "bvpo_stats.model.batching.TokenSequence.")
+def jaxtyped(*, typechecker: object) -> Callable[[Any], Any]:
+    """What jaxtyping's import hook puts on every function and class, in the place of its own.
+
+    Its own binds every call's arguments by name, which takes ten times as long as looking at their types. Arrays need a
+    context for each call, in which a name of an axis has one length; everything else needs beartype alone.
+    """
+    return checked
 
 
-def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its types checked at every call, unless it is a door."""
-    name = function.__qualname__
-    door = name.endswith(("Config.__init__", "Options.__init__")) or f"{function.__module__}.{name}" in DOORS
-    many = f"{function.__module__}.{name}".startswith(_MANY)
-    return function if door or many else _check(function)
+def checked(thing: Any) -> Any:
+    """A function with its types checked at every call, unless it is a door; likewise what makes a dataclass."""
+    if isinstance(thing, type):
+        if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = checked(thing.__init__)  # type: ignore[misc]
+        return thing
+    if isinstance(thing, (classmethod, staticmethod)):
+        return type(thing)(checked(thing.__func__))
+    if isinstance(thing, property):
+        return property(*(part and checked(part) for part in (thing.fget, thing.fset, thing.fdel)))
+    name = thing.__qualname__
+    if name.endswith(("Config.__init__", "Options.__init__")) or f"{thing.__module__}.{name}" in DOORS:
+        return thing
+    try:
+        hints = get_type_hints(thing)
+    except Exception:  # names that the module defines further down: jaxtyping checks the rest
+        return jaxtyping_jaxtyped(thing, typechecker=_check)
+    function = _check(thing)
+    if not any(map(_has_array, hints.values())):
+        return function
+
+    @functools.wraps(thing)
+    def in_context(*arguments: Any, **named: Any) -> Any:
+        with jaxtyping_jaxtyped("context"):
+            return function(*arguments, **named)
+
+    return in_context
+
+
+def _has_array(hint: Any) -> bool:
+    """Whether a hint says anything of shapes."""
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(map(_has_array, get_args(hint)))

@@ -8,12 +8,13 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-import tests.checked  # noqa: F401 - the hook below looks it up by name
+import tests.checked
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; a hub look-up fails at once instead of waiting
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Annotations are promises: shapes and types are checked at every call, from the first import of the package on.
+jaxtyping.jaxtyped = tests.checked.jaxtyped
 jaxtyping.install_import_hook("bvpo_stats", "tests.checked.checked")
 
 

@@ -8,21 +8,13 @@ import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 from bvpo_stats.cli.main import main
 
+from tests.processes import Result
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 def run_process(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> Result:

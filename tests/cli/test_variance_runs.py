@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.running import ENVIRONMENT, run
+from tests.cli.running import run
+from tests.processes import start
 from tests.studies.test_variance_tables import write_samples
 
 ARGUMENTS = (
@@ -103,17 +101,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, uninterrupted: 
     """kill -9 at several places: after some samples, mid-line, after some scores."""
     folder = tmp_path / "run"
     samples = folder / "samples.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bvpo_stats.cli.main", *ARGUMENTS, "--output", str(folder)],
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    process = start("-m", "bvpo_stats.cli.main", *ARGUMENTS, "--output", folder)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (samples.exists() and samples.stat().st_size > 0):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     with samples.open("rb+") as handle:  # a kill in the middle of a write leaves half a line
         handle.truncate(os.path.getsize(samples) - 40)
     assert run(*ARGUMENTS, "--output", folder).returncode == 0

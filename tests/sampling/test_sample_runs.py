@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.run import run_sample
-from tests.cli.running import ENVIRONMENT, failed_politely, run
+from tests.cli.running import failed_politely, run
+from tests.processes import python
 from tests.sampling import killed_runs
 from tests.sampling.fake_server import Reply, serve
 from tests.sampling.samples import sample
@@ -52,8 +51,7 @@ def uninterrupted(config: SampleConfig, tmp_path_factory: pytest.TempPathFactory
 
 
 def run_processes(*arguments: object) -> list[list[int]]:
-    command = [sys.executable, "-m", "tests.sampling.killed_runs", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280, check=False)
+    done = python("-m", "tests.sampling.killed_runs", *arguments)
     assert done.returncode == 0, done.stderr
     ends: list[list[int]] = json.loads(done.stdout)
     return ends

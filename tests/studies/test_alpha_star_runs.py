@@ -1,10 +1,7 @@
 """alpha-star runs on files: two processes against one, the same folder again, and input that is wrong."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from bvpo_stats.model.subset import LoraOptions, read_second_moments
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
 from bvpo_stats.studies.alpha_star.run import prepare_subset, run_alpha_star
+from tests.processes import start
 from tests.studies.alpha_inputs import write_rows
 
 N_PROMPTS = 24
@@ -119,21 +117,12 @@ def test_two_gloo_processes_give_the_report_of_one(files, single, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    output = tmp_path / "double"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(files["model"]), str(files["pairs"]), str(output)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [worker.communicate(timeout=240) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    assert [out.strip().splitlines()[-1] for out, _ in said] == ["led", "followed"]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    words, output = ("-c", WORKER, files["model"], files["pairs"]), tmp_path / "double"
+    workers = [start(*words, output, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    said = [worker.wait() for worker in workers]
+    assert [worker.returncode for worker in said] == [0, 0], said
+    assert [worker.stdout.strip().splitlines()[-1] for worker in said] == ["led", "followed"]
     expected, found = (json.loads((folder / "report.json").read_text()) for folder in (single[1], output))
     assert found["n_prompts"] == N_PROMPTS
     assert_close(found, expected)

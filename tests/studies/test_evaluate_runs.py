@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from bvpo_stats.sampling.engines.server import ServerOptions
 from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.studies.evaluate.config import contestants
 from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
-from tests.cli.running import ENVIRONMENT
+from tests.processes import python
 from tests.sampling.fake_server import Call, Reply, completion, serve
 from tests.sampling.samples import template
 from tests.studies import killed_evaluations
@@ -77,9 +75,7 @@ def test_before_and_after_training(tmp_path: Path) -> None:
 def test_three_kills_change_nothing(
     uninterrupted: Path, tmp_path: Path, random_model: Path, adapter: Path, problems: Path
 ) -> None:
-    words = map(str, (random_model, adapter, problems, tmp_path / "r"))
-    command = [sys.executable, "-m", "tests.studies.killed_evaluations", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280, check=False)
+    done = python("-m", "tests.studies.killed_evaluations", random_model, adapter, problems, tmp_path / "r")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [-signal.SIGKILL] * 3 + [0]
     for path in ("report.json", "verdicts-base-sums.jsonl", "verdicts-tuned-sums.jsonl", "run.json"):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from bvpo_stats.studies.train.run import run_train
 from bvpo_stats.training import trainer as module
 from bvpo_stats.training.state import STATE_FILE, last_checkpoint
 from bvpo_stats.training.trainer import AlphaCallback, BVPOTrainer
+from tests.processes import python
 from tests.training.records import adapted, both_sets, run_config, settings, write_run
 
 PROMPTS = 40
@@ -45,14 +43,8 @@ def straight(random_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.slow
 def test_killed_again_and_again(random_model: Path, pairs: Path, straight: Path, tmp_path: Path) -> None:
     traps = ["begin:1", "end:3", "saving:4", "half:6", "begin:7", "sealing:8", "model:9", "report:9"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.killed_training", random_model, pairs, tmp_path / "run", *traps],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=400,
-        check=False,
-    )
+    words = (random_model, pairs, tmp_path / "run", *traps)
+    done = python("-m", "tests.training.killed_training", *words, timeout=400)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [-9] * len(traps) + [0], done.stderr
     found, expected = ((folder / "report.json").read_text() for folder in (tmp_path / "run", straight))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -156,20 +155,15 @@ class SequenceTable:
         return np.einsum("xra,xrad->xad", self.policy.posterior, self.scores)
 
 
-def enumerate_sequences(
-    policy: Policy, grammar: Grammar, temperature: float, known: SequenceTable | None = None
-) -> SequenceTable:
+def enumerate_sequences(policy: Policy, grammar: Grammar, temperature: float) -> SequenceTable:
     """Runs the model over every sequence of every prompt.
 
     Args:
         policy: The policy, with an adapter whose parameters are the trainable ones.
         grammar: The language.
         temperature: Sampling temperature of :attr:`SequenceTable.sampling`.
-        known: A table of the same model at other trainable parameters: what does not depend on them is taken from it.
     """
     at_theta, scores = _scored(policy.model, grammar)
-    if known is not None:
-        return replace(known, policy=at_theta, scores=scores)
     with torch.no_grad(), policy.reference() as reference:
         at_reference = _log_probs(reference, grammar, 1.0)
         sampling = at_reference if temperature == 1.0 else _log_probs(reference, grammar, temperature)
@@ -224,13 +218,14 @@ class _Table:
         return LogProbs(self._trace.reshape(self._shape[:2]), self._answer.reshape(self._shape))
 
 
-def _batches(grammar: Grammar) -> Iterator[tuple[Int[np.ndarray, " groups"], int, Batch]]:
+@functools.lru_cache(maxsize=4)  # a path in theta asks for the same batches at every step
+def _batches(grammar: Grammar) -> tuple[tuple[Int[np.ndarray, " groups"], int, Batch], ...]:
     """All sequences of all prompts, those of one trace length together, so that there is no padding.
 
-    Yields:
+    Returns:
         ``prompt * n_traces + trace`` of each group of answers, symbols of the traces, and all answers of the groups.
     """
-    groups_at_once = max(1, _CHUNK // grammar.n_answers)
+    groups_at_once, batches = max(1, _CHUNK // grammar.n_answers), []
     for length, numbered in groupby(enumerate(grammar.traces()), key=lambda entry: len(entry[1])):
         traces = list(numbered)
         groups = [(prompt, number, trace) for prompt in range(grammar.n_prompts) for number, trace in traces]
@@ -242,7 +237,8 @@ def _batches(grammar: Grammar) -> Iterator[tuple[Int[np.ndarray, " groups"], int
                 for answer in range(grammar.n_answers)
             ]
             rows = np.array([prompt * grammar.n_traces + number for prompt, number, _ in some])
-            yield rows, length, collate(sequences, pad_id=grammar.pad_id)
+            batches.append((rows, length, collate(sequences, pad_id=grammar.pad_id)))
+    return tuple(batches)
 
 
 @dataclass(frozen=True)
@@ -315,20 +311,31 @@ class Oracle:
     Attributes:
         config: How it was built.
         grammar: The language.
-        policy: Model, tokenizer and template, as any real policy; its reference is the adapter disabled.
+        built: The policy as :func:`build_oracle` left it: that of this oracle, or of the one it was moved from.
         parameter_names: Names of the trainable (LoRA) parameters, in the order in which :attr:`theta` strings them.
         theta: The trainable parameters, flat.
         rewards: Reward of each answer by prompt; distinct within a prompt.
         table: Log-probabilities and scores of all sequences.
+        moved: Whether it stands elsewhere than ``built``.
     """
 
     config: OracleConfig
     grammar: Grammar
-    policy: Policy
+    built: Policy
     parameter_names: tuple[str, ...]
     theta: Float[np.ndarray, " parameters"]
     rewards: Float[np.ndarray, "prompts answers"]
     table: SequenceTable
+    moved: bool = False
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """Model, tokenizer and template, as any real policy; its reference is the adapter disabled."""
+        if not self.moved:
+            return self.built
+        policy = replace(self.built, model=copy.deepcopy(self.built.model))
+        _write(list(lora_subset(policy.model).parameters.values()), self.theta)
+        return policy
 
     @functools.cached_property
     def pair_law(self) -> Float[np.ndarray, "prompts answers answers"]:
@@ -343,7 +350,7 @@ class Oracle:
     @functools.cached_property
     def blocks(self) -> dict[str, slice]:
         """Where each parameter lies in :attr:`theta`, and so in every gradient."""
-        sizes = [weight.numel() for weight in lora_subset(self.policy.model).parameters.values()]
+        sizes = [weight.numel() for weight in lora_subset(self.built.model).parameters.values()]
         ends = np.cumsum(sizes).tolist()
         starts = [end - size for end, size in zip(ends, sizes, strict=True)]
         return {name: slice(a, b) for name, a, b in zip(self.parameter_names, starts, ends, strict=True)}
@@ -368,12 +375,15 @@ def build_oracle(config: OracleConfig | None = None) -> Oracle:
     model = _build_model(config.shape, grammar, generator)
     tokenizer = build_tokenizer(grammar)
     policy = Policy(model, tokenizer, find_template(tokenizer), f"oracle-{config.seed}", (grammar.eos_id,))
-    parameters = lora_subset(model).parameters
-    theta = _flatten(list(parameters.values()))
+    weights = lora_subset(model).parameters
+    parameters = list(weights.values())
+    theta = _flatten(parameters)
     if config.drift > 0:
         theta = theta + config.drift * torch.randn(theta.shape, generator=generator, dtype=torch.float64).numpy()
     rewards = torch.randn(config.n_prompts, config.n_answers, generator=generator, dtype=torch.float64).numpy()
-    return _enumerated(config, grammar, policy, theta, rewards)
+    _write(parameters, theta)
+    table = enumerate_sequences(policy, grammar, config.temperature)
+    return Oracle(config, grammar, policy, tuple(weights), theta, rewards, table)
 
 
 def at(oracle: Oracle, theta: Float[np.ndarray, " parameters"]) -> Oracle:
@@ -386,22 +396,16 @@ def at(oracle: Oracle, theta: Float[np.ndarray, " parameters"]) -> Oracle:
     Raises:
         UserError: ``theta`` has the wrong length.
     """
-    policy = replace(oracle.policy, model=copy.deepcopy(oracle.policy.model))
-    return _enumerated(oracle.config, oracle.grammar, policy, theta, oracle.rewards, oracle.table)
-
-
-def _enumerated(
-    config: OracleConfig,
-    grammar: Grammar,
-    policy: Policy,
-    theta: Float[np.ndarray, " parameters"],
-    rewards: Float[np.ndarray, "prompts answers"],
-    known: SequenceTable | None = None,
-) -> Oracle:
-    parameters = lora_subset(policy.model).parameters
-    _write(list(parameters.values()), theta)
-    table = enumerate_sequences(policy, grammar, config.temperature, known)
-    return Oracle(config, grammar, policy, tuple(parameters), np.array(theta, dtype=np.float64), rewards, table)
+    model, theta = oracle.built.model, np.array(theta, dtype=np.float64)
+    parameters = list(lora_subset(model).parameters.values())
+    there = _flatten(parameters)
+    _write(parameters, theta)  # and back: a copy of the model would take longer than the enumeration
+    try:
+        policy, scores = _scored(model, oracle.grammar)
+    finally:
+        _write(parameters, there)
+    # what does not depend on the trainable parameters is known
+    return replace(oracle, theta=theta, table=replace(oracle.table, policy=policy, scores=scores), moved=True)
 
 
 def _flatten(parameters: list[Tensor]) -> Float[np.ndarray, " parameters"]:

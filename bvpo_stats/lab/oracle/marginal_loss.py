@@ -88,7 +88,8 @@ class MarginalLoss:
 
     def _loss(self, theta: dict[str, Tensor]) -> Tensor:
         batch = self._batch
-        output: Any = functional_call(self._model, theta, kwargs={"input_ids": batch.input_ids, "use_cache": False})
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        output: Any = functional_call(self._model, theta, kwargs=inputs, tie_weights=False)  # no LoRA weight is tied
         laws = torch.log_softmax(output.logits[:, :-1], dim=-1)
         picked = laws.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
         joint = torch.where(batch.completion_mask, picked, 0.0).sum(dim=1).reshape(self._shape)
