@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+INSTALL := $(PIP) install -q --no-compile
+# What pip would do on one core; the libraries' own tests are not imported.
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib || true
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
@@ -25,16 +28,18 @@ help:
 # torch first and pinned: on a machine with a CPU wheel at hand nothing pulls in another build afterwards.
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
 $(STAMP): $(VENV)/.base pyproject.toml
-	$(PIP) install -q -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e .
+	$(COMPILE)
 	touch $@
 
-$(STAMP)-test: $(STAMP)
-	$(PIP) install -q -c constraints.txt -e ".[test,lint,docs]"
-	touch $@
+$(STAMP)-test: $(VENV)/.base pyproject.toml
+	$(INSTALL) -c constraints.txt -e ".[test,lint,docs]"
+	$(COMPILE)
+	touch $(STAMP) $@
 
 setup: $(STAMP)
 setup-test: $(STAMP)-test
@@ -47,10 +52,10 @@ QUICK := tests/statistics tests/store tests/model tests/gradients tests/embedded
 	tests/test_documents.py tests/test_packaging.py tests/cli/test_help.py tests/cli/test_errors.py tests/cli/test_nonsense.py
 
 quick: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(QUICK)
 
 test: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup-test
 	$(BIN)/ruff check .
@@ -73,7 +78,8 @@ format: setup-test
 	$(BIN)/ruff format .
 
 $(STAMP)-bench: $(STAMP)-test
-	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	$(INSTALL) -c constraints.txt -e ".[bench]"
+	$(COMPILE)
 	touch $@
 
 bench: $(STAMP)-bench

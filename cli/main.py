@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     try:
         with nullcontext() if debug else _libraries_quiet():
-            code = _command()(words, prog_name="bvpo-stats", standalone_mode=False)
+            code = _command(words[0] if words else None)(words, prog_name="bvpo-stats", standalone_mode=False)
         if code == _INTERRUPTED:  # typer has taken the Ctrl-C for itself, and says nothing
             code = _report(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
@@ -103,9 +104,17 @@ _INTERRUPTED = 130  # as shells have it
 
 
 @functools.cache
-def _command() -> Any:
-    """The command line, built once a process."""
-    return typer.main.get_command(app)
+def _command(word: str | None) -> Any:
+    """The command line, or of it the one command that is asked for: building all of them takes most of ``--help``'s time.
+
+    Args:
+        word: The first word that the user gave.
+    """
+    asked = [each for each in app.registered_commands if each.name == word]
+    part = copy.copy(app)
+    if asked:
+        part.registered_commands, part.registered_groups = asked, []
+    return typer.main.get_command(part)
 
 
 _QUIET = {

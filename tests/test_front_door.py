@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 
 import bvpo_stats as bvpo
+from tests.processes import python
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,10 +109,8 @@ def test_wrong_types_are_one_line(call: Any) -> None:
 
 def test_bad_input_is_one_line_in_fields() -> None:
     """Several hundred wrong arguments, one at a time; in another process, where no type checker is in front of ours."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.front_door_bad_input"],
-        capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python("-m", "tests.front_door_bad_input")
+    assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
     assert len(outcomes) > 900
     wrong = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.studies.train.run import run_train
+from tests.processes import python
 from tests.training.records import run_config, write_run
 
 WORKER = """
@@ -25,10 +25,10 @@ from pathlib import Path
 from bvpo_stats.studies.train.run import run_train
 from tests.training.records import run_config
 
-model, pairs, output, alpha = sys.argv[1:]
+model, folder, pairs, alpha = sys.argv[1:]
 config = run_config(Path(model), Path(pairs), alpha=alpha)
 config = replace(config, policy=replace(config.policy, device="auto"))  # as users leave it
-report = run_train(config, Path(output))
+report = run_train(config, Path(folder) / "double")
 print("led" if report is not None else "followed")
 """
 EVALUATION = """
@@ -37,7 +37,7 @@ from pathlib import Path
 from bvpo_stats.training import BVPOTrainer
 from tests.training.records import adapted, both_sets, settings
 
-model, output = map(Path, sys.argv[1:])
+model, output = map(Path, sys.argv[1:3])
 policy = adapted(model, "float64")
 pairs = both_sets(policy, 11)  # which neither batches nor processes divide
 args = settings(output, per_device_train_batch_size=1, per_device_eval_batch_size=2, precompute_ref_log_probs=True)
@@ -45,6 +45,7 @@ trainer = BVPOTrainer(policy, args, pairs, eval_dataset=pairs[4:11])
 found = trainer.evaluate() | {"predictions": trainer.predict(pairs).predictions["empty/loss"].tolist()}
 (output / f"{args.world_size}-{args.process_index}.json").write_text(json.dumps(found))
 """
+PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}  # for the processes that a launcher starts
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run"],
     # On a machine without GPUs only --multi_gpu makes accelerate start more than one process.
@@ -52,16 +53,24 @@ LAUNCHERS = {
 }
 
 
-def started(*words: object) -> str:
-    """What a Python that ended well has printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def torchrun(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of two processes of one start, which evaluate and then train with an adaptive alpha."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    pairs = write_run(random_model, folder / "pairs", 40)
+    return folder, launched("torchrun", EVALUATION + WORKER, folder, random_model, folder, pairs, "adaptive")
+
+
+def launched(launcher: str, code: str, folder: Path, *arguments: object) -> str:
+    """What two processes have printed that a launcher has started on a script in the folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = folder / "worker.py"
+    script.write_text(code)
+    count = "--nproc_per_node=2" if launcher == "torchrun" else "--num_processes=2"
+    port_option = "--master_port" if launcher == "torchrun" else "--main_process_port"
+    done = python("-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", script, *arguments, env=PATHS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -69,39 +78,33 @@ def started(*words: object) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "alpha"), [("torchrun", "adaptive"), ("accelerate", "0.5")])
 def test_two_processes_give_the_trajectory_of_one(
-    random_model: Path, tmp_path: Path, launcher: str, alpha: str
+    random_model: Path, torchrun: tuple[Path, str], tmp_path: Path, launcher: str, alpha: str
 ) -> None:
-    pairs = write_run(random_model, tmp_path / "pairs", 40)
-    run_train(run_config(random_model, pairs, alpha=alpha), tmp_path / "single")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    count = "--nproc_per_node=2" if launcher == "torchrun" else "--num_processes=2"
-    port_option = "--master_port" if launcher == "torchrun" else "--main_process_port"
-    arguments = [str(path) for path in (script, random_model, pairs, tmp_path / "double", alpha)]
-    printed = started("-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", *arguments)
+    folder, printed = torchrun
+    pairs = folder / "pairs"
+    if launcher == "accelerate":
+        folder = tmp_path
+        printed = launched(launcher, WORKER, folder, random_model, folder, pairs, alpha)
+    run_train(run_config(random_model, pairs, alpha=alpha), folder / "single")
     assert sorted(line for line in printed.splitlines() if line in ("led", "followed")) == ["followed", "led"]
-    expected, found = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("single", "double"))
+    expected, found = (json.loads((folder / name / "report.json").read_text()) for name in ("single", "double"))
     assert found["settings"] == expected["settings"]
     for name in ("loss", "grad_norm", "rewards/margins", "alpha", "logps/chosen"):
         ours, theirs = ([entry[name] for entry in report["history"]] for report in (found, expected))
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=name)
     if alpha == "adaptive":
         assert len(set(theirs_alpha := [entry["alpha"] for entry in expected["history"]])) > 1, theirs_alpha
-    adapters = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("double", "single")]
+    adapters = [load_file(folder / name / "model" / "adapter_model.safetensors") for name in ("double", "single")]
     for name, values in adapters[1].items():
         np.testing.assert_allclose(adapters[0][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(EVALUATION)
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]):
-        started(*launcher, script, random_model, tmp_path)
-    expected, *found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, torchrun: tuple[Path, str]) -> None:
+    folder, _ = torchrun
+    alone = python("-c", EVALUATION, random_model, folder)
+    assert alone.returncode == 0, alone.stderr
+    expected, *found = (json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert len(expected["predictions"]) == 11
     assert len({round(value, 9) for value in expected["predictions"]}) == 11  # no two alike, or an order says nothing
     for numbers in found:
