@@ -105,7 +105,7 @@ _INTERRUPTED = 130  # as shells have it
 
 @functools.cache
 def _command(word: str | None) -> Any:
-    """The command line, or of it the one command that is asked for: building all of them takes most of ``--help``'s time.
+    """The command line, or of it only the command that is asked for, since building them all takes time.
 
     Args:
         word: The first word that the user gave.
