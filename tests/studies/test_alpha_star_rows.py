@@ -7,6 +7,7 @@ report's intervals are made of, of the truth.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,20 +240,24 @@ def check(oracle: Oracle, reports: list[AlphaReport]) -> int:
     return compared
 
 
+@functools.cache
+def reports_of(drift: float) -> list[AlphaReport]:
+    """Six samples of the oracle at a drift."""
+    return samples(small_oracle(drift=drift), range(6), 100, StreamOptions(half_splits=True))
+
+
 @pytest.mark.parametrize("drift", [0.0, 0.03])
 def test_every_row_is_the_oracles(drift):
     """At theta_ref mu is E g_t; off it, from posterior traces, whose bias (drift / K) drowns in the samples' error."""
-    oracle = small_oracle(drift=drift)
-    reports = samples(oracle, range(6), 100, StreamOptions(half_splits=True))
+    reports = reports_of(drift)
     assert {report.marginal.method for report in reports} == {"reference-point" if drift == 0 else "posterior"}
-    assert check(oracle, reports) >= 80
+    assert check(small_oracle(drift=drift), reports) >= 80
 
 
 def test_the_comparison_sees_a_wrong_row():
     """The same reports against the truth of another population: the check must fail."""
-    reports = samples(small_oracle(), range(4), 100, StreamOptions())
     with pytest.raises(AssertionError):
-        check(small_oracle(temperature=0.6), reports)
+        check(small_oracle(temperature=0.6), reports_of(0.0))
 
 
 def test_layer_gain_is_the_oracles():
