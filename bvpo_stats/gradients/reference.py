@@ -231,6 +231,15 @@ def fill_reference(
     ]
 
 
+def without_reference(example: Example) -> Example:
+    """The example without the log pi_ref that its pairs were stored with."""
+    trace, empty = (
+        None if pair is None else replace(pair, ref_chosen_logps=None, ref_rejected_logps=None)
+        for pair in (example.trace_pair, example.empty_pair)
+    )
+    return replace(example, trace_pair=trace, empty_pair=empty)
+
+
 @dataclass(frozen=True)
 class StoredLogProb:
     """One stored log-probability under the reference.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,33 @@ CHUNK_BYTES = 128 * 2**20
 
 # Settings that change logits after the head; each would silently score another distribution than the model's.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
+
+
+_ARITHMETIC: ContextVar[torch.dtype | None] = ContextVar("arithmetic", default=None)
+
+
+@contextlib.contextmanager
+def arithmetic(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Matrix products within are formed in another precision than the weights'; sums and the softmax are not.
+
+    Autocast of torch, chunked head included: weights stay what they are, and so do their gradients. Every weight is
+    cast in each forward: autocast's cache would hand casts that were made without gradients to a forward with.
+
+    Args:
+        dtype: Of the products, e.g. bfloat16; None for that of the weights, whatever autocast there is around.
+        device: Where the model is.
+    """
+    before = _ARITHMETIC.set(dtype)
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+            yield
+    finally:
+        _ARITHMETIC.reset(before)
+
+
+def foreign_autocast() -> bool:
+    """Whether autocast is on that `arithmetic` did not turn on."""
+    return (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")) and _ARITHMETIC.get() is None
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,12 @@ def head_logprobs(
         targets: The predicted tokens.
         chunk_tokens: Positions per chunk; None sizes a chunk's logits to 128 MB.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which does not see into the function below
+        weight, bias, dtype = head.weight, head.bias, torch.get_autocast_dtype(device)
+        cast = Head(weight.to(dtype), None if bias is None else bias.to(dtype))
+        with torch.autocast(device, enabled=False):
+            return head_logprobs(hidden.to(dtype), cast, targets, chunk_tokens=chunk_tokens)
     if chunk_tokens is None:
         itemsize = _softmax_dtype(hidden.dtype).itemsize
         chunk_tokens = max(1, CHUNK_BYTES // (head.weight.shape[0] * itemsize))

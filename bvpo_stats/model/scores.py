@@ -19,6 +19,7 @@ from bvpo_stats.model.capture import Tape, captured
 from bvpo_stats.model.head import (
     Head,
     causal_lm_of,
+    foreign_autocast,
     head_logprobs,
     last_hidden_states,
     output_head,
@@ -81,6 +82,8 @@ def score_pass(
             autocast, or a model part that is not supported.
     """
     options = options or ScoreOptions()
+    if torch.is_autocast_enabled(batch.input_ids.device.type):
+        raise UserError("Scores under torch.autocast are not supported; load the model in the dtype you want.")
     check_deterministic(model)
     device = batch.input_ids.device
     tape = Tape(len(batch), torch.empty(0, device=device, requires_grad=True), sinks, model=model)
@@ -147,7 +150,7 @@ def check_deterministic(model: nn.Module) -> None:
     Raises:
         UserError: Active dropout, reentrant gradient checkpointing, or autocast.
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if foreign_autocast():
         raise UserError("Scores under torch.autocast are not supported; load the model in the dtype you want.")
     for name, module in _training_modules(model):
         if _dropout_rate(module) > 0:

@@ -50,6 +50,8 @@ class BVPOConfig(TrainingArguments):
             spends 1% of the tokens on them.
         alpha_traces_per_answer: K, traces behind each answer of a look.
         alpha_level: Confidence level of alpha's interval.
+        bf16: Form the products of the model's forward and backward in bfloat16 (autocast), the reference's too; the
+            trained weights and their gradients stay float32. Looks at the bias and at the curvature stay in float32.
         eta_l: Learning rate times smoothness at the peak learning rate: a number (1 is the paper's), or ``auto``, which
             measures it in the optimizer's metric during training (`bvpo_stats.training.alpha.stream`). Either follows
             the learning rate's schedule.

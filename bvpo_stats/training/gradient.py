@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
 from bvpo_stats.gradients.reference import PairBatch, Reference, pair_batches
-from bvpo_stats.model.head import sequence_logprobs, token_logprobs
+from bvpo_stats.model.head import arithmetic, sequence_logprobs, token_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import check_finite
 from bvpo_stats.records import Mode, PreferencePair
@@ -57,6 +58,7 @@ class PairModel:
         reference: log pi_ref; None where the loss has no reference.
         max_tokens: Budget of padded tokens per forward.
         max_padding: Largest share of padding per forward.
+        precision: What products are formed in, policy's and reference's alike; None for the weights' own.
     """
 
     policy: Policy
@@ -64,6 +66,7 @@ class PairModel:
     reference: Reference | None
     max_tokens: int
     max_padding: float = 0.25
+    precision: torch.dtype | None = None
 
     @functools.cached_property
     def weights(self) -> list[Tensor]:
@@ -77,9 +80,14 @@ class PairModel:
         Raises:
             UserError: A sequence is empty or too long, or a log-probability is not finite; the pair is named.
         """
-        return pair_batches(
-            self.policy, pairs, self.reference, max_tokens=self.max_tokens, max_padding=self.max_padding
-        )
+        with self.arithmetic():
+            return pair_batches(
+                self.policy, pairs, self.reference, max_tokens=self.max_tokens, max_padding=self.max_padding
+            )
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """In which every log-probability of the loss is taken."""
+        return arithmetic(self.precision, self.policy.device)
 
     def forward(self, micro: PairBatch) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
         """Log-probabilities, losses and score weights of a microbatch.
@@ -87,7 +95,8 @@ class PairModel:
         Raises:
             UserError: A log-probability is not finite; the pair is named.
         """
-        policy = sequence_logprobs(token_logprobs(self.policy.model, micro.batch))
+        with self.arithmetic():
+            policy = sequence_logprobs(token_logprobs(self.policy.model, micro.batch))
         check_finite(policy.detach(), micro.names)
         return self.terms(micro, policy)
 
@@ -283,6 +292,9 @@ def curvature_along(
 ) -> tuple[float, int]:
     """Sum over pairs of the Gauss-Newton curvature v' H v of the loss along a direction, by one more forward pass.
 
+    In the weights' own precision: between two points that near, bfloat16 shows little but its rounding. Where the loss
+    is in another precision that costs a second pass.
+
     Args:
         pair_model: The model and the loss.
         passes: The pairs and their log-probabilities at theta.
@@ -292,6 +304,9 @@ def curvature_along(
     Returns:
         The sum, and the number of pairs.
     """
+    if pair_model.precision is not None:
+        pair_model = replace(pair_model, precision=None)
+        passes = [(micro, pair_model.forward(micro)[0]) for micro, _ in passes]
     kept = [weight.detach().clone() for weight in pair_model.weights]
     total, pairs, start = 0.0, 0, 0
     try:
@@ -300,7 +315,8 @@ def curvature_along(
             weight.add_(piece.to(weight.dtype), alpha=reach)
             start += weight.numel()
         for micro, before in passes:
-            after = micro.logps(sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch)))
+            with pair_model.arithmetic():
+                after = micro.logps(sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch)))
             total += float(pair_model.objective.curvature(before, after).double().sum())
             pairs += len(micro.pairs)
     finally:

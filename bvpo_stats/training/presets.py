@@ -29,6 +29,7 @@ class Preset:
         warmup: Share of the steps in which the learning rate rises.
         max_length: Longest sequence.
         alpha: Weight of the trace loss; 1 for methods that train on D_t alone.
+        bf16: Products in bfloat16, weights in float32.
     """
 
     model: str | None
@@ -43,6 +44,7 @@ class Preset:
     warmup: float = 0.1
     max_length: int = 4096
     alpha: float = 0.5
+    bf16: bool = False
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Fields of `bvpo_stats.training.config.BVPOConfig`: what was given, the preset's where that is None."""
@@ -56,6 +58,7 @@ class Preset:
             "lr_scheduler_type": self.scheduler,
             "warmup_steps": self.warmup,
             "max_length": self.max_length,
+            "bf16": self.bf16,
         }
         return own | {name: value for name, value in given.items() if value is not None}
 
@@ -106,4 +109,5 @@ def preset(name: str, method: Method) -> Preset:
     if name == "lora":
         # An adapter takes steps ten times as large as full fine-tuning, as TRL's documentation has it for DPO.
         return Preset(None, loss, beta, gamma, 10 * _LEARNING_RATE, lora_r=16, alpha=alpha)
-    return Preset(PAPER_MODELS[name], loss, beta, gamma, _LEARNING_RATE, alpha=alpha)
+    # Steps of 7e-7 are lost in bfloat16 weights: they are float32, and only the arithmetic is bfloat16.
+    return Preset(PAPER_MODELS[name], loss, beta, gamma, _LEARNING_RATE, alpha=alpha, bf16=True)

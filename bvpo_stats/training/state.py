@@ -58,6 +58,7 @@ def run_identity(args: BVPOConfig, policy: Policy, prompts: Sequence[Example]) -
                 "traces": _digest(to_dict(trace) for prompt in prompts for trace in prompt.traces),
                 "batch size": args.prompts_per_step,
                 **settings,
+                **({"arithmetic": "bfloat16"} if args.bf16 else {}),
             },
             default=str,
         )

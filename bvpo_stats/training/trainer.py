@@ -22,7 +22,7 @@ from bvpo_stats.distributed import World
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.gradients.examples import Example, Joined, join
-from bvpo_stats.gradients.reference import Reference, fill_reference, pair_sequences
+from bvpo_stats.gradients.reference import Reference, fill_reference, pair_sequences, without_reference
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, gradient_checkpointing, load_policy, with_tokenizer
 from bvpo_stats.model.scores import check_alone, log_probabilities
@@ -106,7 +106,8 @@ class BVPOTrainer(Trainer):
         if not isinstance(optimizers, tuple) or len(optimizers) != 2:
             raise UserError("`optimizers` must be a tuple (optimizer, scheduler); either may be None.")
         self.config = args
-        self.policy = trainable_policy(_as_policy(model, processing_class, args), peft_config, args.seed)
+        dtype = weights_dtype("auto", args.bf16 and peft_config is None)
+        self.policy = trainable_policy(_as_policy(model, processing_class, args, dtype), peft_config, args.seed)
         if not isinstance(train_dataset, Joined):
             pairs = self._pairs(train_dataset, empty_dataset, ("train_dataset", "empty_dataset"))
             vocabulary = self.policy.template.vocabulary
@@ -128,7 +129,7 @@ class BVPOTrainer(Trainer):
             optimizers=optimizers,
         )
         check_distribution(args, self.accelerator.distributed_type.value)
-        _check_trainable(self.policy.model, _step_size(args, optimizers[0]))
+        _check_trainable(self.policy.model, _step_size(args, optimizers[0]), mixed=args.bf16)
         if self.args.n_gpu > 1:
             raise UserError(
                 "Several GPUs in one process are not supported; start with torchrun or accelerate launch, or make one "
@@ -142,10 +143,11 @@ class BVPOTrainer(Trainer):
             )
         self._world = world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
         reference = self._reference()
+        check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
+        precision = torch.bfloat16 if args.bf16 else None
+        self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens, precision=precision)
         if reference is not None and reference.stored:
             self._fill()
-        check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
-        self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens)
         self._metrics = PairMetrics()
         self.estimator = make_estimator(
             args,
@@ -431,11 +433,14 @@ class BVPOTrainer(Trainer):
         return Reference(self.policy, stored=self.config.precompute_ref_log_probs or not self.policy.has_adapter)
 
     def _fill(self, start: int = 0) -> None:
-        """Takes log pi_ref of the examples from a row on."""
-        filled = fill_reference(
-            self.policy, self._examples[start:], max_tokens=self.config.max_tokens, world=self._world
-        )
-        self._examples[start:] = filled
+        """Takes log pi_ref of the examples from a row on: in the arithmetic of the loss, or it would not begin at 0."""
+        examples = self._examples[start:]
+        if self._pair_model.precision is not None:
+            examples = [without_reference(example) for example in examples]  # stored ones were taken in another
+        with self._pair_model.arithmetic():
+            self._examples[start:] = fill_reference(
+                self.policy, examples, max_tokens=self.config.max_tokens, world=self._world
+            )
 
     def _summed(self, values: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
@@ -488,7 +493,8 @@ def _evaluate(pair_model: PairModel, examples: Sequence[Example]) -> dict[str, T
     for mode, prefix in PREFIXES.items():
         pairs = [pair for example in examples for pair in example.pairs if pair.mode == mode]
         for micro in pair_model.plan(pairs):
-            policy = log_probabilities(pair_model.policy.model, micro.batch, names=micro.names)
+            with pair_model.arithmetic():
+                policy = log_probabilities(pair_model.policy.model, micro.batch, names=micro.names)
             for name, values in pair_values(*pair_model.terms(micro, sequence_logprobs(policy))).items():
                 place = found.setdefault(f"{prefix}/{name}", values.new_zeros(len(pairs)))
                 place[micro.members] = values
@@ -506,11 +512,8 @@ def _holds_both_sets(source: Any) -> bool:
 def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dataset: Any) -> None:
     if not isinstance(args, BVPOConfig):
         raise UserError(f"`args` must be a BVPOConfig, not a {type(args).__name__}: alpha and beta stand in it.")
-    if args.bf16 or args.fp16:
-        raise UserError(
-            "Mixed precision by autocast (`bf16`, `fp16`) is not supported. Train float32 weights (`dtype='float32'`): "
-            "16-bit weights lose small steps."
-        )
+    if args.fp16:
+        raise UserError("`fp16=True`: not supported; float16 overflows. Take `bf16=True`, or neither.")
     check_distribution(args)
     if train_dataset is None and empty_dataset is None:
         raise UserError("There is nothing to train on: give D_t as `train_dataset`, and D_e as `empty_dataset`.")
@@ -518,7 +521,7 @@ def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dat
         raise UserError(f"`eval_strategy={str(args.eval_strategy)!r}` needs an `eval_dataset`.")
 
 
-def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPOConfig) -> Policy:
+def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPOConfig, dtype: str) -> Policy:
     """A policy from what users have: a name, a loaded model with its tokenizer, or a policy."""
     if isinstance(model, Policy):
         return model
@@ -526,7 +529,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
         return load_policy(cast(PreTrainedModel, model), tokenizer)
     if not isinstance(model, (str, Path)):
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
-    policy = load_policy(str(model), device=str(args.device))
+    policy = load_policy(str(model), device=str(args.device), dtype=dtype)
     return policy if tokenizer is None else with_tokenizer(policy, tokenizer)
 
 
@@ -539,11 +542,22 @@ def _step_size(args: BVPOConfig, optimizer: Any) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _check_trainable(model: nn.Module, step: float) -> None:
+def weights_dtype(asked: str, mixed: bool) -> str:
+    """The dtype to load weights in: float32 where all of them are trained with bfloat16 arithmetic.
+
+    Args:
+        asked: What the user asked for; anything but ``auto`` stands.
+        mixed: Whether all weights are trained with ``bf16=True``.
+    """
+    return "float32" if mixed and asked == "auto" else asked
+
+
+def _check_trainable(model: nn.Module, step: float, *, mixed: bool = False) -> None:
     """Refuses to train no weight at all, or 16-bit weights that most steps would leave where they are.
 
     Raises:
-        UserError: Nothing is trainable, weights are sharded, or a step rounds away in most of the weights.
+        UserError: Nothing is trainable, weights are sharded, a step rounds away in most of the weights, or weights are
+            no float32 where bfloat16 is for the arithmetic alone.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
@@ -552,6 +566,12 @@ def _check_trainable(model: nn.Module, step: float) -> None:
         raise UserError(
             "The model's weights are sharded (DTensor: FSDP2 or tensor parallelism), which is not supported here; give "
             "the whole model to each process."
+        )
+    odd = sorted({str(w.dtype).removeprefix("torch.") for w in weights if w.dtype != torch.float32})
+    if mixed and odd:
+        raise UserError(
+            f"`bf16=True` forms products in bfloat16 and keeps the trained weights in float32, but they are "
+            f"{' and '.join(odd)}. Load the model with `dtype='float32'`, or leave `bf16` out."
         )
     share = moving_share(weights, step)
     if step <= 0 or share >= _LEAST_MOVING:
@@ -564,8 +584,8 @@ def _check_trainable(model: nn.Module, step: float) -> None:
     raise UserError(
         f"`learning_rate={step:g}` rounds away: the trained weights are {dtype}, and a step of that size would move "
         f"only {100 * share:.2g}% of them (of {sum(w.numel() for w in low):,}): the others' next number is more than "
-        f"twice as far away. Train float32 weights (`dtype='float32'`), or take a larger rate (at {rate:.1g} half of "
-        "them move)."
+        f"twice as far away. Train float32 weights (`dtype='float32'`; `bf16=True` still computes in bfloat16), or "
+        f"take a larger rate (at {rate:.1g} half of them move)."
     )
 
 

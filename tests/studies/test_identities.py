@@ -79,7 +79,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         | {"warmup_steps": 0.3, "max_length": 99, "lora_r": 3, "lora_alpha": 7, "target_modules": ("q_proj",)}
         | {"precompute_ref_log_probs": True, "alpha_prior": 0.4, "alpha_update_steps": 3, "alpha_rule": "direction"}
         | {"alpha_traces_per_answer": 2, "eta_l": 0.5}
-        | {"logging_steps": 3, "seed": 1, "preset": "embedded"},
+        | {"logging_steps": 3, "seed": 1, "preset": "embedded", "bf16": True},
         _LOADING
         | {"unmatched_prompts": "drop", "max_tokens": 999, "gradient_checkpointing": True, "save_steps": 3}
         | {"report_to": ("tensorboard",), "allow_mismatch": True, "resume": True},

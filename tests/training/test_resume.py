@@ -235,6 +235,7 @@ def test_a_changed_report_of_a_finished_run_is_noticed(
         ({"lora_alpha": 7}, "adapter.lora_alpha: 4 there, 7 now"),
         ({"policy": {"dtype": "float64"}}, "dtype: 'torch.float32' there, 'torch.float64' now"),
         ({"logging_steps": 2}, "logging steps: 1 there, 2 now"),
+        ({"bf16": True}, "arithmetic: not recorded there, 'bfloat16' now"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: False there, True now"),
     ],
 )

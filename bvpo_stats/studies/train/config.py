@@ -41,6 +41,7 @@ class TrainConfig:
         lora_alpha: Numerator of the adapter's scaling; None for twice the rank.
         target_modules: Layers of the new adapter.
         gradient_checkpointing: Compute activations again in backward.
+        bf16: Products in bfloat16, trained weights in float32; None for the preset's.
         report_to: Trackers of transformers.
         resume: Refuse to start anew.
     """
@@ -153,6 +154,12 @@ class TrainConfig:
         o.Option("Prompts in one set only: error or drop. [default: error; embedded pairs: drop]", name="unmatched"),
     ] = None
     max_tokens: o.MaxTokens = 16_384
+    bf16: Annotated[
+        bool | None,
+        o.Option(
+            "Products in bfloat16, trained weights in float32. [default: the preset's]",
+        ),
+    ] = None
     gradient_checkpointing: Annotated[bool, o.Option("Recompute activations: less memory, more time.")] = False
     save_steps: Annotated[int, o.Option("Steps between checkpoints; the newest two are kept.", low=1, high=10**9)] = 50
     logging_steps: Annotated[int, o.Option("Steps between log entries.", low=1, high=10**9)] = 1
@@ -189,6 +196,11 @@ class TrainConfig:
     def with_preset_model(self) -> TrainConfig:
         """The same with the preset's model, where it has one."""
         return replace(self, policy=replace(self.policy, model=self.named.model or EMBEDDED))
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether there is no adapter, neither a new one nor a loaded one."""
+        return self.lora is None and self.policy.adapter is None
 
     @property
     def lora(self) -> LoraOptions | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bvpo_stats.training.config import BVPOConfig, check_distribution
 from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
-from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy
+from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy, weights_dtype
 
 MODEL = "model"
 """Folder of the trained adapter or model inside a run's folder."""
@@ -54,7 +54,8 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, template))
     traces = load_traces(config.inputs, template) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
-    policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
+    options = replace(config.policy, dtype=weights_dtype(config.policy.dtype, args.bf16 and config.trains_all_weights))
+    policy = load_policy(on_own_device(options, world.local_rank, world.size))
     if config.lora is not None and not policy.has_adapter:
         policy = with_lora(policy, config.lora)
     policy = trainable_policy(policy, None)
