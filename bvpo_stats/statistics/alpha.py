@@ -11,21 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from bvpo_stats.errors import UserError, check_choice
+from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.calibration import Mask
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
-    BOUNDED,
-    COMPLEMENT,
+    FEWEST,
     MARGINAL,
-    Method,
     RatioSets,
     SimpleInterval,
+    Tails,
     jackknife_corrected,
     jackknife_covariance,
     jackknife_normal,
@@ -49,33 +48,27 @@ class PromptsNeeded:
     at_least: bool
 
 
-def prompts_needed(
-    ratio: LinearRatio, group_sizes: Array, n_prompts: int, level: float = 0.95, method: Method = "fieller"
-) -> PromptsNeeded:
+def prompts_needed(ratio: LinearRatio, n_prompts: int, level: float = 0.95) -> PromptsNeeded:
     """Prompts for which the set of a ratio is expected to be bounded and to say something within [0, 1].
 
     Takes the estimates for the truth and looks at the set that k times the prompts would give: deviations shrink by the
-    root of k, interactions of groups by k. U-statistics of small biases carry a part of order ``1 / N^2`` too, so the
-    number errs on the safe side. Where the estimated denominator is below its standard error it is raised to that,
-    which makes the number a lower bound. Always more than there are, by a twelfth at least: less would be no advice.
+    root of k, interactions of groups by k, effective prompts grow by k. U-statistics of small biases carry a part of
+    order ``1 / N^2`` too, so the number errs on the safe side. It is a lower bound where the estimated denominator is
+    below its standard error (it is raised to that) and where too few prompts rule the estimate: how heavy a tail is
+    shows late. Always more than there are, by a twelfth at least: less would be no advice.
 
     Args:
-        ratio: Numerator and denominator, ``[1 + G]``, and their interactions.
-        group_sizes: ``[G]``.
-        n_prompts: Prompts in the sample, which do not identify the ratio.
+        ratio: Numerator and denominator, ``[1 + G]``, which the sample does not identify.
+        n_prompts: Prompts in the sample.
         level: Confidence level.
-        method: How the set is made.
     """
-    numerator, denominator = ratio.numerator, ratio.denominator
-    standard_error = math.sqrt(max(float(jackknife_covariance(denominator[None], group_sizes)[0, 0]), 0.0))
+    denominator = ratio.denominator
+    standard_error = math.sqrt(max(float(jackknife_covariance(denominator[None], ratio.group_sizes)[0, 0]), 0.0))
     weak = not denominator[0] > standard_error
-    denominator = denominator + max(standard_error - float(denominator[0]), 0.0)
+    raised = max(standard_error - float(denominator[0]), 0.0)
 
     def first_identified(factors: Float[np.ndarray, " factors"]) -> float | None:
-        k = factors[:, None]
-        B, A = (x[0] + (x - x[0]) / np.sqrt(k) for x in (numerator, denominator))
-        pairs = None if ratio.interactions is None else (ratio.interactions[0] / k, ratio.interactions[1] / k)
-        identified = ratio_sets(B, A, group_sizes * k, level, method, pairs).clipped()[2]
+        identified = ratio_sets(ratio.scaled(factors[:, None], raised), level, factors).clipped()[2]
         return float(factors[identified.argmax()]) if identified.any() else None
 
     power = first_identified(2.0 ** np.arange(1, 21))
@@ -84,10 +77,7 @@ def prompts_needed(
     factor = first_identified(power * np.exp2(np.arange(-7, 0) / 8)) or power
     number = n_prompts * factor
     unit = 10 ** max(math.floor(math.log10(number)) - 1, 0)
-    return PromptsNeeded(math.ceil(number / unit) * unit, weak)
-
-
-SetShape = Literal["bounded", "complement", "whole"]
+    return PromptsNeeded(math.ceil(number / unit) * unit, weak or not bool(Tails.of(ratio).enough()))
 
 
 @dataclass(frozen=True)
@@ -102,11 +92,10 @@ class AlphaInterval:
         level: Confidence level.
         unclipped: Estimate of alpha_unc, a ratio of unbiased estimates.
         identified: Whether the set is bounded and its clip is less than all of [0, 1]; if not, do not quote ``value``.
-        unclipped_low: Lower end of the set before clipping; the set is ``[low, high]`` if bounded, ``(-inf, low] or
-            [high, inf)`` if a complement, everything if whole.
+        unclipped_low: Lower end of the set before clipping; infinite where it is not bounded.
         unclipped_high: Upper end likewise.
-        shape: Which of the three.
-        method: ``fieller`` or ``hall``.
+        n_eff: Effective prompts behind the estimate; below `FEWEST` there is no interval.
+        largest: The largest prompt's share of its variance.
         needed: How many prompts would identify it, where this sample does not.
     """
 
@@ -118,13 +107,15 @@ class AlphaInterval:
     identified: bool
     unclipped_low: float
     unclipped_high: float
-    shape: SetShape
-    method: Method
+    n_eff: float
+    largest: float
     needed: PromptsNeeded | None
 
     def __str__(self) -> str:
         if self.identified:
             return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if self.n_eff < FEWEST:
+            return f"not identified ({self.n_eff:.1f} effective prompts; {self.largest:.0%} of the variance is one's)"
         if self.needed is None or self.needed.prompts is None:
             return "not identified"
         return (
@@ -147,17 +138,12 @@ def minimiser(numerator: Array | float, denominator: Array | float) -> Array:
     return np.where((A == 0) & (B == 0), np.nan, value)
 
 
-def alpha_interval(
-    ratio: LinearRatio, summary: MomentSummary, level: float = 0.95, method: Method = "fieller"
-) -> AlphaInterval:
+def alpha_interval(ratio: LinearRatio, summary: MomentSummary, level: float = 0.95) -> AlphaInterval:
     """Interval of any weight that is a ratio of two statistics, arrays ``[1 + G]``."""
-    numerator, denominator = ratio.numerator, ratio.denominator
-    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, ratio.interactions)
+    sets = ratio_sets(ratio, level)
     low, high, identified = sets.clipped()
-    needed = None if identified else prompts_needed(ratio, summary.group_sizes, summary.n_prompts, level, method)
-    shape: SetShape = "bounded" if sets.shape == BOUNDED else "complement" if sets.shape == COMPLEMENT else "whole"
     return AlphaInterval(
-        value=float(minimiser(numerator[0], denominator[0])),
+        value=float(minimiser(ratio.numerator[0], ratio.denominator[0])),
         low=float(low),
         high=float(high),
         level=level,
@@ -165,9 +151,9 @@ def alpha_interval(
         identified=bool(identified),
         unclipped_low=float(sets.low),
         unclipped_high=float(sets.high),
-        shape=shape,
-        method=method,
-        needed=needed,
+        n_eff=float(sets.n_eff),
+        largest=float(sets.largest),
+        needed=None if identified else prompts_needed(ratio, summary.n_prompts, level),
     )
 
 
@@ -211,12 +197,11 @@ def alpha_from_summary(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaStar:
     """alpha* from streamed moments; see `alpha_from_gradients`."""
     tau = noise_scale(batch_size, eta_l)
     ratio = LinearRatio.alpha(summary, tau)
-    interval = alpha_interval(ratio, summary, level, method)
+    interval = alpha_interval(ratio, summary, level)
     return AlphaStar(
         **vars(interval),
         batch_size=batch_size,
@@ -238,7 +223,6 @@ def alpha_from_gradients(
     level: float = 0.95,
     clusters: Sequence[Hashable] | None = None,
     blocks: Mapping[str, slice] | None = None,
-    method: Method = "fieller",
 ) -> AlphaStar:
     """Optimal weight of the trace gradient in ``alpha g_t + (1 - alpha) g_e``, with a confidence interval.
 
@@ -252,7 +236,6 @@ def alpha_from_gradients(
         level: Confidence level.
         clusters: Prompt of each example, where prompts have several pairs; None if all differ.
         blocks: Name to slice of the parameters, for per-layer weights afterwards.
-        method: ``fieller``, or ``hall``, cautious under heavy tails.
 
     Returns:
         The weight, its interval and the moments behind both.
@@ -281,9 +264,8 @@ def alpha_from_gradients(
     for name, value in vectors.items():
         if value.ndim != 2:
             raise UserError(f"`{name}` has the shape {list(value.shape)}, expected [examples, parameters].")
-    check_choice("method", method, get_args(Method))
     summary = summary_of_arrays(vectors, clusters=clusters, blocks=blocks)
-    return alpha_from_summary(summary, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+    return alpha_from_summary(summary, batch_size=batch_size, eta_l=eta_l, level=level)
 
 
 @dataclass(frozen=True)
@@ -298,6 +280,8 @@ class AlphaCurve:
     low: Array
     high: Array
     identified: Mask
+    n_eff: Array
+    largest: Array
 
 
 def alpha_curve(
@@ -306,7 +290,6 @@ def alpha_curve(
     *,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaCurve:
     """``alpha(tau) = (P0 + tau P1) / (Q0 + tau Q1)`` at ``tau = eta L / B`` for each batch size B.
 
@@ -316,7 +299,7 @@ def alpha_curve(
     taus = np.array([noise_scale(B, eta_l) for B in batch_sizes])[:, None]
     found = LinearRatio.of(summary, lambda p: (p.P0 + taus * p.P1, p.Q0 + taus * p.Q1))
     numerator, denominator = found.numerator, found.denominator
-    sets = ratio_sets(numerator, denominator, summary.group_sizes, level, method, found.interactions)
+    sets = ratio_sets(found, level)
     low, high, identified = sets.clipped()
     return AlphaCurve(
         batch_size=np.asarray(batch_sizes, dtype=np.float64),
@@ -327,6 +310,8 @@ def alpha_curve(
         low=low,
         high=high,
         identified=identified,
+        n_eff=sets.n_eff,
+        largest=sets.largest,
     )
 
 
@@ -344,12 +329,12 @@ class AlphaLimits:
     variance_only: AlphaInterval
 
 
-def alpha_limits(summary: MomentSummary, *, level: float = 0.95, method: Method = "fieller") -> AlphaLimits:
+def alpha_limits(summary: MomentSummary, *, level: float = 0.95) -> AlphaLimits:
     """Bias-only and variance-only limits of alpha with their intervals."""
     bias, variance = (LinearRatio.of(summary, pick) for pick in (lambda p: (p.P0, p.Q0), lambda p: (p.P1, p.Q1)))
     return AlphaLimits(
-        bias_only=alpha_interval(bias, summary, level, method),
-        variance_only=alpha_interval(variance, summary, level, method),
+        bias_only=alpha_interval(bias, summary, level),
+        variance_only=alpha_interval(variance, summary, level),
     )
 
 
@@ -359,7 +344,6 @@ def alpha_j(
     *,
     batch_size: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaInterval:
     """Minimiser of the descent bound for ``rho = eta L < 1`` with no term dropped (`Estimates.alpha_j_parts`).
 
@@ -367,7 +351,7 @@ def alpha_j(
         UserError: rho outside (0, 1].
     """
     ratio = LinearRatio.of(summary, lambda parts: parts.alpha_j_parts(rho, batch_size))
-    return alpha_interval(ratio, summary, level, method)
+    return alpha_interval(ratio, summary, level)
 
 
 def error_curve(
@@ -401,13 +385,12 @@ def layer_alphas(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> LayerAlphas:
     """Per-layer weights: the error separates over parameter blocks, so each has its own ``alpha_l = B_l / A_l``."""
     tau = noise_scale(batch_size, eta_l)
     found = LinearRatio.alpha(summary, tau, per_block=True)
     B, A = found.numerator, found.denominator
-    alphas = {name: alpha_interval(found.block(k), summary, level, method) for k, name in enumerate(summary.blocks)}
+    alphas = {name: alpha_interval(found.block(k), summary, level) for k, name in enumerate(summary.blocks)}
     # A block that never gets a gradient (LoRA's A at its start) has A_l = B_l = 0 and no part in the gain.
     live = ~((A == 0) & (B == 0)).all(axis=0)
     gain = None
@@ -443,7 +426,6 @@ def direction_alpha(
     *,
     batch_size: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaInterval:
     """Weight for optimizers that ignore the length of the gradient, as Adam does.
 
@@ -452,12 +434,16 @@ def direction_alpha(
     determinant of M cancels: ``c_t ~ v_t M_ee - v_e M_te`` and ``c_e ~ v_e M_tt - v_t M_te``. (Products of U-statistics
     have a bias of order 1/N, which numerator and denominator of the other weights do not.)
     """
-    tau, p = noise_scale(batch_size), estimates(summary)  # the length is free, so eta L cancels
-    tt, ee = p.trace_sq + tau * p.var_trace, p.empty_sq + tau * p.var_empty
-    te = p.trace_dot_empty + tau * p.var_cross
-    top = p.trace_dot_marginal * ee - p.empty_dot_marginal * te
-    other = p.empty_dot_marginal * tt - p.trace_dot_marginal * te
-    return alpha_interval(LinearRatio(top, top + other, None), summary, level, method)
+    tau = noise_scale(batch_size)  # the length is free, so eta L cancels
+
+    def shares(p: Estimates) -> tuple[Array, Array]:
+        tt, ee = p.trace_sq + tau * p.var_trace, p.empty_sq + tau * p.var_empty
+        te = p.trace_dot_empty + tau * p.var_cross
+        top = p.trace_dot_marginal * ee - p.empty_dot_marginal * te
+        other = p.empty_dot_marginal * tt - p.trace_dot_marginal * te
+        return top, top + other
+
+    return alpha_interval(LinearRatio.of(summary, shares, linear=False), summary, level)
 
 
 def curvature_alpha(
@@ -466,7 +452,6 @@ def curvature_alpha(
     *,
     batch_size: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaInterval:
     """Minimiser of the expected loss after one step to second order, with the Hessian H of the loss in place of L.
 
@@ -482,7 +467,6 @@ def curvature_alpha(
         eta: Learning rate.
         batch_size: Examples per step.
         level: Confidence level.
-        method: ``fieller`` or ``hall``.
     """
     if not eta > 0:
         raise UserError(f"the learning rate must be positive, got {eta}.")
@@ -492,7 +476,7 @@ def curvature_alpha(
     marginal_dot_h = absolute[..., m, t] - absolute[..., m, e]
     numerator = marginal_dot_h / eta - (mixed[..., e, Ht] - mixed[..., e, He])
     denominator = mixed[..., t, Ht] - mixed[..., t, He] - mixed[..., e, Ht] + mixed[..., e, He]
-    return alpha_interval(LinearRatio(numerator, denominator, None), summary, level, method)
+    return alpha_interval(LinearRatio(numerator, denominator, summary.group_sizes), summary, level)
 
 
 Answer = Literal["yes", "no", "undecided"]
@@ -544,7 +528,6 @@ def fixed_alpha_verdict(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> FixedAlphaVerdict:
     """Test a fixed alpha in (0, 1) against both parts.
 
@@ -561,7 +544,7 @@ def fixed_alpha_verdict(
     tau = noise_scale(batch_size, eta_l)
     ratio = LinearRatio.alpha(summary, tau)
     B, A = float(ratio.numerator[0]), float(ratio.denominator[0])
-    sets = ratio_sets(ratio.numerator, ratio.denominator, summary.group_sizes, level, method, ratio.interactions)
+    sets = ratio_sets(ratio, level)
 
     def below(bound: float) -> Answer:
         """Whether alpha_unc lies below the bound."""
@@ -614,7 +597,7 @@ def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> Alph
     parts = estimates(summary)
     if parts.var_trace_sampling is None:
         raise UserError("the trace-sampling share needs a second trace draw (trace2) for some examples; give it.")
-    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, None), summary, level)
+    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, summary.group_sizes), summary, level)
 
 
 @dataclass(frozen=True)
@@ -651,7 +634,7 @@ def conditional_variance_ratio(
     if not 0 <= alpha < 1:
         raise UserError(f"alpha must lie in [0, 1), got {alpha}.")
     # A group without such prompts changes nothing when it is left out; one that holds them all cannot be left out.
-    sets = ratio_sets(parts.within_empty, parts.within_trace, summary.group_sizes, level)
+    sets = ratio_sets(LinearRatio(parts.within_empty, parts.within_trace, summary.group_sizes), level)
     threshold = (1 + alpha) / (1 - alpha)
     contrast = jackknife_normal(parts.within_empty - threshold * parts.within_trace, summary.group_sizes, level)
     holds: Answer = "yes" if contrast.high < 0 else "no" if contrast.low > 0 else "undecided"

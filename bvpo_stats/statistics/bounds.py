@@ -25,14 +25,14 @@ is L (the largest seen) and four variances. It is loose by the share of those va
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.estimates import LinearRatio, noise_scale
-from bvpo_stats.statistics.intervals import Method, jackknife_covariance, ratio_sets, t_quantile
+from bvpo_stats.statistics.intervals import jackknife_covariance, ratio_sets, t_quantile
 from bvpo_stats.statistics.moments import Array, MomentSummary
 
 
@@ -145,7 +145,6 @@ def alpha_range(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> AlphaRange:
     """The hull of the confidence sets of alpha over all ``h . b_t`` within the bound.
 
@@ -157,20 +156,12 @@ def alpha_range(
         batch_size: Examples per optimizer step.
         eta_l: Learning rate times smoothness.
         level: Confidence level.
-        method: How the sets are made.
     """
     tau = noise_scale(batch_size, eta_l)
     found = LinearRatio.alpha(summary, tau, marginal="t")
 
     def ends(shift: float) -> tuple[Array, Array]:
-        sets = ratio_sets(
-            found.numerator + shift,
-            found.denominator,
-            summary.group_sizes,
-            (1 + level) / 2,
-            method,
-            found.interactions,
-        )
+        sets = ratio_sets(replace(found, numerator=found.numerator + shift), (1 + level) / 2)
         return sets.clipped()[:2]
 
     low, high = float(ends(-bound.high)[0]), float(ends(bound.high)[1])

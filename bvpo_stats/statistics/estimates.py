@@ -170,21 +170,35 @@ Pick = Callable[[Estimates], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class LinearRatio:
-    """Two statistics that are linear in U and M, with what their ratio's confidence set needs.
+    """Two statistics with what their ratio's confidence set needs.
 
     Attributes:
         numerator: ``[..., 1 + G]``.
         denominator: ``[..., 1 + G]``.
-        interactions: Of both, ``[..., I]`` each; None where the summary has none.
+        group_sizes: ``[..., G]``, examples in each jackknife group.
+        interactions: Of both, ``[..., I]`` each; None where the summary has none, or they are not linear in U and M.
+        alone: The same with single prompts left out, to first order, where groups hold several; else None.
+        norms: ``[..., P]``, size of the gradients of each prompt: mean of ``norm(t - e)^2``; None where not known.
     """
 
     numerator: Array
     denominator: Array
-    interactions: tuple[Array, Array] | None
+    group_sizes: Array
+    interactions: tuple[Array, Array] | None = None
+    alone: LinearRatio | None = None
+    norms: Array | None = None
 
     @classmethod
-    def of(cls, summary: MomentSummary, pick: Pick, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
-        """``pick`` must be linear in the estimates: it is applied to the interactions too.
+    def of(
+        cls,
+        summary: MomentSummary,
+        pick: Pick,
+        *,
+        per_block: bool = False,
+        marginal: str = "m",
+        linear: bool = True,
+    ) -> LinearRatio:
+        """``pick`` of the estimates, over groups and prompts; if ``linear`` in them, of the interactions too.
 
         >>> rng = np.random.default_rng(0)
         >>> from bvpo_stats.statistics.moments import summary_of_arrays
@@ -194,18 +208,23 @@ class LinearRatio:
         ((13,), (66,))
         """
         rows = estimates(summary, per_block=per_block, marginal=marginal)
-        if summary.interactions is None:
-            return cls(*pick(rows), None)
-        pairs = replace(
-            summary,
-            U=summary.interactions,
-            M=np.zeros_like(summary.interactions),
-            shift=np.zeros_like(summary.interactions),
-            trace_sampling=None,
-            within_prompt=None,
-            interactions=None,
-        )
-        return cls(*pick(rows), pick(estimates(pairs, per_block=per_block, marginal=marginal)))
+        alone, pairs = None, None
+        if summary.prompts is not None:
+            alone = cls.of(summary.prompts, pick, per_block=per_block, marginal=marginal, linear=False)
+        if linear and summary.interactions is not None:
+            nothing = np.zeros_like(summary.interactions)
+            only = replace(
+                summary,
+                U=summary.interactions,
+                M=nothing,
+                shift=nothing,
+                trace_sampling=None,
+                within_prompt=None,
+                interactions=None,
+                prompts=None,
+            )
+            pairs = pick(estimates(only, per_block=per_block, marginal=marginal))
+        return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary))
 
     @classmethod
     def alpha(cls, summary: MomentSummary, tau: float, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
@@ -219,8 +238,46 @@ class LinearRatio:
 
     def block(self, k: int) -> LinearRatio:
         """The same of one parameter block, where the block axis was kept."""
-        pairs = None if self.interactions is None else (self.interactions[0][..., k], self.interactions[1][..., k])
-        return LinearRatio(self.numerator[..., k], self.denominator[..., k], pairs)
+        return replace(
+            self,
+            numerator=self.numerator[..., k],
+            denominator=self.denominator[..., k],
+            interactions=None
+            if self.interactions is None
+            else (self.interactions[0][..., k], self.interactions[1][..., k]),
+            alone=None if self.alone is None else self.alone.block(k),
+        )
+
+    def scaled(self, spread: Array, raised: float) -> LinearRatio:
+        """With ``1 / spread`` of the deviations and the denominator raised, for what more prompts would give.
+
+        ``[1 + G]`` becomes ``[..., 1 + G]`` for ``spread`` of shape ``[..., 1]``.
+        """
+
+        def move(x: Array) -> Array:
+            return x[..., :1] + (x - x[..., :1]) / np.sqrt(spread)
+
+        pairs = None if self.interactions is None else (self.interactions[0] / spread, self.interactions[1] / spread)
+        return replace(
+            self,
+            numerator=move(self.numerator),
+            denominator=move(self.denominator) + raised,
+            group_sizes=self.group_sizes * spread,
+            interactions=pairs,
+        )
+
+
+def prompt_norms(summary: MomentSummary) -> Array | None:
+    """Mean of ``norm(t - e)^2`` of each prompt's own examples, ``[..., P]``; None where that is not known."""
+    alone = summary if summary.prompts is None else summary.prompts
+    if alone.n_groups != summary.n_prompts or not {"t", "e"} <= set(summary.members):
+        return None
+    t, e = summary.index("t"), summary.index("e")
+    both = alone.M.sum(axis=-3)
+    squares = both[..., t, t] - 2 * both[..., t, e] + both[..., e, e]
+    sizes = alone.group_sizes
+    total = sizes.sum(axis=-1, keepdims=True)
+    return (total * squares[..., :1] - (total - sizes) * squares[..., 1:]) / sizes
 
 
 def _pick(per_block: bool, products: Array, a: int, b: int) -> Array:

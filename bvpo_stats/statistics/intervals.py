@@ -1,12 +1,22 @@
-"""Confidence intervals for ratios and sums of U-statistics: the jackknife and Fieller's set.
+"""Confidence intervals for ratios and sums of U-statistics: one jackknife, one set for every ratio, refusals.
 
 The bootstrap is absent on purpose: resampled duplicates put the products ``a_i . b_i`` back that U leaves out, so its
-intervals cover too little. The jackknife leaves examples out and keeps U unbiased.
+intervals cover too little. The jackknife leaves prompts out and keeps U unbiased.
 
-Methods for ratios: ``fieller`` (default) and ``hall`` (its hull with the set corrected for skewness, the cautious
-choice under heavy tails). Where the interactions of the groups are known, ``fieller`` takes account of the dependence
-between a U-statistic and its own standard error (see `bvpo_stats.statistics.calibration`): without that it covers too
-often at intermediate noise scales and too rarely at small ones.
+**Ratios** (`ratio_sets`). For every a, B - a A is tested against 0 as Fieller (1954) does, without linearisation; with
+
+- influences summed per prompt (a prompt with eight pairs is one draw, not eight);
+- the statistic freed of its dependence on its own standard error (see `bvpo_stats.statistics.calibration`);
+- the hull with the set corrected for the skewness of the influences (Hall 1992);
+- a quantile that grows by `TAIL_WIDENING` (1 / n_eff - 3 / N), at most by `WIDEST`: n_eff is N / 3 where influences are
+  normal, and what falls short of that are tails, of which a sample shows too little.
+
+**When no interval is given.** Two signs say that the sample does not show what rules the ratio: fewer than `FEWEST`
+effective prompts; or influences that go with the size of the prompts' gradients while sizes scatter widely
+(`Tails.slope` above `STEEPEST`): then the estimate is a mean of a heavy-tailed size, of which the prompts that matter
+most are likely not among the sample. The set is the whole line then: "not identified", whatever the estimate.
+
+The constants were chosen on simulated populations and judged on others: ``benchmarks/tails_of_alpha.md``.
 
 **Squared norms of means**, such as norm(b_t)^2. The variance of ``U = norm(x-bar)^2`` (diagonal removed) has a part
 that grows with the norm and one that does not:
@@ -22,16 +32,14 @@ jackknife variance ``v`` is the first part's estimate,
 
 an interval in closed form. ``E r^2 = tr(Sigma^2)`` comes from the interactions.
 
-Sources: Fieller (1954) for the set; Busing, Meijer and van der Leeden (1999) for the delete-a-group jackknife with
-groups of unequal size; Shao and Wu (1989) for its validity; Helmers (1991) and Hall (1992) for the corrections.
+Sources: Fieller (1954) for the set; Shao and Wu (1989) for the delete-a-group jackknife; Liang and Zeger (1986) for
+clusters of unequal size; Helmers (1991) and Hall (1992) for the corrections; Kish (1965) for n_eff.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +51,22 @@ from bvpo_stats.statistics.calibration import (
     DifferenceSecondOrder,
     DifferenceSkew,
     Mask,
-    corrected_ends,
+    hall_transform,
     interaction_variance,
+    polynomial,
     search_ends,
     shrunk,
     undo_interaction,
 )
+from bvpo_stats.statistics.estimates import LinearRatio
 from bvpo_stats.statistics.moments import Array, MomentSummary
 
-Method = Literal["fieller", "hall"]
+FEWEST = 4.0
+"""Effective prompts below which no interval is given."""
+STEEPEST = 0.35
+"""`Tails.slope` above which none is given, up to 100 prompts; times sqrt(N / 100) beyond, as means of sizes settle."""
+TAIL_WIDENING, WIDEST = 3.0, 0.35
+"""How much wider sets are for tails: by the first times ``1 / n_eff - 3 / N``, at most by the second."""
 
 BOUNDED, COMPLEMENT, WHOLE_LINE = 0, 1, 2
 """Shapes of Fieller's set: ``[low, high]``; ``(-inf, low] or [high, inf)``; every real number."""
@@ -65,34 +80,33 @@ def t_quantile(level: float, n_groups: int) -> float:
     return float(stats.t.ppf(0.5 + level / 2, n_groups - 1))
 
 
-def jackknife_covariance(values: Array, group_sizes: Array) -> Array:
-    """Covariance matrix of k statistics by leaving groups out.
+def jackknife_influences(values: Array, group_sizes: Array) -> Array:
+    """``psi_g`` of k statistics by leaving groups out, scaled so that ``sum_g psi_g psi_g'`` is their covariance.
 
-    With N examples, ``h_g = N / n_g`` and ``theta_g`` the statistic without group g, the pseudo-values are
-    ``h_g theta - (h_g - 1) theta_g``, their centre ``G theta - sum_g (1 - n_g / N) theta_g``, and
-
-        v = (1 / G) sum_g (pseudo_g - centre)^2 / (h_g - 1),
-
-    which for equal groups is the familiar ``(G - 1) / G sum_g (theta_g - mean)^2`` and for a mean is exactly unbiased.
+    With share ``f_g = n_g / N`` and ``theta_g`` the statistic without group g, ``psi_g = (1 - f_g) (theta - theta_g)``,
+    which for a mean is ``f_g`` times the group's mean less the mean; centred, and over ``1 - sum f^2``. That is exactly
+    unbiased for a mean of independent examples, and right where the examples of a group go together (a prompt with
+    many pairs), where weights that suppose them independent are too small. For equal groups the covariance is the
+    familiar ``(G - 1) / G sum_g (theta_g - mean)^2``.
 
     Args:
         values: ``[..., k, 1 + G]``, whole sample first.
         group_sizes: ``[..., G]``.
 
     Returns:
-        ``[..., k, k]``.
+        ``[..., k, G]``.
     """
-    deviation, weight = _pseudo_deviations(values, group_sizes)
-    return np.einsum("...kg,...lg,...g->...kl", deviation, deviation, weight)
+    share = (group_sizes / group_sizes.sum(axis=-1, keepdims=True))[..., None, :]
+    with np.errstate(invalid="ignore"):
+        psi = (1 - share) * (values[..., :1] - values[..., 1:])
+    psi = psi - share * psi.sum(axis=-1, keepdims=True)
+    return psi / np.sqrt(1 - (share**2).sum(axis=-1, keepdims=True))
 
 
-def _pseudo_deviations(values: Array, group_sizes: Array) -> tuple[Array, Array]:
-    total = group_sizes.sum(axis=-1, keepdims=True)
-    h = (total / group_sizes)[..., None, :]
-    whole, without = values[..., :1], values[..., 1:]
-    n_groups = group_sizes.shape[-1]
-    centre = n_groups * whole - ((1 - 1 / h) * without).sum(axis=-1, keepdims=True)
-    return h * whole - (h - 1) * without - centre, 1 / (n_groups * (h[..., 0, :] - 1))
+def jackknife_covariance(values: Array, group_sizes: Array) -> Array:
+    """Covariance matrix ``[..., k, k]`` of k statistics by leaving groups out (`jackknife_influences`)."""
+    psi = jackknife_influences(values, group_sizes)
+    return np.einsum("...kg,...lg->...kl", psi, psi)
 
 
 def jackknife_corrected(values: Array, group_sizes: Array) -> tuple[Array, Array]:
@@ -176,12 +190,16 @@ class RatioSets:
         low: Lower root; for the complement shape the set is ``(-inf, low] or [high, inf)``.
         high: Upper root.
         shape: `BOUNDED`, `COMPLEMENT` or `WHOLE_LINE`.
+        n_eff: Effective prompts behind the ratio (`effective_number`); None where they are not known.
+        largest: The largest prompt's share of its variance, likewise.
     """
 
     ratio: Array
     low: Array
     high: Array
     shape: NDArray[np.int64]
+    n_eff: Array | None = None
+    largest: Array | None = None
 
     def contains(self, value: float | Array) -> Mask:
         """Whether the sets hold a value."""
@@ -234,113 +252,145 @@ def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: flo
     return RatioSets(ratio, low, high, shape)
 
 
-def hall_sets(values: Array, group_sizes: Array, q: float) -> RatioSets:
-    """Hull of Fieller's set and of the same corrected for skewness (see `bvpo_stats.statistics.calibration`).
+@dataclass(frozen=True)
+class Tails:
+    """How many prompts a ratio rests on.
 
-    Never narrower than Fieller's. The correction alone is not offered: it gains where one heavy tail dominates (mixture
-    with a common scale of t and e, N = 50: .79 becomes .90) but loses where two heavy tails balance (.96 becomes .89),
-    since a sample tells little about skewness. Where either set is unbounded the whole line is returned.
-
-    Args:
-        values: (B, A), ``[..., 2, 1 + G]``.
-        group_sizes: ``[..., G]``.
-        q: Quantile of the studentised difference.
+    Attributes:
+        n_eff: Effective prompts, ``(sum psi^2)^2 / sum psi^4`` (`effective_number`).
+        largest: The largest prompt's share of ``sum psi^2``.
+        slope: |rank correlation of the influences with the prompts' sizes| times the spread of the logarithm of the
+            sizes in the upper half (the standard deviation, were it normal); 0 where sizes are not known.
+        n_prompts: Prompts (or groups, where only those are known).
     """
-    numerator, denominator = values[..., 0, 0], values[..., 1, 0]
-    deviations, weights = _pseudo_deviations(values, group_sizes)
-    plain = fieller_sets(numerator, denominator, jackknife_covariance(values, group_sizes), q)
-    low, high = corrected_ends(numerator, denominator, deviations, weights, q)
-    bounded = (plain.shape == BOUNDED) & np.isfinite(low) & np.isfinite(high)
-    low = np.where(bounded, np.minimum(low, plain.low), -np.inf)
-    high = np.where(bounded, np.maximum(high, plain.high), np.inf)
-    return RatioSets(plain.ratio, low, high, np.where(bounded, BOUNDED, WHOLE_LINE))
+
+    n_eff: Array
+    largest: Array
+    slope: Array
+    n_prompts: int
+
+    @classmethod
+    def of(cls, ratio: LinearRatio) -> Tails:
+        """Of the influences of single prompts on ``B - (B / A) A``, groups standing in where prompts are not known."""
+        alone = ratio if ratio.alone is None else ratio.alone
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            estimate = ratio.numerator[..., 0] / ratio.denominator[..., 0]
+            values = np.stack(np.broadcast_arrays(alone.numerator, alone.denominator), axis=-2)
+            b, a = np.moveaxis(jackknife_influences(values, alone.group_sizes), -2, 0)
+            psi = b - estimate[..., None] * a
+            scale = np.abs(b).max(axis=-1, keepdims=True) + np.abs(estimate[..., None] * a).max(axis=-1, keepdims=True)
+            psi = np.where(np.abs(psi) <= 1e-12 * scale, 0.0, psi)  # B and A in a fixed ratio leave rounding
+        n_eff, largest = effective_number(psi**2)
+        slope = np.zeros(np.shape(n_eff)) if ratio.norms is None else size_slope(psi, ratio.norms)
+        return cls(n_eff, largest, slope, psi.shape[-1])
+
+    def widening(self, growth: Array | float = 1.0) -> Array:
+        """Factor of the quantile, for so many times the prompts."""
+        short = 1 / (self.n_eff * growth) - 3 / (self.n_prompts * np.asarray(growth))
+        return 1 + np.clip(TAIL_WIDENING * short, 0, WIDEST)
+
+    def enough(self, growth: Array | float = 1.0) -> Mask:
+        """Whether an interval may be given, for so many times the prompts."""
+        steepest = STEEPEST * np.sqrt(np.maximum(self.n_prompts * np.asarray(growth) / 100, 1))
+        return (self.n_eff * growth >= FEWEST) & (self.slope <= steepest)
 
 
-def _holds(
-    estimate: Array,
-    covariance: Array,
-    calibration: tuple[DifferenceSkew, DifferenceSecondOrder],
-    n_groups: int,
-    q: float,
-    candidate: Array,
-) -> Mask:
-    """Whether ``|h(T(a))| <= q(a)`` at candidates a; see `interaction_sets`."""
-    v_bb, v_ab, v_aa = (covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
-    standard_error = np.sqrt(np.maximum(v_bb - 2 * candidate * v_ab + candidate**2 * v_aa, 0.0))
-    k12 = calibration[0].at(candidate)
-    bound = calibration[1].quantile(candidate, standard_error**2, k12, n_groups, q)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        studentised = (estimate[..., 0] - candidate * estimate[..., 1]) / standard_error
-        return np.abs(undo_interaction(studentised, shrunk(*k12)[0], n_groups)) <= bound
+def size_slope(influences: Array, norms: Array) -> Array:
+    """|Spearman's correlation| of influences with sizes, times the upper spread of the logarithm of sizes.
 
-
-def interaction_sets(values: Array, interactions: Array, group_sizes: Array, q: float) -> RatioSets:
-    """Fieller's set with the studentised difference freed of its dependence on its own standard error.
-
-    ``{a : |h(T(a))| <= q(a)}`` with ``T(a) = (B - a A) / se(B - a A)``, h that of `undo_interaction` at the k12 of
-    ``B - a A`` and q(a) the quantile of `DifferenceSecondOrder`: the part of it that holds the estimate, or the whole
-    line where that has no end.
-
-    Args:
-        values: (B, A), ``[..., 2, 1 + G]``.
-        interactions: Of (B, A), ``[..., 2, I]``.
-        group_sizes: ``[..., G]``.
-        q: Quantile of the studentised difference.
+    >>> w = np.exp(np.linspace(-1, 1, 9))
+    >>> round(float(size_slope(w - w.mean(), w)), 3), float(size_slope(w, np.ones(9)))
+    (0.609, 0.0)
     """
-    numerator, denominator, n_groups = values[..., 0, 0], values[..., 1, 0], group_sizes.shape[-1]
-    deviations, weights = _pseudo_deviations(values, group_sizes)
-    covariance = np.einsum("...kg,...lg,...g->...kl", deviations, deviations, weights)
-    skew = DifferenceSkew.of(deviations, interactions)
-    second = DifferenceSecondOrder.of(deviations, interactions, group_sizes)
-
-    inside = partial(_holds, values[..., 0], covariance, (skew, second), n_groups, q)
+    influences, norms = np.broadcast_arrays(influences, norms)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = numerator / denominator
-        b, a = deviations[..., 0, :], ratio[..., None] * deviations[..., 1, :]
-        spread, whole = ((weights * x**2).sum(axis=-1) for x in (b - a, np.abs(b) + np.abs(a)))
+        logs = np.log(np.maximum(norms, 1e-300))
+        above = np.maximum(logs - np.median(logs, axis=-1, keepdims=True), 0)
+        spread = np.sqrt(2 * (above**2).mean(axis=-1))
+        ranks = [stats.rankdata(x, axis=-1) for x in (influences, norms)]
+        x, y = (rank - rank.mean(axis=-1, keepdims=True) for rank in ranks)
+        correlation = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+    return np.where(spread > 1e-9, np.abs(np.nan_to_num(correlation)) * spread, 0.0)
+
+
+@dataclass(frozen=True)
+class _RatioTest:
+    """Which candidates a the data leave standing; see `ratio_sets`.
+
+    Attributes:
+        estimate: (B, A), ``[..., 2]``.
+        influences: Of both, ``[..., 2, G]``, scaled to the covariance.
+        calibration: k12 and the second order, where the interactions of enough groups are known.
+        q: Quantile of the studentised difference.
+        wider: Factor of it for tails, ``[...]``.
+    """
+
+    estimate: Array
+    influences: Array
+    calibration: tuple[DifferenceSkew, DifferenceSecondOrder] | None
+    q: float
+    wider: Array
+
+    @classmethod
+    def of(cls, ratio: LinearRatio, q: float, wider: Array) -> _RatioTest:
+        """The test of a ratio."""
+        values = np.stack(np.broadcast_arrays(ratio.numerator, ratio.denominator), axis=-2)
+        sizes, calibration = ratio.group_sizes, None
+        influences = jackknife_influences(values, sizes)
+        if ratio.interactions is not None and sizes.shape[-1] >= MIN_GROUPS:
+            pairs = np.stack(np.broadcast_arrays(*ratio.interactions), axis=-2)
+            share = (sizes / sizes.sum(axis=-1, keepdims=True))[..., None, :]
+            each = influences / share * np.sqrt(1 - (share**2).sum(axis=-1, keepdims=True))
+            calibration = DifferenceSkew.of(each, pairs), DifferenceSecondOrder.of(each, pairs, sizes)
+        return cls(values[..., 0], influences, calibration, q, wider)
+
+    def holds(self, candidate: Array) -> Mask:
+        """Whether ``|T(a)|`` or ``|h(T(a))|`` is at most the quantile, at candidates ``[...]`` or ``[C, ...]``."""
+        b, a = self.influences[..., 0, :], self.influences[..., 1, :]
+        n_groups = b.shape[-1]
+        squares = [(b**2).sum(axis=-1), -2 * (b * a).sum(axis=-1), (a**2).sum(axis=-1)]
+        cubes = [(b**3).sum(axis=-1), -3 * (b**2 * a).sum(axis=-1), 3 * (b * a**2).sum(axis=-1), -(a**3).sum(axis=-1)]
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            variance = np.maximum(polynomial(squares, candidate), 0.0)
+            studentised = (self.estimate[..., 0] - candidate * self.estimate[..., 1]) / np.sqrt(variance)
+            bound: Array | float = self.q
+            if self.calibration is not None:
+                skew, second = self.calibration
+                k12 = skew.at(candidate)
+                bound = second.quantile(candidate, variance, k12, n_groups, self.q)
+                studentised = undo_interaction(studentised, shrunk(*k12)[0], n_groups)
+            corrected = hall_transform(studentised, np.nan_to_num(polynomial(cubes, candidate) / variance**1.5))
+            return np.minimum(np.abs(studentised), np.abs(corrected)) <= bound * self.wider
+
+
+def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 1.0) -> RatioSets:
+    """Confidence sets of a ratio of U-statistics: the one interval of every mixing weight, and of every other ratio.
+
+    The part that holds the estimate of ``{a : |T(a)| <= q w or |h(T(a))| <= q w}`` with ``T(a) = (B - a A) / se(B - a
+    A)`` freed of the interactions, h Hall's transformation, q Student's quantile of second order and w that of
+    `Tails.widening`; the whole line where that part has no end, where A is not positive, or where `Tails.enough` says
+    that no interval may be given.
+
+    Args:
+        ratio: B, A and what is known of their groups and prompts, with leading axes.
+        level: Confidence level.
+        growth: Judge tails as for so many times the prompts (`bvpo_stats.statistics.alpha.prompts_needed`).
+    """
+    tails = Tails.of(ratio)
+    test = _RatioTest.of(ratio, t_quantile(level, ratio.group_sizes.shape[-1]), tails.widening(growth))
+    numerator, denominator = test.estimate[..., 0], test.estimate[..., 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate = numerator / denominator
+        b, a = test.influences[..., 0, :], estimate[..., None] * test.influences[..., 1, :]
+        spread, whole = ((x**2).sum(axis=-1) for x in (b - a, np.abs(b) + np.abs(a)))
         # B and A in a fixed ratio leave rounding, of which interactions and quantiles would be made.
         unit = np.where(spread <= 1e-24 * whole, 0.0, np.sqrt(spread) / np.abs(denominator))
-    low, high = search_ends(ratio, unit, inside)
+    low, high = search_ends(estimate, unit, test.holds)
     # The estimate itself has T = 0; a correction so large that it throws the estimate out says nothing.
-    bounded = (denominator > 0) & np.isfinite(low) & np.isfinite(high) & (inside(ratio) | (unit == 0))
+    bounded = (denominator > 0) & np.isfinite(low) & np.isfinite(high) & (test.holds(estimate) | (unit == 0))
+    bounded = bounded & tails.enough(growth)
     low, high = np.where(bounded, low, -np.inf), np.where(bounded, high, np.inf)
-    return RatioSets(ratio, low, high, np.where(bounded, BOUNDED, WHOLE_LINE))
-
-
-def ratio_sets(
-    numerator: Array,
-    denominator: Array,
-    group_sizes: Array,
-    level: float = 0.95,
-    method: str = "fieller",
-    interactions: tuple[Array, Array] | None = None,
-    extra: Array | None = None,
-) -> RatioSets:
-    """Confidence sets of a ratio of U-statistics by the jackknife: the one interval of every mixing weight.
-
-    Args:
-        numerator: B, ``[..., 1 + G]``.
-        denominator: A, ``[..., 1 + G]``.
-        group_sizes: ``[..., G]``.
-        level: Confidence level.
-        method: ``fieller`` or ``hall``.
-        interactions: Those of B and A, ``[..., I]`` each, where both are linear in U and M; ``fieller`` uses them.
-        extra: ``[..., 2, 2]``, covariance that independent data add to (B, A), such as averages over training steps;
-            for plain ``fieller``.
-
-    Raises:
-        UserError: No such method.
-    """
-    values = np.stack([numerator, denominator], axis=-2)
-    q = t_quantile(level, group_sizes.shape[-1])
-    if method == "hall":
-        return hall_sets(values, group_sizes, q)
-    if method != "fieller":
-        raise UserError(f"unknown interval method {method!r}; choose fieller or hall.")
-    if interactions is not None and extra is None and group_sizes.shape[-1] >= MIN_GROUPS:
-        return interaction_sets(values, np.stack(interactions, axis=-2), group_sizes, q)
-    covariance = jackknife_covariance(values, group_sizes)
-    return fieller_sets(numerator[..., 0], denominator[..., 0], covariance if extra is None else covariance + extra, q)
+    return RatioSets(estimate, low, high, np.where(bounded, BOUNDED, WHOLE_LINE), tails.n_eff, tails.largest)
 
 
 BIAS_TRACE = {"t": 1.0, "m": -1.0}

@@ -28,7 +28,6 @@ from bvpo_stats.statistics.alpha import AlphaInterval, Answer, alpha_interval, m
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, noise_scale
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
-    Method,
     SimpleInterval,
     jackknife_corrected,
     jackknife_normal,
@@ -124,7 +123,7 @@ class ErrorMatrix:
         if len(chosen) == 2 and self.interactions is not None:
             both = tops(self.interactions)
             pairs = (both[..., 0], both.sum(axis=-1))
-        return LinearRatio(rows[..., 0], rows.sum(axis=-1), pairs)
+        return LinearRatio(rows[..., 0], rows.sum(axis=-1), self.summary.group_sizes, pairs)
 
 
 def trace_name(k: int) -> str:
@@ -185,9 +184,7 @@ class Mixture:
         return f"{' + '.join(parts)} at batch size {self.batch_size:g}, eta L = {self.eta_l:g}"
 
 
-def best_mixture(
-    matrix: ErrorMatrix, *, batch_size: float, eta_l: float, level: float = 0.95, method: Method = "fieller"
-) -> Mixture:
+def best_mixture(matrix: ErrorMatrix, *, batch_size: float, eta_l: float, level: float = 0.95) -> Mixture:
     """The least point over the simplex, and intervals of its weights by the set of every other weight here.
 
     Args:
@@ -195,7 +192,6 @@ def best_mixture(
         batch_size: B.
         eta_l: Learning rate times smoothness.
         level: Confidence level.
-        method: How the sets are made.
     """
     summary, sizes = matrix.summary, matrix.summary.group_sizes
     best = simplex_minimiser(matrix.rows[0])
@@ -204,7 +200,7 @@ def best_mixture(
     for i, name in enumerate(matrix.names):
         others = [j for j in support if j != i]
         faces = [others] if others else [[j] for j in range(len(best)) if j != i]  # alone: against each of the others
-        sets = [alpha_interval(matrix.weight(i, face), summary, level, method) for face in faces]
+        sets = [alpha_interval(matrix.weight(i, face), summary, level) for face in faces]
         widest = min(sets, key=lambda found: found.low) if sets else None
         if widest is None:
             raise UserError("a mixture needs two estimators or more.")
@@ -223,7 +219,6 @@ def mixture_from_gradients(
     eta_l: float = 1.0,
     level: float = 0.95,
     clusters: Sequence[Hashable] | None = None,
-    method: Method = "fieller",
 ) -> Mixture:
     """Best weights of any estimators of the marginal gradient, summing to one, none negative, with intervals.
 
@@ -234,7 +229,6 @@ def mixture_from_gradients(
         eta_l: Learning rate times smoothness.
         level: Confidence level.
         clusters: Prompt of each example, where prompts have several pairs; None if all differ.
-        method: ``fieller``, or ``hall``, cautious under heavy tails.
 
     Raises:
         UserError: Fewer than two estimators or more than eight, one called ``m``, shapes that disagree, or fewer than
@@ -259,7 +253,7 @@ def mixture_from_gradients(
             raise UserError(f"`{name}` has the shape {list(value.shape)}, expected [examples, parameters].")
     summary = summary_of_arrays(vectors, clusters=clusters)
     matrix = ErrorMatrix.of_members(summary, tuple(estimators), noise_scale(batch_size, eta_l))
-    return best_mixture(matrix, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+    return best_mixture(matrix, batch_size=batch_size, eta_l=eta_l, level=level)
 
 
 def trace_mixture(
@@ -269,7 +263,6 @@ def trace_mixture(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> Mixture:
     """Best mix of the means of k traces and the empty-trace gradient, all at the same batch size.
 
@@ -279,13 +272,12 @@ def trace_mixture(
         batch_size: Examples per optimizer step.
         eta_l: Learning rate times smoothness.
         level: Confidence level.
-        method: How intervals are made.
 
     Raises:
         UserError: No second trace draws.
     """
     matrix = ErrorMatrix.of_traces(summary, counts, noise_scale(batch_size, eta_l))
-    return best_mixture(matrix, batch_size=batch_size, eta_l=eta_l, level=level, method=method)
+    return best_mixture(matrix, batch_size=batch_size, eta_l=eta_l, level=level)
 
 
 Choice = Literal["mix", "no_mix", "two_traces", "two_traces_mix", "batch", "step"]
@@ -342,7 +334,6 @@ def budget_advice(
     batch_size: float = 1.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
 ) -> list[Advice]:
     """What would help most, for the tokens of a step that mixes with a fixed alpha: each choice's error beside its.
 
@@ -363,7 +354,6 @@ def budget_advice(
         batch_size: Its examples per step.
         eta_l: Its learning rate times smoothness.
         level: Confidence level.
-        method: How intervals are made.
 
     Returns:
         In the order of `CHOICES`.
@@ -398,11 +388,11 @@ def budget_advice(
             """Ends of the set of a fixed weight's error over the reference's."""
             error, pairs = matrix.error(np.array([weight, 1 - weight]))
             both_pairs = None if pairs is None or base_pairs is None else (pairs, base_pairs)
-            sets = ratio_sets(error, base, summary.group_sizes, level, method, both_pairs)
+            sets = ratio_sets(LinearRatio(error, base, summary.group_sizes, both_pairs), level)
             return (float(sets.low), float(sets.high)) if sets.shape == BOUNDED else (-np.inf, np.inf)
 
         if wanted is None:
-            best = alpha_interval(matrix.weight(0, [1]), summary, level, method)
+            best = alpha_interval(matrix.weight(0, [1]), summary, level)
             weight, error = _least(matrix)
             low = min(compared(end)[0] for end in (best.low, weight, best.high))
             high = compared(min(max(alpha, best.low), best.high))[1]

@@ -22,6 +22,11 @@ mean vector of every member and scalars about that mean; adding examples and mer
 operation, the parallel update of Chan, Golub and LeVeque (1983), in float64. Memory is
 ``p G d`` float64 numbers for p members and d parameters (twice that once a prompt with several pairs has been seen).
 
+**Single prompts behind groups.** How many prompts an estimate rests on cannot be seen from twenty groups. So where
+groups hold several prompts, each prompt leaves its exact inner products and a sketch of its sums (`sketch`), 8 p (256 +
+p) bytes for p members (a little more where there are more than 64 blocks), from which `MomentSummary.prompts` follows.
+Sketches are linear and kept by the prompt's id, so they do not depend on order, batches or processes either.
+
 The group of a prompt is the prompt itself, or a hash of its id (`jackknife_groups` says which), so it does not depend
 on order, on batches or on which process saw it.
 
@@ -33,7 +38,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import combinations_with_replacement, product
 from typing import Any, Literal
 
@@ -125,6 +131,8 @@ class MomentSummary:
         interactions: ``[..., I, L, p, p]``, for the ``I = G (G - 1) / 2`` pairs of groups g < h (row by row of the
             upper triangle) the interaction of the two in U (see `bvpo_stats.statistics.calibration`); M has none.
             None where they were not kept, or for fewer than four groups.
+        prompts: The same sample with single prompts left out instead of groups, where groups hold several: exact in M,
+            from sketches in U (`sketch`). For the weight of single prompts only; else None.
     """
 
     members: tuple[str, ...]
@@ -138,6 +146,7 @@ class MomentSummary:
     trace_sampling: Array | None = None
     within_prompt: Array | None = None
     interactions: Array | None = None
+    prompts: MomentSummary | None = None
 
     @property
     def covariance(self) -> Array:
@@ -183,17 +192,23 @@ class MomentSummary:
             trace_sampling=None if self.trace_sampling is None else self.trace_sampling[..., keep],
             within_prompt=None if self.within_prompt is None else self.within_prompt[..., keep, :, :],
             interactions=None if self.interactions is None else self.interactions[..., keep, :, :],
+            prompts=None if self.prompts is None else self.prompts.block(name),
         )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``; `from_arrays` reads them back."""
-        return {f.name: np.asarray(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        own = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "prompts"}
+        alone = {} if self.prompts is None else self.prompts.to_arrays()
+        return {name: np.asarray(v) for name, v in own.items()} | {f"prompts/{name}": v for name, v in alone.items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> MomentSummary:
         """Read what `to_arrays` wrote."""
         names = ("trace_sampling", "within_prompt", "interactions")
-        optional = {name: np.asarray(arrays[name]) for name in names if name in arrays}
+        optional: dict[str, Any] = {name: np.asarray(arrays[name]) for name in names if name in arrays}
+        alone = {key.partition("/")[2]: arrays[key] for key in arrays if key.startswith("prompts/")}
+        if alone:
+            optional["prompts"] = cls.from_arrays(alone)
         return cls(
             members=tuple(str(s) for s in arrays["members"]),
             blocks=tuple(str(s) for s in arrays["blocks"]),
@@ -362,6 +377,88 @@ class GroupMoments:
         )
 
 
+SKETCH = 256
+"""Numbers that a prompt leaves of each member's sum."""
+
+
+@lru_cache(maxsize=256)
+def _signs(dimension: int) -> NDArray[np.float32]:
+    """Signs of the coordinates, the same in every process and in every run."""
+    bits = np.unpackbits(np.frombuffer(np.random.default_rng(dimension).bytes(-(-dimension // 8)), dtype=np.uint8))
+    return (2.0 * bits[:dimension] - 1).astype(np.float32)
+
+
+def sketch(vectors: NDArray[Any], width: int) -> Array:
+    """``[..., d]`` to at most ``width`` numbers with the same inner products on average; exact where they suffice.
+
+    A count sketch: signs, then sums of every ``width``-th coordinate. The error of an inner product is about
+    ``norm(x) norm(y) / sqrt(width)``: too much for an estimate, little for the weight of a prompt.
+
+    Source: Charikar, Chen and Farach-Colton (2002).
+
+    >>> x, y = np.random.default_rng(0).normal(size=(2, 5000)) + 1
+    >>> abs(sketch(x, 256) @ sketch(y, 256) / (x @ y) - 1) < 0.2
+    True
+    """
+    d = vectors.shape[-1]
+    if d <= width:
+        return np.asarray(vectors, dtype=np.float64)
+    whole = d // width * width
+    signed = vectors * _signs(d)
+    folded = signed[..., :whole].reshape(*vectors.shape[:-1], -1, width).sum(axis=-2, dtype=np.float64)
+    folded[..., : d - whole] += signed[..., whole:]
+    return np.asarray(folded, dtype=np.float64)
+
+
+def sketch_width(blocks: int) -> int:
+    """Numbers a block leaves, so that all together leave about `SKETCH`."""
+    return max(4, SKETCH // blocks)
+
+
+@dataclass(frozen=True)
+class PromptParts:
+    """What single prompts leave behind where groups hold several of them; all about zero.
+
+    Attributes:
+        sizes: ``[..., P]``, examples.
+        products: ``[..., P, L, p, p]``, ``D_ab`` of each prompt.
+        sketches: Per block ``[..., P, p, k]``, sketches of ``S_a^c``.
+    """
+
+    sizes: Array
+    products: Array
+    sketches: tuple[Array, ...]
+
+    def summary(self, members: Sequence[str], blocks: Sequence[str]) -> MomentSummary:
+        """The sample with each prompt left out: exact in M, from sketches in U."""
+        parts = []
+        for x in self.sketches:
+            total = x.sum(axis=-3)
+            cross = np.einsum("...nak,...bk->...nab", x, total)
+            parts.append(
+                (np.einsum("...ak,...bk->...ab", total, total), cross, np.einsum("...nak,...nbk->...nab", x, x))
+            )
+        total, cross, own = (np.stack(part, axis=-3) for part in zip(*parts, strict=True))
+        nothing = np.zeros(cross.shape[:-1])
+        sums = GroupSums(
+            sizes=self.sizes,
+            squares=self.sizes**2,
+            total=total,
+            cross=cross,
+            own=own,
+            diagonal=self.products,
+            within=own,
+            origin_dot_sum=nothing,
+            origin_dot_weighted=nothing,
+            origin_square=np.zeros((*self.sizes.shape[:-1], len(blocks))),
+        )
+        return summarise(sums, members, blocks, self.sizes.shape[-1])
+
+    def __getitem__(self, which: int | list[int]) -> PromptParts:
+        """Some of the prompts."""
+        return PromptParts(self.sizes[which], self.products[which], tuple(x[which] for x in self.sketches))
+
+
 def gram(x: Array, y: Array) -> Array:
     """Inner products of every member of x with every member of y: ``[p, d], [p, d] -> [p, p]``."""
     return x @ y.T
@@ -486,6 +583,27 @@ def add_singles(
     )
 
 
+def prompt_parts(vectors: Sequence[Sequence[NDArray[Any]]], labels: Int[np.ndarray, " examples"] | None) -> PromptParts:
+    """What prompts leave behind.
+
+    Args:
+        vectors: Per block and member ``[..., n, d]``.
+        labels: Prompt ``0 .. P - 1`` of each example; None where each is its own.
+    """
+    width, add = sketch_width(len(vectors)), _adder(labels)
+    p, shape = len(vectors[0]), vectors[0][0].shape[:-1]
+    products = np.empty((*shape, len(vectors), p, p))
+    for k, block in enumerate(vectors):
+        for a, b in combinations_with_replacement(range(p), 2):
+            dots = np.einsum("...d,...d->...", block[a], block[b], dtype=np.float64)
+            products[..., k, a, b] = products[..., k, b, a] = dots
+    sketches = [np.stack([add(sketch(x, width), -2) for x in block], axis=-2) for block in vectors]
+    sizes = np.ones(shape[-1]) if labels is None else np.bincount(labels).astype(np.float64)
+    return PromptParts(
+        np.broadcast_to(sizes, (*shape[:-1], sizes.size)), add(products, len(shape) - 1), tuple(sketches)
+    )
+
+
 Vectors = Float[np.ndarray, "examples parameters"] | Mapping[str, Float[np.ndarray, "examples parameters"]]
 
 
@@ -499,6 +617,7 @@ class Moments:
         blocks: Names of the parameter blocks (layers).
         n_groups: Jackknife groups, G; None where every prompt is its own (see `jackknife_groups`).
         groups: Moments of the groups that hold prompts: number of the group, or id of the prompt, to its moments.
+        prompts: What each prompt leaves behind, by its id, where groups hold several.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -515,6 +634,7 @@ class Moments:
     blocks: tuple[str, ...]
     n_groups: int | None
     groups: Mapping[int | str, GroupMoments]
+    prompts: Mapping[str, PromptParts] = field(default_factory=dict)
 
     @classmethod
     def init(
@@ -588,27 +708,38 @@ class Moments:
         for prompt, its in rows.items():
             g = str(prompt) if self.n_groups is None else group_of(prompt, self.n_groups)
             units.setdefault(("group", g) if len(its) == 1 else ("prompt", prompt), (g, []))[1].extend(its)
+        known = self.groups if self.n_groups is None else self.prompts
+        twice = [str(prompt) for prompt in rows if str(prompt) in known]
+        if twice:
+            raise UserError(f"prompt {twice[0]!r} was added before; all its pairs must come in one update, once.")
         groups = dict(self.groups)
         for (kind, _), (g, its) in units.items():
             chosen = [[parts[name][k][its] for name in self.members] for k in range(len(self.blocks))]
             draws = None if halved is None else halved[its]
-            if self.n_groups is None and g in groups:
-                raise UserError(f"prompt {g!r} was added before; all its pairs must come in one update, once.")
             if kind == "group":
                 groups[g] = add_singles(groups.get(g), chosen, draws)
             else:
                 groups[g] = merge_groups(groups.get(g), prompt_moments(chosen, draws))
-        return replace(self, groups=groups)
+        if self.n_groups is None:
+            return replace(self, groups=groups)
+        labels = np.empty(len(prompts), dtype=np.int64)
+        for label, its in enumerate(rows.values()):
+            labels[its] = label
+        single = len(rows) == len(prompts)
+        blocks = [[parts[name][k] for name in self.members] for k in range(len(self.blocks))]
+        left = prompt_parts(blocks, None if single else labels)
+        return replace(self, groups=groups, prompts={**self.prompts, **{str(x): left[i] for i, x in enumerate(rows)}})
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the union; the two must have seen disjoint sets of prompts."""
         if (self.members, self.blocks, self.n_groups) != (other.members, other.blocks, other.n_groups):
             raise UserError("only moments with the same members, blocks and number of groups merge; rerun one of them.")
-        twice = set(self.groups) & set(other.groups) if self.n_groups is None else ()
+        mine, others = (x.groups if self.n_groups is None else x.prompts for x in (self, other))
+        twice = {str(x) for x in mine} & {str(x) for x in others}
         if twice:
             raise UserError(f"prompt {min(twice)!r} is in both moments; merge those of different prompts.")
         merged = {g: merge_groups(self.groups.get(g), found) for g, found in other.groups.items()}
-        return replace(self, groups={**self.groups, **merged})
+        return replace(self, groups={**self.groups, **merged}, prompts={**self.prompts, **other.prompts})
 
     def mean(self, member: str) -> dict[str, Array]:
         """Mean vector of a member over all examples, by block.
@@ -660,7 +791,19 @@ class Moments:
             repeats=(np.array([g.repeats[0] for g in filled]), np.stack([g.repeats[1] for g in filled])),
             **_stack_blocks(parts),
         )
-        return summarise(sums, self.members, self.blocks, self.n_prompts)
+        found = summarise(sums, self.members, self.blocks, self.n_prompts)
+        left = self._left()
+        return found if left is None else replace(found, prompts=left.summary(self.members, self.blocks))
+
+    def _left(self) -> PromptParts | None:
+        """What all prompts left, in the order of their ids; None where groups are prompts."""
+        if self.n_groups is None or len(self.prompts) != self.n_prompts:  # files of old runs have none
+            return None
+        each = [self.prompts[name] for name in sorted(self.prompts)]
+        columns = zip(*(x.sketches for x in each), strict=True)
+        return PromptParts(
+            np.array([x.sizes for x in each]), np.stack([x.products for x in each]), tuple(map(np.stack, columns))
+        )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``, to resume from or to send to another process; `from_arrays` reads them."""
@@ -672,6 +815,10 @@ class Moments:
         }
         for k, group in enumerate(self.groups.values()):
             arrays |= {f"group{k}/{name}": value for name, value in group.to_arrays().items()}
+        if (left := self._left()) is not None:
+            arrays |= {"prompts/ids": np.array(sorted(self.prompts)), "prompts/sizes": left.sizes}
+            arrays |= {"prompts/products": left.products}
+            arrays |= {f"prompts/sketch{k}": x for k, x in enumerate(left.sketches)}
         return arrays
 
     @classmethod
@@ -682,13 +829,18 @@ class Moments:
         found: list[dict[str, NDArray[Any]]] = [{} for _ in names]
         for key in arrays:
             prefix, _, name = key.partition("/")
-            if name:
+            if name and prefix != "prompts":
                 found[int(prefix.removeprefix("group"))][name] = np.asarray(arrays[key])
         groups = {
             name if n_groups is None else int(name): GroupMoments.from_arrays(part, len(blocks))
             for name, part in zip(names, found, strict=True)
         }
-        return cls(members, blocks, n_groups, groups)
+        if "prompts/ids" not in arrays:
+            return cls(members, blocks, n_groups, groups)
+        sketches = tuple(np.asarray(arrays[f"prompts/sketch{k}"]) for k in range(len(blocks)))
+        left = PromptParts(np.asarray(arrays["prompts/sizes"]), np.asarray(arrays["prompts/products"]), sketches)
+        prompts = {str(name): left[i] for i, name in enumerate(arrays["prompts/ids"])}
+        return cls(members, blocks, n_groups, groups, prompts)
 
     def _split(self, name: str, value: Vectors, n: int) -> list[NDArray[Any]]:
         """One array ``[n, d]`` per block, checked, in the float type that it came in."""
@@ -819,10 +971,16 @@ def summary_of_arrays(
             halved = ((named["t"][..., block] - second) ** 2).sum(-1) / 2
             part["trace_draws"] = group_sums(prompt_sums(halved, -1), -1)
         parts.append(part)
-    lead = shape[:-2]
+    lead, left = shape[:-2], None
+    if n_groups is not None:
+        cut = [slice(None)] if blocks is None else blocks.values()
+        left = prompt_parts(
+            [[value[..., block] for value in named.values()] for block in cut], None if single else prompt_of
+        )
+    names = [WHOLE] if blocks is None else list(blocks)
     sums_of = _stack_blocks(parts)
     draws, repeats = sums_of.pop("trace_draws", None), sums_of.pop("repeats", None)
-    return summarise(
+    found = summarise(
         GroupSums(
             sizes=np.broadcast_to(sizes, (*lead, *sizes.shape)),
             squares=np.broadcast_to(group_sums(counts**2, -1), (*lead, *sizes.shape)),
@@ -831,9 +989,10 @@ def summary_of_arrays(
             **sums_of,
         ),
         list(named),
-        [WHOLE] if blocks is None else list(blocks),
+        names,
         len(index),
     )
+    return found if left is None else replace(found, prompts=left.summary(list(named), names))
 
 
 def _adder(labels: Int[np.ndarray, " items"] | None) -> Callable[[Array, int], Array]:

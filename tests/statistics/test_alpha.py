@@ -66,7 +66,7 @@ def test_arrays_and_stream_agree_and_the_fields_are_consistent(vectors):
     assert same_interval(one, two)
     assert one.tau == two.tau == 0.125
     assert 0 < one.low < one.value == one.unclipped < one.high < 1
-    assert (one.identified, one.shape, one.needed, one.n_prompts) == (True, "bounded", None, 400)
+    assert (one.identified, one.needed, one.n_prompts) == (True, None, 400)
     assert "batch size 4, eta L = 0.5" in str(one)
     assert one.estimates.bias_empty_sq.shape == ()
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import alpha_from_summary, prompts_needed
-from bvpo_stats.statistics.calibration import corrected_difference, corrected_ends, hall_transform
+from bvpo_stats.statistics.calibration import hall_transform
 from bvpo_stats.statistics.estimates import LinearRatio
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
@@ -44,6 +44,12 @@ def test_equal_groups_give_the_textbook_formula_for_curved_statistics():
     theta = np.exp(deleted_means(x, np.arange(40) % 8))
     textbook = 7 / 8 * ((theta[1:] - theta[1:].mean()) ** 2).sum()
     assert jackknife_covariance(theta[None], np.full(8, 5.0))[0, 0] == pytest.approx(textbook, rel=1e-12)
+
+
+def ratio_of(B, A, **more):
+    """The ratio of two means ``[..., N]``, single prompts left out."""
+    each = np.arange(B.shape[-1])
+    return LinearRatio(deleted_means(B, each), deleted_means(A, each), np.ones(B.shape), **more)
 
 
 def test_jackknife_with_unequal_groups_is_unbiased_for_a_mean():
@@ -118,61 +124,109 @@ def test_fieller_is_exact_for_normal_numerators_and_denominators():
     assert set(np.unique(sets.shape)) == {BOUNDED, COMPLEMENT, WHOLE_LINE}
 
 
-def test_methods_agree_where_the_denominator_is_sharp():
+def test_sets_are_students_where_the_denominator_is_sharp():
     rng = np.random.default_rng(2)
     A = rng.normal(size=4000) * 0.1 + 2
     B = 0.4 * A + rng.normal(size=4000) * 0.1
-    values = [deleted_means(x, np.arange(4000)) for x in (B, A)]
-    ends = {m: ratio_sets(*values, np.ones(4000), method=m) for m in ("fieller", "hall")}
-    width = ends["fieller"].high - ends["fieller"].low
-    assert abs(ends["hall"].low - ends["fieller"].low) < 0.02 * width
-    assert abs(ends["hall"].high - ends["fieller"].high) < 0.02 * width
+    found = ratio_sets(ratio_of(B, A))
     standard_error = (B - B.mean() / A.mean() * A).std(ddof=1) / math.sqrt(4000) / A.mean()
-    q = t_quantile(0.95, 4000)
-    assert width == pytest.approx(2 * q * standard_error, rel=1e-3)
-    with pytest.raises(UserError, match="unknown interval"):
-        ratio_sets(*values, np.ones(4000), method="delta")
+    assert found.high - found.low == pytest.approx(2 * t_quantile(0.95, 4000) * standard_error, rel=0.01)
+    assert found.n_eff == pytest.approx(4000 / 3, rel=0.1)
+    assert found.largest == pytest.approx(12 / 4000, rel=0.5)
 
 
 @pytest.mark.parametrize("skewness", [-3.0, -0.5, 1.0, 4.0])
 def test_hall_transform_is_monotone_with_its_known_closed_form(skewness):
     """T + l T^2 / 3 + l^2 T^3 / 27 = ((1 + l T / 3)^3 - 1) / l (Hall 1992)."""
     T, slant = np.linspace(-6, 6, 101), skewness / math.sqrt(16)
-    h = hall_transform(T, np.asarray(skewness), 16)
+    h = hall_transform(T, np.asarray(slant))
     np.testing.assert_allclose(h, ((1 + slant * T / 3) ** 3 - 1) / slant + slant / 6, rtol=1e-12, atol=1e-12)
     assert (np.diff(h) >= 0).all()
 
 
-def test_hall_ends_solve_their_equation_and_hull_with_fieller():
-    rng = np.random.default_rng(4)
-    B, A = rng.lognormal(size=(2, 50, 30))
-    values = [deleted_means(x, np.arange(30)) for x in (B, A)]
-    deviations = np.stack([x - x.mean(-1, keepdims=True) for x in (B, A)], axis=-2)
-    weights, q = np.full((50, 30), 1 / (30 * 29)), t_quantile(0.95, 30)
-    low, high = corrected_ends(B.mean(-1), A.mean(-1), deviations, weights, q)
-    bounded = np.isfinite(low) & np.isfinite(high)
-    assert bounded.mean() > 0.9
-    for ends in (low, high):
-        h = corrected_difference(ends, B.mean(-1), A.mean(-1), deviations, weights)
-        np.testing.assert_allclose(np.abs(h)[bounded], q, rtol=1e-6)
-    hull, plain = (ratio_sets(*values, np.ones((50, 30)), method=m) for m in ("hall", "fieller"))
-    keep = bounded & (plain.shape == BOUNDED)
-    np.testing.assert_allclose(hull.low[keep], np.minimum(low, plain.low)[keep], rtol=1e-9)
-    np.testing.assert_allclose(hull.high[keep], np.maximum(high, plain.high)[keep], rtol=1e-9)
-    assert (hull.shape[~keep] == WHOLE_LINE).all()
+def test_ends_solve_the_inequality_of_the_hull():
+    """Ends by bisection against T, its transform and the quantile, written out."""
+    B, A = np.random.default_rng(4).lognormal(size=(2, 50, 30))
+    found = ratio_sets(ratio_of(B, A))
+    keep = found.shape == BOUNDED
+    assert keep.mean() > 0.5
+    n_eff = found.n_eff[keep]
+    bound = t_quantile(0.95, 30) * (1 + np.clip(3 * (1 / n_eff - 0.1), 0, 0.35))
+    for ends in (found.low[keep], found.high[keep]):
+        x = B[keep] - ends[:, None] * A[keep]
+        psi = (x - x.mean(1, keepdims=True)) / math.sqrt(30 * 29)
+        se = np.sqrt((psi**2).sum(1))
+        T, slant = x.mean(1) / se, (psi**3).sum(1) / se**3
+        h = T + slant * T**2 / 3 + slant**2 * T**3 / 27 + slant / 6
+        np.testing.assert_allclose(np.minimum(np.abs(T), np.abs(h)), bound, rtol=1e-6)
 
 
-def test_hall_covers_a_skewed_mean_better_than_student():
+def test_a_skewed_mean_is_covered_better_than_by_students_interval():
     """Mean of lognormals, N = 40: a ratio with denominator one."""
+    x, truth = np.random.default_rng(0).lognormal(size=(1500, 40)), math.exp(0.5)
+    found = ratio_sets(ratio_of(x, np.ones_like(x)))
+    low, high = stats.t.interval(0.95, 39, x.mean(1), x.std(1, ddof=1) / math.sqrt(40))
+    assert ((low <= truth) & (truth <= high)).mean() < 0.905
+    given = found.shape == BOUNDED
+    assert given.mean() > 0.6
+    assert found.contains(truth).mean() > 0.94
+
+
+def test_an_interval_is_wider_for_tails_and_refused_where_few_prompts_rule():
+    """Equal influences, two heavy prompts, one with 99% of the variance: n_eff 40, about 7, 1."""
+    one = np.ones(40)
+    equal = np.tile([1.0, -1.0], 20)
+    two = equal.copy()
+    two[:4] *= 5.0
+    ruled = equal * 1e-3
+    ruled[0] = 10.0
+    for influences, n_eff, given in ((equal, 40.0, True), (two, 7.3, True), (ruled, 1.0, False)):
+        B = 0.5 + 0.1 * (influences - influences.mean())
+        found = ratio_sets(ratio_of(B, one))
+        assert found.n_eff == pytest.approx(n_eff, rel=0.1)
+        assert bool(found.shape == BOUNDED) is given
+        assert found.ratio == pytest.approx(0.5)  # shown all the same
+        if not given:
+            assert (found.low, found.high) == (-np.inf, np.inf)
+            assert found.largest > 0.97
+    plain = [t_quantile(0.95, 40) * x.std(ddof=1) * 0.1 / math.sqrt(40) for x in (equal, two)]
+    widths = [
+        np.ptp([found.low, found.high]) / 2
+        for found in (ratio_sets(ratio_of(0.5 + 0.1 * x, one)) for x in (equal, two))
+    ]
+    assert widths[0] == pytest.approx(plain[0], rel=0.01)
+    assert widths[1] > 1.1 * plain[1]
+
+
+def test_influences_that_follow_widely_scattered_sizes_give_no_interval():
+    """A mean of a log-normal size: what rules it is likely not in the sample. Sizes without influence do no harm."""
+    rng = np.random.default_rng(3)
+    sizes = np.exp(2 * rng.normal(size=40)).clip(0, 12)
+    same = [np.sort(rng.normal(size=40))[np.argsort(np.argsort(sizes))], rng.normal(size=40)]
+    shown = [ratio_sets(ratio_of(0.5 + 0.1 * x, np.ones(40), norms=sizes)).shape for x in same]
+    assert shown == [WHOLE_LINE, BOUNDED]
+    assert ratio_sets(ratio_of(0.5 + 0.1 * same[0], np.ones(40), norms=np.ones(40))).shape == BOUNDED
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_few_prompts_and_numbers_that_are_not_finite_identify_nothing(n):
+    B, A = np.random.default_rng(0).normal(size=(2, n)) * 0.01 + 1
+    assert (ratio_sets(ratio_of(B, A)).shape == BOUNDED) == (n == 20)  # three prompts are never four
+    for bad in (np.inf, np.nan):
+        B[0] = bad
+        found = ratio_sets(ratio_of(B, A))
+        assert found.shape == WHOLE_LINE
+
+
+def test_prompts_of_many_pairs_count_once():
+    """Pairs of a prompt that are all alike: 12 prompts of 1, 12 of 20 pairs. The covariance over repeated samples."""
     rng = np.random.default_rng(0)
-    x = rng.lognormal(size=(1500, 40))
-    ones = np.ones((1500, 41))
-    means = np.concatenate([x.mean(1, keepdims=True), (x.sum(1, keepdims=True) - x) / 39], axis=1)
-    sizes = np.ones((1500, 40))
-    truth = math.exp(0.5)
-    covered = {m: ratio_sets(means, ones, sizes, method=m).contains(truth).mean() for m in ("fieller", "hall")}
-    assert covered["fieller"] < 0.905
-    assert covered["hall"] > covered["fieller"] + 0.02
+    counts = np.repeat([1, 20], 12)
+    values = rng.normal(size=(4000, 24))
+    theta = (values * counts).sum(1) / counts.sum()
+    without = ((values * counts).sum(1, keepdims=True) - values * counts) / (counts.sum() - counts)
+    variance = jackknife_covariance(np.c_[theta, without][:, None], np.broadcast_to(counts, (4000, 24)).astype(float))
+    assert variance.mean() == pytest.approx(theta.var(), rel=0.1)
 
 
 def test_prompts_needed_identifies_when_the_variance_shrinks_as_one_over_n():
@@ -180,11 +234,10 @@ def test_prompts_needed_identifies_when_the_variance_shrinks_as_one_over_n():
     A = rng.normal(size=40) * 4 + 1.0
     B = 0.4 * A + rng.normal(size=40)
     A, B = A - A.mean() + 1.0, B - B.mean() + 0.4
-    values = [deleted_means(x, np.arange(40)) for x in (B, A)]
-    assert not ratio_sets(*values, np.ones(40)).clipped()[2]
-    needed = prompts_needed(LinearRatio(*values, None), np.ones(40), 40)
+    assert not ratio_sets(ratio_of(B, A)).clipped()[2]
+    needed = prompts_needed(ratio_of(B, A), 40)
     assert not needed.at_least
-    covariance = jackknife_covariance(np.stack(values), np.ones(40))
+    covariance = jackknife_covariance(np.stack([deleted_means(x, np.arange(40)) for x in (B, A)]), np.ones(40))
     q = t_quantile(0.95, 40)
     at = lambda n: bool(fieller_sets(np.asarray(0.4), np.asarray(1.0), covariance * 40 / n, q).clipped()[2])  # noqa: E731
     assert at(needed.prompts)
@@ -193,12 +246,10 @@ def test_prompts_needed_identifies_when_the_variance_shrinks_as_one_over_n():
 
 def test_prompts_needed_is_a_lower_bound_where_the_denominator_drowns():
     x = np.array([1.0, -1.0] * 10)
-    values = [deleted_means(v, np.arange(20)) for v in (x[::-1] + 0.1, x - 0.1)]
-    needed = prompts_needed(LinearRatio(*values, None), np.ones(20), 20)
+    needed = prompts_needed(ratio_of(x[::-1] + 0.1, x - 0.1), 20)
     assert needed.at_least
     assert needed.prompts > 20
-    nothing = deleted_means(np.zeros(20), np.arange(20))
-    assert prompts_needed(LinearRatio(nothing, nothing, None), np.ones(20), 20).prompts is None
+    assert prompts_needed(ratio_of(np.zeros(20), np.zeros(20)), 20).prompts is None
 
 
 def test_prompts_needed_are_more_than_there_are_in_two_digits():
@@ -208,13 +259,12 @@ def test_prompts_needed_are_more_than_there_are_in_two_digits():
         for _ in range(12):
             vectors = rng.normal(size=(3, n, 30)) * rng.lognormal(size=(n, 1)) + 0.1
             summary = summary_of_arrays(dict(zip("tem", vectors, strict=True)))
-            for method in ("fieller", "hall"):
-                found = alpha_from_summary(summary, batch_size=64, method=method)
-                if found.needed is not None and found.needed.prompts is not None:
-                    assert found.needed.prompts >= 1.08 * n
-                    assert len(str(found.needed.prompts).rstrip("0")) <= 2
-                    seen.append((n, method))
-    assert {(n, m) for n in (7, 38, 150) for m in ("fieller", "hall")} == set(seen)
+            found = alpha_from_summary(summary, batch_size=64)
+            if found.needed is not None and found.needed.prompts is not None:
+                assert found.needed.prompts >= 1.08 * n
+                assert len(str(found.needed.prompts).rstrip("0")) <= 2
+                seen.append(n)
+    assert {7, 38, 150} == set(seen)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])

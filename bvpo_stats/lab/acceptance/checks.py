@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates
-from bvpo_stats.statistics.intervals import BIAS_EMPTY, BIAS_TRACE, Method, RatioSets, ratio_sets, squared_norm
+from bvpo_stats.statistics.intervals import BIAS_EMPTY, BIAS_TRACE, RatioSets, ratio_sets, squared_norm
 from bvpo_stats.statistics.moments import Array, MomentSummary
 
 BAND_Z = 3.078
@@ -117,9 +117,7 @@ class Replicates:
     bias_ends: dict[str, tuple[Array, Array]]
 
 
-def collect(
-    summaries: Iterable[MomentSummary], taus: Sequence[float], *, level: float = 0.95, method: Method = "fieller"
-) -> Replicates:
+def collect(summaries: Iterable[MomentSummary], taus: Sequence[float], *, level: float = 0.95) -> Replicates:
     """Estimates and intervals of every replicate, from chunks of summaries with a leading replicate axis."""
     sets: list[list[RatioSets]] = [[] for _ in taus]
     parts: list[Estimates] = []
@@ -129,9 +127,7 @@ def collect(
         size = summary.n_prompts
         parts.append(estimates(summary).select(0))
         found = LinearRatio.of(summary, lambda p: (p.P0 + scales * p.P1, p.Q0 + scales * p.Q1))
-        together = ratio_sets(
-            found.numerator, found.denominator, summary.group_sizes, level, method, found.interactions
-        )
+        together = ratio_sets(found, level)
         for k in range(len(taus)):
             sets[k].append(RatioSets(**{name: value[k] for name, value in vars(together).items()}))
         for name, combination in (("bias_trace_sq", BIAS_TRACE), ("bias_empty_sq", BIAS_EMPTY)):

@@ -88,7 +88,6 @@ class AlphaConfig:
         method: Estimator of the marginal gradient.
         optimizer_state: File of Adam's state.
         level: Confidence level.
-        interval: How intervals of weights are made.
         groups: Jackknife groups; ``auto`` for the rule of `bvpo_stats.statistics.moments.jackknife_groups`.
         seed: Decides the fresh adapter and every draw.
         max_tokens: Budget of padded tokens per forward.
@@ -145,9 +144,6 @@ class AlphaConfig:
         o.Option("Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric."),
     ] = None
     level: o.Level = 0.95
-    interval: Annotated[Literal["fieller", "hall"], o.Option("fieller, or hall, cautious under heavy tails.")] = (
-        "fieller"
-    )
     groups: Annotated[
         int | Literal["auto"],
         o.Option(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 
-from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import (
     AlphaInterval,
-    SetShape,
     alpha_curve,
     alpha_from_summary,
     alpha_j,
@@ -30,7 +28,7 @@ from bvpo_stats.statistics.estimates import estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     BIAS_EMPTY,
     BIAS_TRACE,
-    Method,
+    FEWEST,
     SimpleInterval,
     jackknife_normal,
     squared_norm,
@@ -60,8 +58,9 @@ _VARIANCES = {
 }
 _NO_INTERVAL = "not estimable"
 _AT_REFERENCE = "an identity here: b_t = 0"
-Row = tuple[str, str, str]
-"""Label, value and interval."""
+Row = tuple[str, ...]
+"""Label, value and interval; of mixing weights also n_eff and the largest prompt's share."""
+_WEIGHTS = "Mixing weight"
 
 
 def finite(value: float) -> float | None:
@@ -77,19 +76,15 @@ class AlphaSettings:
         batch_size: Examples per optimizer step, B.
         eta_l: Learning rate times smoothness.
         level: Confidence level.
-        method: How intervals of weights are made.
     """
 
     batch_size: float = 128.0
     eta_l: float = 1.0
     level: float = 0.95
-    method: Method = "fieller"
 
     def __post_init__(self) -> None:
         noise_scale(self.batch_size, self.eta_l)
         t_quantile(self.level, 20)
-        if not isinstance(self.method, str) or self.method not in get_args(Method):
-            raise UserError(f"`interval={self.method!r}`: choose {', '.join(get_args(Method))}.")
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,10 @@ class Weight:
         level: Confidence level.
         unclipped: Ratio estimate before clipping.
         identified: Whether these prompts say anything about the weight.
-        shape: ``bounded``: the unclipped set is ``[unclipped_low, unclipped_high]``; ``complement``: all but what lies
-            between; ``whole``: every number.
-        unclipped_low: See ``shape``.
-        unclipped_high: See ``shape``.
-        method: How the set was made.
+        unclipped_low: Lower end before clipping; None where the set is not bounded.
+        unclipped_high: Upper end likewise.
+        n_eff: Effective prompts behind the estimate, ``(sum psi^2)^2 / sum psi^4``; few of them identify nothing.
+        largest_share: The largest prompt's share of the variance.
         prompts_needed: How many prompts would identify it, where these do not and such a number exists.
         needed_is_bound: Whether that number is only a lower bound.
         identity: Why the weight is what it is without any data, where it is: nothing was measured then.
@@ -119,10 +113,10 @@ class Weight:
     level: float
     unclipped: float | None
     identified: bool
-    shape: SetShape
     unclipped_low: float | None
     unclipped_high: float | None
-    method: Method
+    n_eff: float | None
+    largest_share: float | None
     prompts_needed: int | None = None
     needed_is_bound: bool = False
     identity: str | None = None
@@ -137,20 +131,20 @@ class Weight:
             level=interval.level,
             unclipped=finite(interval.unclipped),
             identified=interval.identified,
-            shape=interval.shape,
             unclipped_low=finite(interval.unclipped_low),
             unclipped_high=finite(interval.unclipped_high),
-            method=interval.method,
+            n_eff=finite(interval.n_eff),
+            largest_share=finite(interval.largest),
             prompts_needed=interval.needed.prompts if interval.needed else None,
             needed_is_bound=bool(interval.needed and interval.needed.at_least),
         )
 
     def __str__(self) -> str:
-        if self.identity is not None and self.value is not None:
+        if self.value is None:
+            return "not identified"
+        if self.identity is not None:
             return f"{self.value:g}"
-        if self.identified and self.value is not None:
-            return f"{self.value:.3f}"
-        return "not identified"
+        return f"{self.value:.3f}" if self.identified else f"({self.value:.3f}) not identified"
 
     @property
     def range_text(self) -> str:
@@ -159,9 +153,19 @@ class Weight:
             return self.identity
         if self.identified:
             return f"{self.low:.3f} to {self.high:.3f}"
+        if self.n_eff is not None and self.n_eff < FEWEST:
+            return "too few prompts rule it"
         if self.prompts_needed is None:
             return "no number of prompts in sight"
         return f"{'at least' if self.needed_is_bound else 'about'} {self.prompts_needed:,} prompts needed"
+
+    @property
+    def reach_text(self) -> tuple[str, str]:
+        """How many prompts it rests on, and the largest one's share."""
+        return (
+            "-" if self.n_eff is None else f"{self.n_eff:.1f}",
+            "-" if self.largest_share is None else f"{self.largest_share:.0%}",
+        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,8 @@ class CurvePoint:
     low: float
     high: float
     identified: bool
+    n_eff: float | None
+    largest_share: float | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,8 @@ class Layer:
         low: Lower end.
         high: Upper end.
         identified: Whether these prompts identify it.
+        n_eff: Effective prompts behind it.
+        largest_share: The largest prompt's share of its variance.
         curvature: ``A_l``, its say in the global alpha.
     """
 
@@ -214,6 +222,8 @@ class Layer:
     low: float
     high: float
     identified: bool
+    n_eff: float | None
+    largest_share: float | None
     curvature: float | None
 
 
@@ -398,7 +408,7 @@ class AlphaReport(Report):
             n_groups=summary.n_groups,
             **step,
             **weights,
-            alpha_range=None if drift is None else alpha_range(summary, drift, **step, method=settings.method),
+            alpha_range=None if drift is None else alpha_range(summary, drift, **step),
             mse=values["mse"],
             bias_sq=values["bias_sq"],
             variance=values["variance"],
@@ -417,11 +427,13 @@ class AlphaReport(Report):
     def present(self) -> Presentation:
         """The weights, errors, biases and variances, and the verdict in a sentence."""
         head = ("", "Estimate", f"{self.level:.0%} interval")
+        heads = {_WEIGHTS: (*head, "Effective prompts", "Largest share")}
         mark: Mark = "plain" if self.alpha_star is not None and self.alpha_star.identified else "open"
+        tables = (ResultTable(title, heads.get(title, head), tuple(rows)) for title, rows in self.sections().items())
         return Presentation(
             title="Which alpha?",
             findings=(Finding(self.answer, mark),),
-            tables=tuple(ResultTable(title, head, tuple(rows)) for title, rows in self.sections().items()),
+            tables=tuple(tables),
             notes=tuple(self._notes()),
             cautions=tuple(self.warnings),
         )
@@ -444,7 +456,7 @@ class AlphaReport(Report):
 
     def sections(self) -> dict[str, list[Row]]:
         """Label, value and interval of every row of the table, by section."""
-        found = {"Mixing weight": self._weight_rows()}
+        found = {_WEIGHTS: self._weight_rows()}
         if self.alpha_star is not None:
             found["Error of one step"] = self._numbers("mse", _ERRORS)
             found["Bias"] = self._numbers("bias_sq", _BIASES)
@@ -472,11 +484,13 @@ class AlphaReport(Report):
             ("bias-only limit (large batches)", self.alpha_bias),
             ("alpha_var, variance-only limit", self.alpha_var),
         ]
-        rows = [(name, str(weight), weight.range_text) for name, weight in named if weight is not None]
+        rows: list[Row] = [
+            (name, str(weight), weight.range_text, *weight.reach_text) for name, weight in named if weight is not None
+        ]
         found = self.alpha_range
         if found is not None:
             label = f"range of alpha* at B = {self.batch_size:g}, eta L = {self.eta_l:.3g}"
-            rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}"))
+            rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}", "-", "-"))
         return rows
 
     def _numbers(self, part: str, labels: dict[str, str]) -> list[Row]:
@@ -508,7 +522,7 @@ class AlphaReport(Report):
             f"Model {self.model}, template {self.template}; {loss}; theta: {self.subset}, {self.n_parameters:,} "
             "parameters.",
             f"{self.n_prompts} prompts, {self.n_examples} examples, seed {self.seed}. Intervals: {self.level:.0%}, "
-            f"{jackknife}, Fieller sets for weights.",
+            f"{jackknife}, sets by Fieller and Hall for weights, wider where few prompts weigh much.",
             "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
             f"mu: {self.marginal.reason}",
         ]
@@ -538,7 +552,7 @@ def _weights(
     summary: MomentSummary, adam: MomentSummary | None, settings: AlphaSettings, known: bool
 ) -> dict[str, Any]:
     """Every mixing weight of the report by its name there; all but ``alpha_var`` need mu."""
-    how: dict[str, Any] = {"level": settings.level, "method": settings.method}
+    how: dict[str, Any] = {"level": settings.level}
     limits = alpha_limits(summary, **how)
     names = ("alpha_star", "alpha_bias", "alpha_j", "alpha_adam", "alpha_direction")
     weights: dict[str, Any] = {"alpha_var": Weight.of(limits.variance_only), **dict.fromkeys(names)}
@@ -630,11 +644,11 @@ def _curve(summary: MomentSummary, settings: AlphaSettings) -> list[CurvePoint]:
     sizes = curve_batch_sizes(summary.n_prompts, settings.batch_size)
     points = []
     for eta_l in sorted({settings.eta_l, 1.0}):
-        curve = alpha_curve(summary, sizes, eta_l=eta_l, level=settings.level, method=settings.method)
-        columns = (curve.batch_size, curve.alpha, curve.low, curve.high, curve.identified)
+        curve = alpha_curve(summary, sizes, eta_l=eta_l, level=settings.level)
+        columns = (curve.batch_size, curve.alpha, curve.low, curve.high, curve.identified, curve.n_eff, curve.largest)
         points += [
-            CurvePoint(float(size), eta_l, finite(alpha), float(low), float(high), bool(identified))
-            for size, alpha, low, high, identified in zip(*columns, strict=True)
+            CurvePoint(float(size), eta_l, finite(alpha), float(low), float(high), bool(known), *map(finite, tails))
+            for size, alpha, low, high, known, *tails in zip(*columns, strict=True)
         ]
     return points
 
@@ -656,7 +670,6 @@ def _paper_verdict(summary: MomentSummary, settings: AlphaSettings) -> Verdict:
         batch_size=settings.batch_size,
         eta_l=settings.eta_l,
         level=settings.level,
-        method=settings.method,
     )
     return Verdict(
         alpha=verdict.alpha,
@@ -677,10 +690,18 @@ def _layers_and_gain(summary: MomentSummary, settings: AlphaSettings) -> tuple[l
         batch_size=settings.batch_size,
         eta_l=settings.eta_l,
         level=settings.level,
-        method=settings.method,
     )
     layers = [
-        Layer(name, finite(alpha.value), alpha.low, alpha.high, alpha.identified, finite(found.weights[name]))
+        Layer(
+            block=name,
+            alpha=finite(alpha.value),
+            low=alpha.low,
+            high=alpha.high,
+            identified=alpha.identified,
+            n_eff=finite(alpha.n_eff),
+            largest_share=finite(alpha.largest),
+            curvature=finite(found.weights[name]),
+        )
         for name, alpha in found.alphas.items()
         if np.isfinite(alpha.value)
     ]

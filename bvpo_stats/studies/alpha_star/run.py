@@ -42,7 +42,6 @@ from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceReco
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.intervals import Method
 from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
 from bvpo_stats.store.jsonl import write_error
 from bvpo_stats.store.run_folder import Shard, check_room, open_run
@@ -135,7 +134,6 @@ def _options(config: AlphaConfig) -> AlphaOptions:
             batch_size=config.batch_size,
             eta_l=1.0 if config.eta_l == "auto" else config.eta_l,
             level=config.level,
-            method=config.interval,
         ),
         groups=config.groups,
         curvature=curvature,
@@ -151,7 +149,6 @@ def alpha_star(
     batch_size: float = 128.0,
     eta_l: float = 1.0,
     level: float = 0.95,
-    method: Method = "fieller",
     objective: Objective | None = None,
     marginal: MarginalMethod | None = None,
     groups: int | Literal["auto"] = "auto",
@@ -177,7 +174,6 @@ def alpha_star(
         batch_size: Examples per optimizer step, B.
         eta_l: Learning rate times smoothness.
         level: Confidence level.
-        method: How intervals of weights are made.
         objective: The loss; None for that of ``stream``, DPO unless it says otherwise.
         marginal: Estimator of the marginal gradient; None for ``stream``'s, by default the best that the data allow.
         groups: Jackknife groups: a number, or ``auto`` (single prompts up to 256, then twenty).
@@ -207,14 +203,13 @@ def alpha_star(
     if second_moments is not None:
         check_kind("second_moments", second_moments, Mapping, "a dictionary of arrays by parameter name")
     check_positive("epsilon", epsilon)
-    check_choice("method", method, get_args(Method))
     if marginal is not None:
         check_choice("marginal", marginal, get_args(MarginalMethod))
     if groups != "auto":
         check_whole("groups", groups, low=2)
     said = {"objective": objective, "method": marginal, "seed": seed}
     stream = replace(stream or _options(AlphaConfig()).stream, **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
-    settings = AlphaSettings(batch_size, eta_l, level, method)
+    settings = AlphaSettings(batch_size, eta_l, level)
     options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon)
     if subset is not None:
         check_kind("subset", subset, Subset, "a Subset")
