@@ -93,6 +93,7 @@ zoo: setup
 acceptance: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/acceptance.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tails.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tails_of_alpha.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/oracle_training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/embedded_training.py
 

@@ -122,7 +122,7 @@ def main() -> None:
     refuses("pair_gradients unmatched", lambda x: bvpo.pair_gradients(policy, pairs, unmatched=x), [*BAD, "x"])
     refuses("pair_gradients options", lambda x: bvpo.pair_gradients(policy, pairs, options=x), [*BAD, "x"])
     CALLS["pair_gradients without lora"] = lambda: bvpo.pair_gradients(plain, pairs)
-    for name in ("method", "marginal", "curvature", "second_moments", "stream"):
+    for name in ("marginal", "curvature", "second_moments", "stream"):
         refuses(f"alpha_star {name}", lambda x, name=name: bvpo.alpha_star(policy, pairs, **{name: x}), [*BAD, "x"])
     for name in ("batch_size", "eta_l", "level", "epsilon"):
         values = [*without(int, float), float("nan"), 0, -1, "x", None]
@@ -140,7 +140,7 @@ def main() -> None:
     )
     kinds = [t.astype(str), t + 1j, np.where(t > 0, np.nan, t), np.full_like(t, np.inf)]
     refuses("alpha_from_gradients kind", lambda x: bvpo.alpha_from_gradients(x, e), kinds)
-    for name in ("clusters", "blocks", "method", "m"):
+    for name in ("clusters", "blocks", "m"):
         values = [*BAD, "x", [0] * 5]
         refuses(
             f"alpha_from_gradients {name}", lambda x, name=name: bvpo.alpha_from_gradients(t, e, **{name: x}), values

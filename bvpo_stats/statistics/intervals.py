@@ -314,7 +314,7 @@ def size_slope(influences: Array, norms: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class _RatioTest:
+class RatioTest:
     """Which candidates a the data leave standing; see `ratio_sets`.
 
     Attributes:
@@ -332,7 +332,7 @@ class _RatioTest:
     wider: Array
 
     @classmethod
-    def of(cls, ratio: LinearRatio, q: float, wider: Array) -> _RatioTest:
+    def of(cls, ratio: LinearRatio, q: float, wider: Array) -> RatioTest:
         """The test of a ratio."""
         values = np.stack(np.broadcast_arrays(ratio.numerator, ratio.denominator), axis=-2)
         sizes, calibration = ratio.group_sizes, None
@@ -344,23 +344,30 @@ class _RatioTest:
             calibration = DifferenceSkew.of(each, pairs), DifferenceSecondOrder.of(each, pairs, sizes)
         return cls(values[..., 0], influences, calibration, q, wider)
 
-    def holds(self, candidate: Array) -> Mask:
-        """Whether ``|T(a)|`` or ``|h(T(a))|`` is at most the quantile, at candidates ``[...]`` or ``[C, ...]``."""
+    def studentised(self, candidate: Array) -> tuple[Array, Array, Array]:
+        """T(a) freed of the interactions, Hall's h(T(a)), and the bound on both before it is widened.
+
+        Args:
+            candidate: a, ``[...]`` or ``[C, ...]``.
+        """
         b, a = self.influences[..., 0, :], self.influences[..., 1, :]
-        n_groups = b.shape[-1]
         squares = [(b**2).sum(axis=-1), -2 * (b * a).sum(axis=-1), (a**2).sum(axis=-1)]
         cubes = [(b**3).sum(axis=-1), -3 * (b**2 * a).sum(axis=-1), 3 * (b * a**2).sum(axis=-1), -(a**3).sum(axis=-1)]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             variance = np.maximum(polynomial(squares, candidate), 0.0)
-            studentised = (self.estimate[..., 0] - candidate * self.estimate[..., 1]) / np.sqrt(variance)
-            bound: Array | float = self.q
+            T = (self.estimate[..., 0] - candidate * self.estimate[..., 1]) / np.sqrt(variance)
+            bound = np.full(np.shape(T), self.q)
             if self.calibration is not None:
                 skew, second = self.calibration
                 k12 = skew.at(candidate)
-                bound = second.quantile(candidate, variance, k12, n_groups, self.q)
-                studentised = undo_interaction(studentised, shrunk(*k12)[0], n_groups)
-            corrected = hall_transform(studentised, np.nan_to_num(polynomial(cubes, candidate) / variance**1.5))
-            return np.minimum(np.abs(studentised), np.abs(corrected)) <= bound * self.wider
+                bound = second.quantile(candidate, variance, k12, b.shape[-1], self.q)
+                T = undo_interaction(T, shrunk(*k12)[0], b.shape[-1])
+            return T, hall_transform(T, np.nan_to_num(polynomial(cubes, candidate) / variance**1.5)), bound
+
+    def holds(self, candidate: Array) -> Mask:
+        """Whether |T(a)| or |h(T(a))| is at most the quantile."""
+        T, corrected, bound = self.studentised(candidate)
+        return np.minimum(np.abs(T), np.abs(corrected)) <= bound * self.wider
 
 
 def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 1.0) -> RatioSets:
@@ -377,7 +384,7 @@ def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 
         growth: Judge tails as for so many times the prompts (`bvpo_stats.statistics.alpha.prompts_needed`).
     """
     tails = Tails.of(ratio)
-    test = _RatioTest.of(ratio, t_quantile(level, ratio.group_sizes.shape[-1]), tails.widening(growth))
+    test = RatioTest.of(ratio, t_quantile(level, ratio.group_sizes.shape[-1]), tails.widening(growth))
     numerator, denominator = test.estimate[..., 0], test.estimate[..., 1]
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate = numerator / denominator

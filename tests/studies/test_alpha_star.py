@@ -152,8 +152,9 @@ def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
     assert refused.curve == []
     assert set(refused.mse.values()) | set(refused.bias_sq.values()) == {None}
     assert refused.variance["trace"] > 0
-    assert refused.alpha_var.identified
-    rows = [label for rows in refused.sections().values() for label, _, _ in rows]
+    assert 0 < refused.alpha_var.value < 1
+    assert refused.alpha_var.identified == (refused.alpha_var.n_eff >= 4)
+    rows = [label for rows in refused.sections().values() for label, *_ in rows]
     assert not [label for label in rows if label.startswith("alpha*")]
     assert "not estimable" in refused.answer
     assert AlphaReport.from_json(refused.to_json()) == refused
@@ -227,7 +228,8 @@ def test_rows_as_arrays_give_the_same_alpha_and_interval(drifted):
         found = Weight.of(alpha_from_gradients(t, e, m, batch_size=1, clusters=clusters))
         for name in ("value", "unclipped", "low", "high", "unclipped_low", "unclipped_high"):
             assert getattr(found, name) == pytest.approx(getattr(report.alpha_star, name), rel=1e-8), name
-        assert (found.identified, found.shape) == (report.alpha_star.identified, report.alpha_star.shape)
+        assert found.identified == report.alpha_star.identified
+        assert found.n_eff == pytest.approx(report.alpha_star.n_eff, rel=1e-8)
 
 
 def test_state_survives_its_file_and_merges(drifted):
@@ -268,6 +270,6 @@ def test_pairs_without_partners_and_too_few_prompts(oracle):
         estimate(oracle.policy, [*pairs[:2], *pairs[30:32]])
 
 
-def test_unknown_interval_is_refused_before_any_work():
-    with pytest.raises(UserError, match="fieller"):
-        AlphaSettings(method="bootstrap")
+def test_an_impossible_level_is_refused_before_any_work():
+    with pytest.raises(UserError, match="level"):
+        AlphaSettings(level=95)

@@ -80,8 +80,6 @@ def test_it_prints_and_shows_the_answer(report: AlphaReport, capsys: pytest.Capt
 
 
 def test_bad_input_is_told_in_fields(policy: Policy, pairs: list[PreferencePair]) -> None:
-    with pytest.raises(UserError, match=r"`method='guess'`: choose one of fieller, hall"):
-        alpha_star(policy, pairs, method="guess")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="batch size"):
         alpha_star(policy, pairs, batch_size=0)
     thinking = [pair for pair in pairs if pair.mode == "thinking"]

@@ -184,7 +184,7 @@ def found(report: AlphaReport) -> dict[str, tuple[float, float | None]]:
     rows: dict[str, tuple[float, float | None]] = {}
     for name in ("alpha_star", "alpha_var", "alpha_j", "alpha_direction", "alpha_adam", "trace_sampling_share"):
         weight = getattr(report, name)
-        if weight is not None and weight.shape == "bounded":
+        if weight is not None and weight.unclipped_low is not None:
             rows[name] = weight.unclipped, (weight.unclipped_high - weight.unclipped_low) / (2 * q)
     for part in ("mse", "bias_sq", "variance"):
         for name, value in getattr(report, part).items():

@@ -193,7 +193,6 @@ def test_command_line(files, tmp_path, capsys):
         (["--eta-l", "0"], "must be positive"),
         (["--batch-size", "0"], "--batch-size 0.0: must be positive"),
         (["--level", "1.5"], "--level 1.5: must lie between 0 and 1"),
-        (["--interval", "bootstrap"], "fieller"),
         (["--marginal", "magic"], "--marginal magic"),
         (["--beta", "0"], "--beta 0.0: must be positive"),
         (["--pairs", "nowhere"], "no such file"),

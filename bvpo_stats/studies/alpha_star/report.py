@@ -59,7 +59,7 @@ _VARIANCES = {
 _NO_INTERVAL = "not estimable"
 _AT_REFERENCE = "an identity here: b_t = 0"
 Row = tuple[str, ...]
-"""Label, value and interval; of mixing weights also n_eff and the largest prompt's share."""
+"""Label, value and interval; of mixing weights also n_eff and the largest prompt's share of the variance."""
 _WEIGHTS = "Mixing weight"
 
 
@@ -160,12 +160,11 @@ class Weight:
         return f"{'at least' if self.needed_is_bound else 'about'} {self.prompts_needed:,} prompts needed"
 
     @property
-    def reach_text(self) -> tuple[str, str]:
-        """How many prompts it rests on, and the largest one's share."""
-        return (
-            "-" if self.n_eff is None else f"{self.n_eff:.1f}",
-            "-" if self.largest_share is None else f"{self.largest_share:.0%}",
-        )
+    def reach_text(self) -> str:
+        """How many effective prompts it rests on, and the largest one's share."""
+        if self.n_eff is None or self.largest_share is None:
+            return "-"
+        return f"{self.n_eff:.1f} ({self.largest_share:.0%})"
 
 
 @dataclass(frozen=True)
@@ -427,7 +426,7 @@ class AlphaReport(Report):
     def present(self) -> Presentation:
         """The weights, errors, biases and variances, and the verdict in a sentence."""
         head = ("", "Estimate", f"{self.level:.0%} interval")
-        heads = {_WEIGHTS: (*head, "Effective prompts", "Largest share")}
+        heads = {_WEIGHTS: (*head, "Prompts (largest)")}
         mark: Mark = "plain" if self.alpha_star is not None and self.alpha_star.identified else "open"
         tables = (ResultTable(title, heads.get(title, head), tuple(rows)) for title, rows in self.sections().items())
         return Presentation(
@@ -485,12 +484,12 @@ class AlphaReport(Report):
             ("alpha_var, variance-only limit", self.alpha_var),
         ]
         rows: list[Row] = [
-            (name, str(weight), weight.range_text, *weight.reach_text) for name, weight in named if weight is not None
+            (name, str(weight), weight.range_text, weight.reach_text) for name, weight in named if weight is not None
         ]
         found = self.alpha_range
         if found is not None:
             label = f"range of alpha* at B = {self.batch_size:g}, eta L = {self.eta_l:.3g}"
-            rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}", "-", "-"))
+            rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}", "-"))
         return rows
 
     def _numbers(self, part: str, labels: dict[str, str]) -> list[Row]:
@@ -567,7 +566,7 @@ def _weights(
     bias = Weight.of(limits.bias_only)
     if summary.reference_point:  # P0 and Q0 are both norm(b_e)^2
         bias = replace(
-            bias, value=1.0, low=1.0, high=1.0, unclipped=1.0, identified=True, shape="bounded", unclipped_low=1.0,
+            bias, value=1.0, low=1.0, high=1.0, unclipped=1.0, identified=True, unclipped_low=1.0,
             unclipped_high=1.0, prompts_needed=None, needed_is_bound=False, identity=_AT_REFERENCE,
         )  # fmt: skip
     return weights | {
