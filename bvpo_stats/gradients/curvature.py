@@ -1,8 +1,9 @@
-"""Curvature of the loss over a parameter subset: what eta L is, by Hessian-vector products.
+"""Curvature of the loss over a parameter subset: what eta L is.
 
 Theorem 3 bounds steps by eta <= 1 / L; eta times the largest eigenvalue is what ``eta L`` is along the steepest
-curvature (Lanczos). The curvature that gradient noise meets is smaller: training measures it along its own steps
-(`bvpo_stats.training.alpha.stream`). The Hessian is that of the mean pair loss over D_t, at theta.
+curvature (Lanczos, by Hessian-vector products). The curvature that gradient noise meets is smaller (`noise_curvature`);
+training measures it along its own steps (`bvpo_stats.training.alpha.stream`). The Hessian is that of the mean pair loss
+over D_t, at theta.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -242,3 +243,41 @@ class PairLoss:
         found = nn.functional.log_softmax(output.logits.to(wide), dim=-1)
         picked = found.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
         return (picked * batch.completion_mask).sum(dim=1, dtype=torch.float64)
+
+
+def noise_curvature(
+    slopes: Float[np.ndarray, "pairs groups"], own: Int[np.ndarray, " pairs"], sizes: Float[np.ndarray, " groups"]
+) -> Float[np.ndarray, " rows"]:
+    r"""``tr(P H P Sigma)`` with Gauss-Newton's H, Sigma = Cov(h_i), h_i = g_t - g_e: the curvature along the noise.
+
+    With slopes ``x_ig = sqrt(l''(z_i)) grad z_i . P h_g`` along the means h_g of groups of prompts, ``H = E l'' grad z
+    grad z'``, so the mean over i of the variance of ``x_ig`` over g is what is wanted. A pair is not measured along the
+    group that it is in, which would put ``(grad z_i . P h_i)^2`` into it: on 396 embedded prompts that is two thirds
+    of the result, on 64 nine tenths. Without, it is unbiased whatever the number of prompts.
+
+    Args:
+        slopes: `bvpo_stats.gradients.stream.TraceSides.slopes`.
+        own: Group that each pair is in.
+        sizes: Examples of each group.
+
+    Returns:
+        ``[1 + G]``: of all, and with each group left out, both as pairs and as a direction.
+
+    Raises:
+        UserError: Fewer than four groups.
+    """
+    n_groups = len(sizes)
+    if n_groups < 4:
+        raise UserError(
+            f"eta L along the noise needs four groups of prompts or more, got {n_groups}; give more prompts."
+        )
+    weights = np.where(np.arange(n_groups) == own[:, None], 0.0, sizes)  # [pairs, groups]
+    parts = np.stack([weights, weights * slopes, weights * slopes**2])
+    whole, counts = parts.sum(axis=2), (weights > 0).sum(axis=1)
+    rows = []
+    for left in (None, *range(n_groups)):
+        kept = np.ones(len(own), dtype=bool) if left is None else own != left
+        total = whole[:, kept] - (0.0 if left is None else parts[:, kept, left])
+        count = counts[kept] - (0 if left is None else 1)
+        rows.append(((total[2] - total[1] ** 2 / total[0]) / (count - 1)).mean() if kept.any() else np.nan)
+    return np.array(rows)

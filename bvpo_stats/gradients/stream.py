@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from bvpo_stats.gradients.engine import (
 from bvpo_stats.gradients.examples import Example, Joined, Unmatched, check_identity, join
 from bvpo_stats.gradients.ladder import MarginalChoice, check_method, choose_marginal, reference_of
 from bvpo_stats.gradients.marginal import SideDiagnostics
-from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.reference import check_stored_log_probs, to_numpy
 from bvpo_stats.model.batching import length_batches
@@ -302,69 +303,110 @@ PROJECTED_PROMPTS = 256
 
 @dataclass(frozen=True)
 class TraceSides:
-    """Chosen and rejected response of some D_t pairs.
+    """Chosen and rejected response of some D_t pairs, at most `PROJECTED_PROMPTS`, spread evenly.
 
     Attributes:
-        log_ratios: log pi_theta / pi_ref, in nats.
-        projections: Scores along a direction.
+        prompt_ids: Prompt of each pair.
+        logps: log pi_theta, in nats.
+        references: log pi_ref; log pi_theta where theta is theta_ref or the loss has no reference.
+        tokens: Lengths of the responses.
+        projections: Scores along each direction.
     """
 
-    log_ratios: Float[np.ndarray, "prompts 2"]
-    projections: Float[np.ndarray, "prompts 2"]
+    prompt_ids: tuple[str, ...]
+    logps: Float[np.ndarray, "pairs 2"]
+    references: Float[np.ndarray, "pairs 2"]
+    tokens: Float[np.ndarray, "pairs 2"]
+    projections: Float[np.ndarray, "pairs 2 directions"]
+
+    @property
+    def log_ratios(self) -> Float[np.ndarray, "pairs 2"]:
+        """Log pi_theta / pi_ref, in nats; 0 where there is no reference."""
+        return self.logps - self.references
+
+    def slopes(self, objective: Objective) -> Float[np.ndarray, "pairs directions"]:
+        """``sqrt(l''(z)) dz`` along each direction, z what the loss is a function of: squares are Gauss-Newton's.
+
+        z rises with the chosen log-probability and falls with the rejected one, in every loss here.
+        """
+        chosen, rejected = (self._moved(objective, side) for side in (0, 1))
+        return chosen[:, None] * self.projections[:, 0] - rejected[:, None] * self.projections[:, 1]
+
+    def _moved(self, objective: Objective, side: int) -> Float[np.ndarray, " pairs"]:
+        """``sqrt(l''(z)) |dz|`` of one nat more for a response, by a step that is small beside 1 / beta."""
+        step = 1e-4 / max(objective.beta, 1.0)
+
+        def at(move: float) -> PairLogps[Any]:
+            logps = self.logps.copy()
+            logps[:, side] += move
+            return PairLogps(*logps.T, *self.tokens.T, *self.references.T)
+
+        curved = objective.curvature(at(-step / 2), at(step / 2)) / step**2
+        return np.sqrt(np.maximum(curved, 0.0))
 
 
 class Along:
-    """A sink: every row's inner product with one vector, in float64."""
+    """A sink: every row's inner products with some vectors, in float64."""
 
-    def __init__(self, layout: BlockLayout, direction: Mapping[str, Float[np.ndarray, " parameters"]]) -> None:
+    def __init__(
+        self, layout: BlockLayout, directions: Mapping[str, Float[np.ndarray, "directions parameters"]]
+    ) -> None:
         self._layout = layout
-        self._direction = direction
+        self._directions = directions
         self.products: Tensor | float = 0.0
 
     def __call__(self, name: str, scores: Float[Tensor, "rows ..."]) -> None:
         """Adds one weight's part."""
         block, offset, size = self._layout.places[name]
-        part = torch.as_tensor(self._direction[block][offset : offset + size], device=scores.device)
-        self.products = self.products + scores.flatten(1).double() @ part.double()
+        part = torch.as_tensor(self._directions[block][:, offset : offset + size], device=scores.device)
+        self.products = self.products + scores.flatten(1).double() @ part.double().T
 
 
 def project_sides(
     policy: Policy,
     subset: Subset,
     examples: Sequence[Example],
-    direction: Mapping[str, Float[np.ndarray, " parameters"]],
+    directions: Mapping[str, Float[np.ndarray, "directions parameters"]],
     options: StreamOptions,
+    said: str = "Bounding g_t's bias",
 ) -> TraceSides:
-    """Log-ratios and scores along a direction of both responses of the D_t pairs, one backward per batch.
+    """Log-probabilities and scores along some directions of both responses of D_t pairs, one backward per batch.
 
     Args:
         policy: The policy at theta.
         subset: The parameters theta.
         examples: What `join` made of D_t and D_e.
-        direction: Parameter block to its part of the vector.
+        directions: Parameter block to its part of the vectors.
         options: Loss and budgets.
+        said: What it is for, on the progress bar.
 
     Raises:
         UserError: As in :func:`~bvpo_stats.gradients.stream.gradient_batches`.
     """
     places = np.unique(np.linspace(0, len(examples) - 1, min(PROJECTED_PROMPTS, len(examples))).round().astype(int))
-    sequences = _sides([examples[place] for place in places], options)
-    layout = BlockLayout.of(subset)
+    some = [examples[place] for place in places]
+    sequences = _sides(some, options)
+    layout, n_directions = BlockLayout.of(subset), len(next(iter(directions.values())))
     reference = reference_of(policy, options).of_sequences(sequences.sequences, sequences.names, sequences.stored)
     count = len(sequences.sequences)
-    logps, projections = np.zeros(count), np.zeros(count)
+    logps, projections = np.zeros(count), np.zeros((count, n_directions))
     lengths = [len(sequence) for sequence in sequences.sequences]
-    with progress("Bounding g_t's bias", count, "responses") as advance:
+    with progress(said, count, "responses") as advance:
         for part in length_batches(lengths, max_tokens=options.max_tokens, max_padding=options.max_padding):
-            sink = Along(layout, direction)
+            sink = Along(layout, directions)
             names = [sequences.names[i] for i in part]
             batch = batch_of(policy, [sequences.sequences[i] for i in part], names)
             found = score_pass(policy.model, subset, batch, [sink], ScoreOptions(names=names))
             logps[part] = to_numpy(sequence_logprobs(found))
             projections[part] = torch.as_tensor(sink.products).cpu().numpy()
             advance(len(part))
-    ratios = logps - (logps if reference is None else reference)
-    return TraceSides(ratios.reshape(-1, 2), projections.reshape(-1, 2))
+    return TraceSides(
+        tuple(example.prompt_id for example in some),
+        logps.reshape(-1, 2),
+        (logps if reference is None else np.asarray(reference)).reshape(-1, 2),
+        np.array([float(len(sequence.completion_ids)) for sequence in sequences.sequences]).reshape(-1, 2),
+        projections.reshape(-1, 2, n_directions),
+    )
 
 
 def _sides(examples: Sequence[Example], options: StreamOptions) -> Sequences:

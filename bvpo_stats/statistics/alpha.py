@@ -434,6 +434,11 @@ def direction_alpha(
     determinant of M cancels: ``c_t ~ v_t M_ee - v_e M_te`` and ``c_e ~ v_e M_tt - v_t M_te``. (Products of U-statistics
     have a bias of order 1/N, which numerator and denominator of the other weights do not.)
     """
+    return alpha_interval(direction_ratio(summary, batch_size), summary, level)
+
+
+def direction_ratio(summary: MomentSummary, batch_size: float) -> LinearRatio:
+    """``c_t / (c_t + c_e)`` of `direction_alpha`."""
     tau = noise_scale(batch_size)  # the length is free, so eta L cancels
 
     def shares(p: Estimates) -> tuple[Array, Array]:
@@ -443,7 +448,7 @@ def direction_alpha(
         other = p.empty_dot_marginal * tt - p.trace_dot_marginal * te
         return top, top + other
 
-    return alpha_interval(LinearRatio.of(summary, shares, linear=False), summary, level)
+    return LinearRatio.of(summary, shares, linear=False)
 
 
 def curvature_alpha(

@@ -15,8 +15,9 @@ c_e those of a pair; without D_e ``B k c_t``. A choice that costs less per examp
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Literal
 
@@ -24,8 +25,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bvpo_stats.errors import UserError, check_positive
-from bvpo_stats.statistics.alpha import AlphaInterval, Answer, alpha_interval, minimiser
-from bvpo_stats.statistics.estimates import Estimates, LinearRatio, noise_scale
+from bvpo_stats.statistics.alpha import AlphaInterval, Answer, alpha_interval, direction_ratio, minimiser
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
     SimpleInterval,
@@ -105,6 +106,13 @@ class ErrorMatrix:
         rows = np.einsum("...ij,i,j->...", self.rows, weights, weights)
         pairs = self.interactions
         return rows, None if pairs is None else np.einsum("...ij,i,j->...", pairs, weights, weights)
+
+    def mixed(self, weight: float | Array) -> tuple[Array, Array | None]:
+        """`error` of two estimators at a weight of the first, or at one for each row (then without interactions)."""
+        shares = np.stack(np.broadcast_arrays(weight, 1 - np.asarray(weight)), axis=-1)
+        if shares.ndim == 1:
+            return self.error(shares)
+        return np.einsum("gij,gi,gj->g", self.rows, shares, shares), None
 
     def weight(self, i: int, others: Sequence[int]) -> LinearRatio:
         """Weight of estimator i in the best mix of it and some others, as a ratio: ``(G^-1 1)_i / (1' G^-1 1)``.
@@ -376,29 +384,24 @@ def budget_advice(
         "step": (1, alpha, 1.0, 0.5),
     }
     reference = ErrorMatrix.of_traces(summary, (1,), noise_scale(batch_size, eta_l))
-    base, base_pairs = reference.error(np.array([alpha, 1 - alpha]))
+    base, base_pairs = reference.mixed(alpha)
     found = []
     for choice, (traces, wanted, more, slower) in plans.items():
         if traces > 1 and summary.trace_sampling is None:
             continue
         size, rate = batch_size * more, eta_l * slower
         matrix = ErrorMatrix.of_traces(summary, (traces,), noise_scale(size, rate))
-
-        def compared(weight: float, matrix: ErrorMatrix = matrix) -> tuple[float, float]:
-            """Ends of the set of a fixed weight's error over the reference's."""
-            error, pairs = matrix.error(np.array([weight, 1 - weight]))
-            both_pairs = None if pairs is None or base_pairs is None else (pairs, base_pairs)
-            sets = ratio_sets(LinearRatio(error, base, summary.group_sizes, both_pairs), level)
-            return (float(sets.low), float(sets.high)) if sets.shape == BOUNDED else (-np.inf, np.inf)
-
+        compared = partial(_compared, base, base_pairs, summary.group_sizes, level)
         if wanted is None:
-            best = alpha_interval(matrix.weight(0, [1]), summary, level)
-            weight, error = _least(matrix)
-            low = min(compared(end)[0] for end in (best.low, weight, best.high))
-            high = compared(min(max(alpha, best.low), best.high))[1]
+            ratio = matrix.weight(0, [1])
+            best = alpha_interval(ratio, summary, level)
+            weight = float(np.nan_to_num(best.value, nan=0.5))
+            error = float(_least(ratio, lambda w, matrix=matrix: matrix.mixed(w)[0], summary))
+            ends = [compared(*matrix.mixed(end)) for end in (best.low, weight, best.high)]
+            low, high = min(end[0] for end in ends), compared(*matrix.mixed(_nearest(best, alpha)))[1]
         else:
-            weight, error = wanted, float(matrix.error(np.array([wanted, 1 - wanted]))[0][0])
-            low, high = compared(wanted)
+            weight, error = wanted, float(matrix.mixed(wanted)[0][0])
+            low, high = compared(*matrix.mixed(wanted))
         with np.errstate(invalid="ignore", divide="ignore"):
             change = float(np.divide(error, base[0])) - 1
         found.append(
@@ -419,10 +422,98 @@ def budget_advice(
     return found
 
 
-def _least(matrix: ErrorMatrix) -> tuple[float, float]:
-    """The best weight of the first of two estimators, and its error freed of its optimism by the jackknife."""
-    ratio = matrix.weight(0, [1])
+def _compared(
+    base: Array, base_pairs: Array | None, sizes: Array, level: float, error: Array, pairs: Array | None
+) -> tuple[float, float]:
+    """Ends of the set of an error over the reference's, infinite where it has none."""
+    both = None if pairs is None or base_pairs is None else (pairs, base_pairs)
+    sets = ratio_sets(LinearRatio(error, base, sizes, both), level)
+    return (float(sets.low), float(sets.high)) if sets.shape == BOUNDED else (-np.inf, np.inf)
+
+
+def _nearest(best: AlphaInterval, alpha: float) -> float:
+    """The weight in the set of the best one that is nearest to a given one."""
+    return min(max(alpha, best.low), best.high)
+
+
+def _least(ratio: LinearRatio, error: Callable[[Array], Array], summary: MomentSummary) -> Array:
+    """Least error over weights, freed of its optimism by the jackknife: every row has the weight that it finds best."""
     weights = np.nan_to_num(minimiser(ratio.numerator, ratio.denominator), nan=0.5)
-    shares = np.stack([weights, 1 - weights], axis=-1)
-    rows = np.einsum("gij,gi,gj->g", matrix.rows, shares, shares)
-    return float(weights[0]), float(jackknife_corrected(rows, matrix.summary.group_sizes)[0])
+    return jackknife_corrected(error(weights), summary.group_sizes)[0]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Share of the error of a fixed weight that the best one saves: its excess error over its error.
+
+    Attributes:
+        value: 0 where the fixed weight is the best, 1 where the best has no error; its estimate may lie outside.
+        low: Lower end of its interval, clipped to [0, 1].
+        high: Upper end, likewise.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def identified(self) -> bool:
+        """Whether the interval is less than all of [0, 1]."""
+        return self.low > 0 or self.high < 1
+
+
+def excess_error(
+    summary: MomentSummary,
+    alpha: float = 0.5,
+    *,
+    batch_size: float = 1.0,
+    eta_l: float | None = 1.0,
+    level: float = 0.95,
+) -> Saving:
+    """``(E(alpha) - E(alpha*)) / E(alpha)``, what a fixed weight costs; intervals as in `budget_advice`.
+
+    With an ``eta_l`` E is the error of a step. With None it is the error of the best multiple of the mix, for
+    optimizers that ignore length, and alpha* that of `direction_alpha`:
+
+        E(w) = norm(mu)^2 - (v . w)^2 / (w' M w).
+
+    Args:
+        summary: Moments of t, e and m.
+        alpha: The fixed weight.
+        batch_size: Examples per step.
+        eta_l: Learning rate times smoothness; None for direction only.
+        level: Confidence level.
+    """
+    pairs: Callable[[float], Array | None]
+    if eta_l is None:
+        parts = estimates(summary)
+        ratio, tau = direction_ratio(summary, batch_size), noise_scale(batch_size)
+
+        def error(w: Array | float) -> Array:
+            rest = 1 - np.asarray(w)
+            along = w * parts.trace_dot_marginal + rest * parts.empty_dot_marginal
+            mean = w**2 * parts.trace_sq + 2 * w * rest * parts.trace_dot_empty + rest**2 * parts.empty_sq
+            return np.asarray(parts.marginal_sq - along**2 / (mean + tau * parts.variance(w)))
+
+        def pairs(w: float) -> Array | None:
+            return None
+
+    else:
+        matrix = ErrorMatrix.of_traces(summary, (1,), noise_scale(batch_size, eta_l))
+        ratio = matrix.weight(0, [1])
+
+        def error(w: Array | float) -> Array:
+            return matrix.mixed(w)[0]
+
+        def pairs(w: float) -> Array | None:
+            return matrix.mixed(w)[1]
+
+    best = alpha_interval(ratio, summary, level)
+    base = error(alpha)
+    compared = partial(_compared, base, pairs(alpha), summary.group_sizes, level)
+    inside = (best.low, float(np.nan_to_num(best.value, nan=0.5)), best.high)
+    low = min(compared(error(w), pairs(w))[0] for w in inside)
+    high = compared(error(near := _nearest(best, alpha)), pairs(near))[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = 1 - float(np.divide(_least(ratio, error, summary), base[0]))
+    return Saving(value, float(np.clip(1 - high, 0.0, 1.0)), float(np.clip(1 - low, 0.0, 1.0)))

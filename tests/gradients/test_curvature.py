@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature
+from bvpo_stats.gradients.curvature import CurvatureOptions, PairLoss, lanczos, measure_curvature, noise_curvature
+from bvpo_stats.gradients.engine import BlockLayout
 from bvpo_stats.gradients.examples import join
-from bvpo_stats.gradients.objectives import Objective
+from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.gradients.options import StreamOptions
-from bvpo_stats.gradients.stream import pair_gradients
+from bvpo_stats.gradients.stream import pair_gradients, project_sides
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs
 from bvpo_stats.model.subset import lora_subset
 
@@ -83,3 +84,52 @@ def test_a_concave_loss_is_refused(policy_and_pairs, monkeypatch):
 def test_a_learning_rate_must_be_positive(rate):
     with pytest.raises(UserError, match="learning_rate"):
         CurvatureOptions(learning_rate=rate)
+
+
+def test_curvature_along_the_noise_is_that_of_the_matrices_and_has_no_self_terms():
+    """The mean over samples is tr(H Sigma) of the population; pairs along their own noise would inflate it."""
+    rng = np.random.default_rng(0)
+    n, d, groups = 12, 30, 6
+    root = rng.normal(size=(d, d)) / d**0.5
+    H, sigma = np.eye(d), root @ root.T
+    own = np.repeat(np.arange(groups), n // groups)
+    sizes = np.full(groups, n / groups)
+    found, inflated = [], []
+    for _ in range(400):
+        h = rng.normal(size=(n, d)) @ root.T + 0.5
+        slopes_of = h - 0.5 + rng.normal(size=(n, d))  # shares its noise with h; E = H + sigma
+        means = np.stack([h[own == g].mean(axis=0) for g in range(groups)])
+        slopes = slopes_of @ means.T
+        found.append(noise_curvature(slopes, own, sizes))
+        inflated.append(noise_curvature(slopes, np.full(n, -1), sizes)[0])
+    rows = np.array(found)
+    truth = np.trace((H + sigma) @ sigma)
+    assert rows.shape == (400, 1 + groups)
+    assert abs(rows[:, 0].mean() - truth) < 3.5 * rows[:, 0].std() / 20
+    assert np.mean(inflated) > 1.5 * truth
+    # Leaving a group out is the same estimate of a sample without it.
+    again = noise_curvature(slopes[own != 2][:, np.arange(groups) != 2], own[own != 2] - (own[own != 2] > 2), sizes[1:])
+    np.testing.assert_allclose(again[0], rows[-1, 3], rtol=1e-12)
+    with pytest.raises(UserError, match="four groups"):
+        noise_curvature(slopes[:, :3], own, sizes[:3])
+
+
+@pytest.mark.parametrize("objective", [Objective(beta=1.0), Objective("simpo", beta=2.0, gamma=0.3), Objective("ipo")])
+def test_slopes_are_the_roots_of_the_loss_s_second_derivative(policy_and_pairs, objective):
+    policy, pairs = policy_and_pairs
+    subset = lora_subset(policy.model)
+    layout, rng = BlockLayout.of(subset), np.random.default_rng(1)
+    directions = {block: rng.normal(size=(2, size)) for block, size in layout.sizes.items()}
+    options = StreamOptions(objective=objective, method="none", reference="adapter")
+    sides = project_sides(policy, subset, join(pairs).examples, directions, options)
+    t = pair_gradients(policy, join(pairs), subset=subset, options=options).t.astype(float)
+    along = t @ np.concatenate(list(directions.values()), axis=1).T  # l'(z) dz
+    logps = PairLogps(*sides.logps.T, *sides.tokens.T, *sides.references.T)
+    terms = objective(logps)
+    if objective.name == "ipo":
+        first, second = 2 * np.sqrt(terms.loss) * np.sign(terms.chosen_weight), 2.0
+    else:  # -log sigmoid(z): l' = -sigmoid(-z) = exp(-loss) - 1, l'' = sigmoid(z) sigmoid(-z)
+        first = np.exp(-terms.loss) - 1
+        second = -first * (1 + first)
+    expected = np.sqrt(second / first**2)[:, None] * along * np.sign(first)[:, None]
+    np.testing.assert_allclose(sides.slopes(objective), expected, rtol=1e-5, atol=1e-9)

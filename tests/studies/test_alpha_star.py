@@ -10,16 +10,20 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.gradients.ladder import MarginalChoice
 from bvpo_stats.gradients.options import StreamOptions
+from bvpo_stats.gradients.stream import pair_gradients
 from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
-from bvpo_stats.statistics.alpha import alpha_from_gradients
+from bvpo_stats.statistics.alpha import adam_metric, alpha_from_gradients, direction_alpha, in_metric
 from bvpo_stats.statistics.estimates import noise_scale
+from bvpo_stats.statistics.mixtures import CHOICES
+from bvpo_stats.statistics.moments import summary_of_arrays
 from bvpo_stats.studies.alpha_star import run as study
 from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Weight
 from bvpo_stats.studies.alpha_star.run import (
     AlphaOptions,
     Checkpoint,
     PassState,
+    alpha_star,
     merge_states,
 )
 from tests.studies.alpha_inputs import estimate, records, small_oracle
@@ -273,3 +277,81 @@ def test_pairs_without_partners_and_too_few_prompts(oracle):
 def test_an_impossible_level_is_refused_before_any_work():
     with pytest.raises(UserError, match="level"):
         AlphaSettings(level=95)
+
+
+RATE = 0.3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_eta_l_and_alpha_in_the_optimizer_s_metric(oracle, optimizer):
+    """At theta_ref every margin is 0, so sqrt(l'') dz is -g_t and all of it follows from the gradients themselves."""
+    pairs, _ = records(oracle, 40)
+    policy, rng = oracle.policy, np.random.default_rng(3)
+    g = pair_gradients(policy, pairs)
+    v = rng.uniform(0.01, 1, g.t.shape[1]) if optimizer == "adamw" else None
+    metric = np.ones(g.t.shape[1]) if v is None else 1 / (np.sqrt(v) + 1e-8)
+    subset = lora_subset(policy.model)
+    sizes = np.cumsum([weight.numel() for weight in subset.parameters.values()])
+    # Weights stand in the gradients block by block, as they do in the subset here.
+    moments = None if v is None else dict(zip(subset.parameters, np.split(v, sizes[:-1]), strict=True))
+    report = alpha_star(policy, pairs, batch_size=8, optimizer=optimizer, learning_rate=RATE, second_moments=moments)
+    found = report.optimizer
+    t, e = (x.astype(float) * np.sqrt(metric) for x in (g.t, g.e))
+    slopes = t @ (t - e).T
+    along = np.mean([np.delete(row, i).var(ddof=1) for i, row in enumerate(slopes)])
+    assert found.eta_l == pytest.approx(RATE * along / (t - e).var(axis=0, ddof=1).sum(), rel=1e-6)
+    assert found.eta_l_low < found.eta_l < found.eta_l_high
+    assert (found.n_pairs, found.name, report.eta_l) == (40, optimizer, 1.0)
+    theorem4, measured, direction = found.alphas
+    for row, eta_l in ((theorem4, 1.0), (measured, found.eta_l)):
+        star = alpha_from_gradients(t, e, batch_size=8, eta_l=eta_l)
+        assert row.alpha.unclipped == pytest.approx(star.unclipped, rel=1e-6)
+        assert row.alpha.low == pytest.approx(star.low, abs=1e-6)
+        parts = star.estimates
+        if star.identified and 0 < star.unclipped < 1:  # the jackknife's correction is of order 1/N
+            excess = 1 - float(parts.error(star.value, star.tau) / parts.error(0.5, star.tau))
+            assert row.excess == pytest.approx(excess, abs=0.2)
+    expected = direction_alpha(summary_of_arrays({"t": t, "e": e}), batch_size=8)
+    assert direction.alpha.unclipped == pytest.approx(expected.unclipped, rel=1e-6)
+    rows = {label: value for label, value, _ in report.sections()[f"In the metric of {optimizer}"]}
+    assert rows["alpha* at eta L = 1 (Theorem 4)"] == str(theorem4.alpha)
+    assert AlphaReport.from_json(report.to_json()) == report
+
+
+def test_adamw_without_a_state_takes_the_second_moments_of_these_gradients(oracle):
+    pairs, _ = records(oracle, 30)
+    g = pair_gradients(oracle.policy, pairs)
+    mix = (g.t.astype(float) + g.e) / 2
+    mean, variance = mix.mean(axis=0), mix.var(axis=0, ddof=1)
+    v = np.maximum(mean**2 - variance / 30, 0) + variance / 8
+    report = alpha_star(oracle.policy, pairs, batch_size=8, optimizer="adamw", learning_rate=RATE)
+    scaled = in_metric({"t": g.t, "e": g.e}, adam_metric(v))
+    star = alpha_from_gradients(**scaled, batch_size=8)
+    assert report.alpha_adam.unclipped == pytest.approx(star.unclipped, rel=1e-5)
+    assert "these gradients' second moments at batch size 8" in report.optimizer.metric
+    assert any("none along its own noise" in line for line in report.present().notes)
+
+
+def test_advice_and_mixtures_are_those_of_the_moments(drifted_report, report):
+    assert [one.choice for one in report.advice] == list(CHOICES)
+    assert [one.estimator for one in report.mixture] == ["t", "t2", "t4", "e"]
+    rows = [row for title, rows in report.sections().items() if title.startswith("What would help") for row in rows]
+    assert len(rows) == len(CHOICES)
+    assert rows[0][0].startswith("the mix at alpha* (alpha = ")
+    assert any("tokens, a D_e pair" in line and "second trace" in line for line in report.present().notes)
+    assert "What would help most" in report.markdown()
+    tokens = report.tokens
+    no_mix = next(one for one in report.advice if one.choice == "no_mix")
+    assert no_mix.batch_size == pytest.approx(128 * (tokens["trace"] + tokens["empty"]) / tokens["trace"])
+    assert all(one.low is None or one.low <= one.change + 0.05 for one in drifted_report.advice)
+
+
+def test_an_optimizer_that_cannot_be_measured_is_refused_or_falls_back(oracle):
+    pairs, _ = records(oracle, 30)
+    for name, wanted in (("adam", "adamw, sgd"), ("sgd", "leave one out")):
+        with pytest.raises(UserError, match=wanted):
+            alpha_star(oracle.policy, pairs, optimizer=name, learning_rate=RATE, second_moments={"x": np.ones(1)})
+    with pytest.raises(UserError, match="give `learning_rate`"):
+        alpha_star(oracle.policy, pairs, optimizer="sgd")
+    with pytest.raises(UserError, match="learning_rate=-1"):
+        alpha_star(oracle.policy, pairs, optimizer="sgd", learning_rate=-1.0)

@@ -10,8 +10,9 @@ import torch
 from bvpo_stats.cli.main import app
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.model.metric import UnreadableMetricError, read_second_moments
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.model.subset import LoraOptions, read_second_moments
+from bvpo_stats.model.subset import LoraOptions
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
 from bvpo_stats.studies.alpha_star.run import prepare_subset, run_alpha_star
@@ -160,6 +161,24 @@ def test_the_same_folder_answers_for_another_batch_size_without_the_model(files,
     assert "alpha" in (folder / "report.md").read_text()
 
 
+def test_an_optimizer_s_metric_from_its_state_or_these_gradients_or_sgd_s(files, single, tmp_path, monkeypatch):
+    """A state without second moments of single weights falls back to SGD's metric and says so, where one was named."""
+    folder, state = tmp_path / "run", tmp_path / "optimizer.pt"
+    torch.save({"state": {0: {"step": torch.tensor(3.0), "state1": torch.zeros(4)}}, "param_groups": []}, state)
+    run_alpha_star(config(files), folder)
+    monkeypatch.setattr("bvpo_stats.studies.alpha_star.run.gradient_batches", None)
+    known = {"optimizer": "adamw", "learning_rate": 0.1}
+    fallen = run_alpha_star(config(files, **known, optimizer_state=state), folder)
+    assert fallen.optimizer.metric.startswith("that of SGD, for the state has none to read: `optimizer_state=")
+    assert "state1" in fallen.optimizer.metric
+    assert any(fallen.optimizer.metric in warning for warning in fallen.warnings)
+    plain = run_alpha_star(config(files, optimizer="sgd", learning_rate=0.1, eta_l="auto"), folder)
+    assert plain.optimizer.eta_l == plain.eta_l == fallen.optimizer.eta_l
+    assert plain.curvature is None
+    with pytest.raises(UserError, match="no Adam state"):
+        run_alpha_star(config(files, optimizer_state=state), folder)
+
+
 def test_another_loss_is_another_run(files, single):
     with pytest.raises(UserError, match="different run"):
         run_alpha_star(config(files, loss_type="simpo"), single[1])
@@ -190,6 +209,9 @@ def test_command_line(files, tmp_path, capsys):
         (["--loss", "hinge"], "sigmoid, simpo, ipo"),
         (["--eta-l", "auto"], "--learning-rate"),
         (["--eta-l", "fast"], "--eta-l fast"),
+        (["--optimizer", "adamw"], "--learning-rate"),
+        (["--optimizer", "lion"], "adamw, sgd"),
+        (["--optimizer", "sgd", "--learning-rate", "1", "--optimizer-state", "x"], "--optimizer-state"),
         (["--eta-l", "0"], "must be positive"),
         (["--batch-size", "0"], "--batch-size 0.0: must be positive"),
         (["--level", "1.5"], "--level 1.5: must lie between 0 and 1"),
@@ -238,13 +260,14 @@ def test_adam_state_from_torch_and_safetensors(subset, tmp_path):
         weight.grad = torch.full_like(weight, number + 1.0)
     adam.step()
     torch.save(adam.state_dict(), tmp_path / "optimizer.pt")
-    found = read_second_moments(tmp_path, subset)
+    found, epsilon = read_second_moments(tmp_path, subset)
+    assert epsilon == 1e-8
     for number, name in enumerate(subset.parameters):
-        np.testing.assert_allclose(found[name], 0.001 * (number + 1.0) ** 2, rtol=1e-5)
+        np.testing.assert_allclose(found[name], (number + 1.0) ** 2, rtol=1e-4)  # freed of its start at 0
     shapes = {name: weight.shape for name, weight in subset.parameters.items()}
     named = {f"{name}.exp_avg_sq": torch.tensor(values).reshape(shapes[name]) for name, values in found.items()}
     save_file(named, tmp_path / "moments.safetensors")
-    again = read_second_moments(tmp_path / "moments.safetensors", subset)
+    again, _ = read_second_moments(tmp_path / "moments.safetensors", subset)
     assert all(np.array_equal(again[name], found[name]) for name in found)
 
 
@@ -269,6 +292,11 @@ def test_unsafe_and_foreign_optimizer_states_are_refused(subset, tmp_path):
     torch.save({"state": {n: {"exp_avg_sq": torch.zeros(3)} for n in range(len(subset.parameters))}}, tmp_path / "s.pt")
     with pytest.raises(UserError, match="has shape"):
         read_second_moments(tmp_path / "s.pt", subset)
+    quantised = {n: {"step": torch.tensor(1.0), "state1": torch.zeros(3)} for n in range(len(subset.parameters))}
+    for name, state in (("8bit.pt", quantised), ("new.pt", {})):
+        torch.save({"state": state, "param_groups": []}, tmp_path / name)
+        with pytest.raises(UnreadableMetricError, match=r"state1|no step was taken"):
+            read_second_moments(tmp_path / name, subset)
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"junk\.pt"):
         read_second_moments(tmp_path / "junk.pt", subset)

@@ -16,9 +16,9 @@ from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.stream import gradient_batches, pair_gradients
 from bvpo_stats.lab.oracle import OracleConfig, build_oracle, draw_pairs, exact_moments
+from bvpo_stats.model.metric import optimizer_metric
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.store.tables import write_records
-from bvpo_stats.training.alpha.metric import optimizer_metric
 from bvpo_stats.training.alpha.rules.base import Parts
 from bvpo_stats.training.gradient import curvature_along, mixed_gradient, parted_gradient
 from bvpo_stats.training.trainer import BVPOTrainer

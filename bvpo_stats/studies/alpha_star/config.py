@@ -83,10 +83,11 @@ class AlphaConfig:
             has one, else of the Linear weights of the model itself.
         batch_size: Examples per optimizer step, B.
         eta_l: Learning rate times smoothness; ``auto`` measures it.
-        learning_rate: eta, for ``eta_l="auto"``.
+        learning_rate: eta, for ``optimizer`` and for ``eta_l="auto"``.
+        optimizer: Measure eta L along the noise in the metric of ``adamw`` or ``sgd``, and say alpha* there.
         traces_per_answer: K, most traces of the bank behind each answer.
         method: Estimator of the marginal gradient.
-        optimizer_state: File of Adam's state.
+        optimizer_state: File of Adam's state; None with ``adamw`` for the second moments of these gradients.
         level: Confidence level.
         groups: Jackknife groups; ``auto`` for the rule of `bvpo_stats.statistics.moments.jackknife_groups`.
         seed: Decides the fresh adapter and every draw.
@@ -129,7 +130,11 @@ class AlphaConfig:
             spelled="1",
         ),
     ] = 1.0
-    learning_rate: Annotated[float | None, o.Option("For `eta_l='auto'`.", above=0, high=100)] = None
+    optimizer: Annotated[
+        Literal["adamw", "sgd"] | None,
+        o.Option("adamw or sgd: eta L of its steps in its own metric, and alpha* there (needs `learning_rate`)."),
+    ] = None
+    learning_rate: Annotated[float | None, o.Option("For `optimizer` and `eta_l='auto'`.", above=0, high=100)] = None
     traces_per_answer: Annotated[int, o.Option("K, most traces of the bank behind each answer.", low=1, high=10**5)] = 8
     method: Annotated[
         Literal["auto", "reference-point", "anchored", "posterior", "prior", "multilevel", "jackknife"],
@@ -141,7 +146,10 @@ class AlphaConfig:
     ] = "auto"
     optimizer_state: Annotated[
         Path | None,
-        o.Option("Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric."),
+        o.Option(
+            "Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric. [default: with "
+            "`optimizer='adamw'`, the second moments of these gradients]"
+        ),
     ] = None
     level: o.Level = 0.95
     groups: Annotated[
@@ -160,5 +168,12 @@ class AlphaConfig:
 
     def __post_init__(self) -> None:
         o.check_options(self)
-        if self.eta_l == "auto" and self.learning_rate is None:
-            raise UserError("`eta_l='auto'` measures the curvature L and needs eta: give `learning_rate`.")
+        for name in ("optimizer", "eta_l"):
+            if getattr(self, name) in ("auto", "adamw", "sgd") and self.learning_rate is None:
+                raise UserError(
+                    f"`{name}={getattr(self, name)!r}` measures the curvature L and needs eta: give `learning_rate`."
+                )
+        if self.optimizer == "sgd" and self.optimizer_state is not None:
+            raise UserError(
+                "`optimizer_state` is the metric of Adam's kin, and `optimizer='sgd'` has none; leave one out."
+            )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.alpha import (
     AlphaInterval,
     alpha_curve,
@@ -24,21 +25,26 @@ from bvpo_stats.statistics.alpha import (
     trace_sampling_share,
 )
 from bvpo_stats.statistics.bounds import AlphaRange, DriftBound, alpha_range
-from bvpo_stats.statistics.estimates import estimates, noise_scale
+from bvpo_stats.statistics.estimates import LinearRatio, estimates, noise_scale
 from bvpo_stats.statistics.intervals import (
     BIAS_EMPTY,
     BIAS_TRACE,
+    BOUNDED,
     FEWEST,
     SimpleInterval,
     jackknife_normal,
+    ratio_sets,
     squared_norm,
     t_quantile,
 )
+from bvpo_stats.statistics.mixtures import CHOICES, Advice, budget_advice, excess_error, trace_mixture
 from bvpo_stats.statistics.moments import Array, MomentSummary
 from bvpo_stats.statistics.proportions import Interval
 from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, few_cautions, number
 
 PAPER_ALPHA = 0.5
+MIN_SECOND_DRAWS = 10
+"""Examples with a second trace draw without which nothing is said of mixtures of several traces."""
 _PARABOLA_POINTS = 41
 _ZEROS = (np.zeros(()),) * 4
 _ERRORS = {
@@ -238,6 +244,140 @@ class Verdict:
     sentence: str
 
 
+OptimizerName = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True)
+class StepAlpha:
+    """alpha* of an optimizer's steps under one reading of its step size.
+
+    Attributes:
+        where: ``theorem4`` (eta L = 1), ``measured``, or ``direction`` (the length is free: tau = 1 / B).
+        eta_l: Learning rate times smoothness; None for direction only.
+        alpha: The weight.
+        excess: Share of the paper's 0.5's error that it saves; None where the errors say nothing.
+        excess_low: Lower end, clipped to [0, 1].
+        excess_high: Upper end, likewise.
+    """
+
+    where: str
+    eta_l: float | None
+    alpha: Weight
+    excess: float | None
+    excess_low: float
+    excess_high: float
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """eta L of an optimizer's steps and alpha* in its metric P: every product is x' P y.
+
+    ``eta L = eta tr(P H P Sigma) / tr(P Sigma)``, Sigma = Cov(g_t - g_e), H Gauss-Newton's, no pair along its own h_i.
+
+    Attributes:
+        name: ``adamw`` or ``sgd``.
+        learning_rate: eta.
+        metric: P, and where it comes from.
+        eta_l: eta L.
+        eta_l_low: Lower end of its interval; None where there is none.
+        eta_l_high: Upper end, likewise.
+        n_pairs: D_t pairs behind H.
+        alphas: At eta L = 1, at the measured value, and for direction only; empty where mu is not estimable.
+    """
+
+    name: OptimizerName
+    learning_rate: float
+    metric: str
+    eta_l: float
+    eta_l_low: float | None
+    eta_l_high: float | None
+    n_pairs: int
+    alphas: list[StepAlpha] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        summary: MomentSummary,
+        curved: Array,
+        n_pairs: int,
+        *,
+        name: OptimizerName,
+        learning_rate: float,
+        metric: str,
+        settings: AlphaSettings,
+    ) -> OptimizerStep:
+        """From moments in the optimizer's metric and ``tr(P H P Sigma)``, ``[1 + G]``; `with_alphas` adds the weights.
+
+        Raises:
+            UserError: There is no noise to measure along, or no curvature along it.
+        """
+        rows = learning_rate * curved
+        size = estimates(summary).Q1
+        if not (rows[0] > 0 and size[0] > 0 and np.isfinite(rows[0] / size[0])):
+            raise UserError(
+                f"`optimizer={name!r}`: eta L cannot be measured, for the loss has no curvature along the noise of "
+                f"g_t - g_e (tr P H P Sigma = {curved[0]:.3g}, tr P Sigma = {size[0]:.3g}); give a number for `eta_l`."
+            )
+        sets = ratio_sets(LinearRatio(rows, size, summary.group_sizes), settings.level)
+        low, high = (finite(float(end)) if sets.shape == BOUNDED else None for end in (sets.low, sets.high))
+        return cls(
+            name, learning_rate, metric, float(sets.ratio), None if low is None else max(low, 0.0), high, n_pairs
+        )
+
+    def with_alphas(self, summary: MomentSummary, settings: AlphaSettings) -> OptimizerStep:
+        """The weights, from the same moments, where mu is known."""
+        how: dict[str, Any] = {"batch_size": settings.batch_size, "level": settings.level}
+        found = []
+        places: dict[str, float | None] = {"theorem4": 1.0, "measured": self.eta_l, "direction": None}
+        for where, eta_l in places.items():
+            alpha: AlphaInterval
+            if eta_l is None:
+                alpha = direction_alpha(summary, **how)
+            else:
+                alpha = alpha_from_summary(summary, eta_l=eta_l, **how)
+            cost = excess_error(summary, PAPER_ALPHA, eta_l=eta_l, **how)
+            found.append(StepAlpha(where, eta_l, Weight.of(alpha), finite(cost.value), cost.low, cost.high))
+        return replace(self, alphas=found)
+
+    def rows(self, batch_size: float) -> list[Row]:
+        """The table."""
+        low, high = number(self.eta_l_low), number(self.eta_l_high)
+        rows = [(f"eta L at learning rate {self.learning_rate:g}", number(self.eta_l), f"{low} to {high}")]
+        words = {
+            "theorem4": "alpha* at eta L = 1 (Theorem 4)",
+            "measured": f"alpha* at eta L = {self.eta_l:.3g}, measured",
+            "direction": f"alpha* for direction only (tau = 1/{batch_size:g})",
+        }
+        for found in self.alphas:
+            rows.append((words[found.where], str(found.alpha), found.alpha.range_text))
+            known = found.excess is not None and (found.excess_low > 0 or found.excess_high < 1)
+            value = f"{found.excess:.1%}" if known else "not identified"
+            ends = f"{found.excess_low:.1%} to {found.excess_high:.1%}" if known else "-"
+            rows.append(("  excess error of alpha = 0.5", value, ends))
+        return rows
+
+
+@dataclass(frozen=True)
+class MixtureWeight:
+    """Weight of one estimator of mu in the best mix of several.
+
+    Attributes:
+        estimator: ``t``, ``t2`` or ``t4``: the mean of one, two or four traces; ``e``: the empty trace.
+        weight: Its weight.
+        low: Lower end.
+        high: Upper end.
+        identified: Whether these prompts identify it.
+        error: Error of a step with this estimator alone.
+    """
+
+    estimator: str
+    weight: float
+    low: float
+    high: float
+    identified: bool
+    error: float
+
+
 @dataclass(frozen=True)
 class Marginal:
     """Where mu came from and how far its weights can be trusted.
@@ -319,6 +459,11 @@ class AlphaReport(Report):
         marginal: Where mu came from.
         warnings: What a reader must know before quoting a number.
         n_drawn_prompts: Prompts of the examples of ``n_second_draws``; None in a report of before they were counted.
+        optimizer: eta L of an optimizer's steps, and alpha* there, where one was named.
+        advice: What else the tokens of a step with the paper's 0.5 could buy; empty where mu is not estimable.
+        tokens: Mean tokens of a D_t and of a D_e pair, its costs.
+        mixture: Weights of the best mix of the means of 1, 2 and 4 traces and the empty trace, at the same B; empty
+            without second trace draws.
     """
 
     study: ClassVar[str] = "alpha-star"
@@ -358,6 +503,10 @@ class AlphaReport(Report):
     marginal: Marginal
     warnings: list[str]
     n_drawn_prompts: int | None = field(default=None, kw_only=True)
+    optimizer: OptimizerStep | None = None
+    advice: list[Advice] = field(default_factory=list)
+    tokens: dict[str, float] = field(default_factory=dict)
+    mixture: list[MixtureWeight] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -369,6 +518,8 @@ class AlphaReport(Report):
         adam: MomentSummary | None = None,
         halves: MomentSummary | None = None,
         drift: DriftBound | None = None,
+        step: OptimizerStep | None = None,
+        tokens: tuple[float, float] | None = None,
         warnings: Sequence[str] = (),
         **about: Any,
     ) -> AlphaReport:
@@ -386,17 +537,22 @@ class AlphaReport(Report):
             halves: Moments of ``t - e`` and of the difference of m from either half of the traces, where there are
                 halves.
             drift: Bound on g_t's bias, where mu is not estimable and the drift is small.
+            step: eta L of an optimizer's steps, where one was named; ``adam`` holds the moments in its metric.
+            tokens: Mean tokens of a D_t and of a D_e pair, for advice.
             warnings: What the run noticed.
             **about: ``model``, ``template``, ``objective``, ``subset``, ``n_parameters``, ``n_second_draws``,
                 ``n_drawn_prompts``, ``seed`` and ``curvature``.
         """
         known = marginal.estimable
         level: dict[str, Any] = {"level": settings.level}
-        step: dict[str, Any] = {"batch_size": settings.batch_size, "eta_l": settings.eta_l, **level}
+        size: dict[str, Any] = {"batch_size": settings.batch_size, "eta_l": settings.eta_l, **level}
         if halves is not None:
-            split = vars(half_split(summary, halves, **step))
+            split = vars(half_split(summary, halves, **size))
             found = {name: finite(value) if isinstance(value, float) else value for name, value in split.items()}
             marginal = replace(marginal, half_split=found)
+        # A few second draws say nothing of the trace-sampling part: no advice rests on them.
+        enough = about.get("n_second_draws", 0) >= MIN_SECOND_DRAWS
+        several = summary if enough else replace(summary, trace_sampling=None)
         values, spread = _tables(summary, settings, known)
         weights = _weights(summary, adam, settings, known)
         layers, gain = _layers_and_gain(summary, settings) if known else ([], None)
@@ -405,9 +561,9 @@ class AlphaReport(Report):
             n_prompts=summary.n_prompts,
             n_examples=summary.n_examples,
             n_groups=summary.n_groups,
-            **step,
+            **size,
             **weights,
-            alpha_range=None if drift is None else alpha_range(summary, drift, **step),
+            alpha_range=None if drift is None else alpha_range(summary, drift, **size),
             mse=values["mse"],
             bias_sq=values["bias_sq"],
             variance=values["variance"],
@@ -420,6 +576,10 @@ class AlphaReport(Report):
             layer_gain=gain,
             marginal=marginal,
             warnings=[*warnings, *_warnings(summary, settings, marginal, weights["alpha_star"])],
+            optimizer=step.with_alphas(summary if adam is None else adam, settings) if step and known else step,
+            advice=_advice(several, settings, tokens) if known and tokens else [],
+            tokens=dict(zip(("trace", "empty"), tokens, strict=True)) if tokens else {},
+            mixture=_mixture(several, settings) if known and several.trace_sampling is not None else [],
             **about,
         )
 
@@ -472,6 +632,20 @@ class AlphaReport(Report):
             variances.insert(2, (label, text, interval))
         found["Variance of one example"] = variances
         found["Marginal gradient"] = _diagnostics(self.marginal)
+        if self.optimizer is not None:
+            found[f"In the metric of {self.optimizer.name}"] = self.optimizer.rows(self.batch_size)
+        if self.mixture:
+            found["Best mix of more traces, same batch"] = [
+                (
+                    _ESTIMATORS[one.estimator],
+                    f"{one.weight:.3f}" if one.identified else "not identified",
+                    f"{one.low:.3f} to {one.high:.3f}" if one.identified else "-",
+                )
+                for one in self.mixture
+            ]
+        if self.advice:
+            title = f"What would help most, for the tokens of alpha = {PAPER_ALPHA:g} (change of its error)"
+            found[title] = [_advice_row(one) for one in self.advice]
         return found
 
     def _weight_rows(self) -> list[Row]:
@@ -491,6 +665,26 @@ class AlphaReport(Report):
             label = f"range of alpha* at B = {self.batch_size:g}, eta L = {self.eta_l:.3g}"
             rows.insert(0, (label, "no estimate", f"{found.low:.3f} to {found.high:.3f}", "-"))
         return rows
+
+    def _advice_words(self) -> str:
+        """Costs, what helps most, and whether a second trace beats the mix."""
+        costs = f"A D_t pair costs {self.tokens['trace']:.0f} tokens, a D_e pair {self.tokens['empty']:.0f}"
+        equal = [one for one in self.advice if one.progress == 1 and one.helps == "yes"]
+        best = min(equal, key=lambda one: one.error, default=None)
+        most = "nothing is sure to help" if best is None else f"{CHOICES[best.choice]} helps most"
+        by_name = {one.choice: one for one in self.advice}
+        second = by_name.get("two_traces")
+        versus = ""
+        if second is not None:
+            mix = by_name["mix"]
+            clear = None not in (second.high, mix.low) and second.high < mix.low  # type: ignore[operator]
+            worse = None not in (second.low, mix.high) and second.low > mix.high  # type: ignore[operator]
+            said = "beats" if clear else "does not beat" if worse else "may or may not beat"
+            versus = f" A second trace per answer, without D_e, {said} the mix at alpha*."
+        return (
+            f"{costs}. For the tokens of a step of the paper's mix {most}; choices that halve the way (learning rate "
+            f"times steps) are not counted there.{versus}"
+        )
 
     def _numbers(self, part: str, labels: dict[str, str]) -> list[Row]:
         values: dict[str, float | None] = getattr(self, part)
@@ -532,6 +726,15 @@ class AlphaReport(Report):
                 "which both answers came up again among the samples. Their second traces are exact draws, but their "
                 "answers are likelier than the others'."
             )
+        if self.optimizer is not None:
+            step = self.optimizer
+            lines.append(
+                f"eta L = eta tr(P H P Sigma) / tr(P Sigma) of {step.name}, P {step.metric}; Sigma = Cov(g_t - g_e), H "
+                f"Gauss-Newton's of {step.n_pairs} D_t pairs, none along its own noise (which would inflate it). "
+                "The excess error of 0.5 is the share of its error that alpha* saves."
+            )
+        if self.advice:
+            lines.append(self._advice_words())
         if self.curvature is not None:
             words = {key: f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in self.curvature.items()}
             parts = ", ".join(f"{key.replace('_', ' ')} {word}" for key, word in words.items())
@@ -545,6 +748,42 @@ class AlphaReport(Report):
                 + (": these prompts do not tell that from nothing." if open_ else ".")
             )
         return lines
+
+
+_ESTIMATORS = {"t": "one trace", "t2": "mean of two traces", "t4": "mean of four traces", "e": "empty trace"}
+
+
+def _advice_row(one: Advice) -> Row:
+    """A choice, the change of the error, its interval."""
+    label = CHOICES[one.choice]
+    if one.choice in ("mix", "two_traces_mix"):
+        label += f" (alpha = {one.alpha:.2f})"
+    if one.progress == 1:
+        label += f", B = {one.batch_size:.3g}"
+    else:
+        label += f" ({one.progress:g} of the way)"
+    ends = None if one.low is None or one.high is None else f"{one.low:+.0%} to {one.high:+.0%}"
+    return label, f"{one.change:+.0%}" if ends else "-", ends or "not identified"
+
+
+def _advice(summary: MomentSummary, settings: AlphaSettings, tokens: tuple[float, float]) -> list[Advice]:
+    return budget_advice(
+        summary,
+        trace_tokens=tokens[0],
+        empty_tokens=tokens[1],
+        alpha=PAPER_ALPHA,
+        batch_size=settings.batch_size,
+        eta_l=settings.eta_l,
+        level=settings.level,
+    )
+
+
+def _mixture(summary: MomentSummary, settings: AlphaSettings) -> list[MixtureWeight]:
+    found = trace_mixture(summary, batch_size=settings.batch_size, eta_l=settings.eta_l, level=settings.level)
+    return [
+        MixtureWeight(name, one.value, one.low, one.high, one.identified, float(found.alone[name].value))
+        for name, one in found.weights.items()
+    ]
 
 
 def _weights(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError, check_choice, check_kind, check_positive, check_whole
-from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature
+from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature, noise_curvature
 from bvpo_stats.gradients.engine import BlockLayout
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
@@ -26,6 +26,7 @@ from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides
+from bvpo_stats.model.metric import UnreadableMetricError, read_second_moments
 from bvpo_stats.model.policy import (
     Policy,
     PolicyOptions,
@@ -35,21 +36,29 @@ from bvpo_stats.model.policy import (
     on_own_device,
     with_lora,
 )
-from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset, read_second_moments
+from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset
 from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.moments import Grouping, Moments, jackknife_groups
+from bvpo_stats.statistics.moments import Grouping, Moments, MomentSummary, group_of, jackknife_groups
 from bvpo_stats.store.jsonl import write_error
 from bvpo_stats.store.run_folder import Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
-from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Marginal, finite
+from bvpo_stats.studies.alpha_star.report import (
+    AlphaReport,
+    AlphaSettings,
+    Marginal,
+    OptimizerName,
+    OptimizerStep,
+    finite,
+)
 
 MOMENTS_FILE = "moments.npz"
+METRIC_FILE = "second_moments.npz"
 _SAVE_EVERY_SECONDS = 30.0
 _HALVES_GROUPS = 5  # enough for a test of one number, at a quarter of the memory
 _MANY_COPIES = 0.5  # share of answers with copies of one trace only beyond which the report warns
@@ -70,6 +79,10 @@ class AlphaOptions:
         curvature: Measure eta L with this; None to take it from ``settings``.
         second_moments: Adam's second moments by parameter name, for alpha in Adam's metric; None for none.
         epsilon: Adam's epsilon.
+        optimizer: Whose steps eta L is measured for; None for nobody's.
+        learning_rate: Its eta.
+        metric: Where ``second_moments`` come from, or why SGD's metric stands in, in words.
+        measured_eta_l: Whether the whole report is at the optimizer's measured eta L.
     """
 
     stream: StreamOptions = field(default_factory=StreamOptions)
@@ -78,6 +91,18 @@ class AlphaOptions:
     curvature: CurvatureOptions | None = None
     second_moments: dict[str, NDArray[Any]] | None = None
     epsilon: float = 1e-8
+    optimizer: OptimizerName | None = None
+    learning_rate: float | None = None
+    metric: str = ""
+    measured_eta_l: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            check_choice("optimizer", self.optimizer, get_args(OptimizerName))
+            if self.learning_rate is None:
+                raise UserError(f"`optimizer={self.optimizer!r}` needs its eta to measure eta L: give `learning_rate`.")
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
 
 
 def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
@@ -106,7 +131,7 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
         policy, subset, words = prepare_subset(policy, config.params, lora)
         if config.optimizer_state is not None:
-            options = replace(options, second_moments=read_second_moments(config.optimizer_state, subset))
+            options = _with_state(options, config.optimizer_state, subset)
         identity |= _identity(config, lora, options, policy, words)
         with open_run(output, "alpha-star", identity, shard=Shard(world.rank + 1, world.size)) as folder:
             report = _estimate(policy, subset, joined, options, words, folder, world)
@@ -115,9 +140,22 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
         return report if world.leads else None
 
 
+def _with_state(options: AlphaOptions, path: Path, subset: Subset) -> AlphaOptions:
+    """With the metric of an optimizer's state; SGD's where the state has none to read and an optimizer was named."""
+    try:
+        moments, epsilon = read_second_moments(path, subset)
+    except UnreadableMetricError as error:
+        if options.optimizer is None:
+            raise
+        return replace(options, metric=f"that of SGD, for the state has none to read: {error}")
+    return replace(
+        options, second_moments=moments, epsilon=epsilon, metric="1 / (sqrt(v) + eps) of the optimizer's state"
+    )
+
+
 def _options(config: AlphaConfig) -> AlphaOptions:
     curvature = None
-    if config.eta_l == "auto":
+    if config.eta_l == "auto" and config.optimizer is None:
         assert config.learning_rate is not None  # or the configuration would not have been made
         curvature = CurvatureOptions(config.learning_rate, seed=config.seed)
     return AlphaOptions(
@@ -137,6 +175,9 @@ def _options(config: AlphaConfig) -> AlphaOptions:
         ),
         groups=config.groups,
         curvature=curvature,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        measured_eta_l=config.eta_l == "auto",
     )
 
 
@@ -155,6 +196,8 @@ def alpha_star(
     lora: int | LoraOptions | None = None,
     subset: Subset | None = None,
     curvature: CurvatureOptions | None = None,
+    optimizer: OptimizerName | None = None,
+    learning_rate: float | None = None,
     second_moments: dict[str, NDArray[Any]] | None = None,
     epsilon: float = 1e-8,
     seed: int | None = None,
@@ -181,7 +224,10 @@ def alpha_star(
             the policy itself stays as it is.
         subset: The parameters theta; None for the LoRA adapter.
         curvature: Measure eta L with this instead of taking ``eta_l``.
-        second_moments: Adam's second moments by parameter name, for alpha in Adam's metric.
+        optimizer: ``adamw`` or ``sgd``: eta L of its steps is measured, in its metric, and alpha* said there. That of
+            ``adamw`` is of ``second_moments``, without them of the second moments of these gradients.
+        learning_rate: Its eta.
+        second_moments: Adam's second moments by parameter name, as steps divide by them, for alpha in Adam's metric.
         epsilon: Adam's epsilon.
         seed: Decides every draw; None for ``stream``'s.
         stream: Budgets and whatever else decides how prompts become gradients; None for what the command does.
@@ -210,7 +256,11 @@ def alpha_star(
     said = {"objective": objective, "method": marginal, "seed": seed}
     stream = replace(stream or _options(AlphaConfig()).stream, **{name: x for name, x in said.items() if x is not None})  # type: ignore[arg-type]
     settings = AlphaSettings(batch_size, eta_l, level)
-    options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon)
+    options = AlphaOptions(stream, settings, groups, curvature, second_moments, epsilon, optimizer, learning_rate)
+    if optimizer == "sgd" and second_moments is not None:
+        raise UserError("`second_moments` are the metric of Adam's kin, and `optimizer='sgd'` has none; leave one out.")
+    if second_moments is not None:
+        options = replace(options, metric="1 / (sqrt(v) + eps) of the given second moments")
     if subset is not None:
         check_kind("subset", subset, Subset, "a Subset")
         words = "given parameters"
@@ -237,6 +287,10 @@ def _estimate(
     _check_groups(joined.prompts, options.groups)
     choice = world.broadcast(choose_marginal(policy, examples, options.stream) if world.leads else None)
     assert choice is not None  # rank 0 made one
+    if options.optimizer == "adamw" and not options.metric:
+        found = world.broadcast(_own_second_moments(policy, subset, examples, options, folder) if world.leads else None)
+        metric = f"1 / (sqrt(v) + eps) of these gradients' second moments at batch size {options.settings.batch_size:g}"
+        options = replace(options, second_moments=found, metric=metric)
     state = _stream(policy, subset, examples, options, choice, folder, world)
     states = world.gather(state.to_arrays())
     report = None
@@ -278,6 +332,48 @@ def _stream(
     finally:
         checkpoint.save()
     return checkpoint.state
+
+
+METRIC_PROMPTS = 128
+"""Most prompts, spread evenly, whose gradients give v where no optimizer's state does."""
+
+
+def _own_second_moments(
+    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, folder: Path | None
+) -> dict[str, NDArray[Any]]:
+    """What Adam's v settles at on mini-batches of the paper's mix: ``(E g)^2 + Var g / B``, coordinate by coordinate.
+
+    ``(E g)^2`` is unbiased, not below 0. A pass over some prompts before the main one; kept in the run's folder.
+    """
+    path = None if folder is None else folder / METRIC_FILE
+    if path is not None and path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    prompts = list(dict.fromkeys(example.prompt_id for example in examples))
+    places = np.linspace(0, len(prompts) - 1, min(METRIC_PROMPTS, len(prompts))).round().astype(int)
+    chosen = {prompts[place] for place in places}
+    some = [example for example in examples if example.prompt_id in chosen]
+    stream = replace(options.stream, method="none", half_splits=False, second_traces=False)
+    count, sums, squares = 0, dict[str, NDArray[Any]](), dict[str, NDArray[Any]]()
+    with progress("The optimizer's metric", len(chosen), "prompts") as advance:
+        for batch in gradient_batches(policy, subset, some, stream):
+            for block, t in batch.vectors["t"].items():
+                mixed = (t.astype(np.float64) + batch.vectors["e"][block]) / 2
+                sums[block] = sums.get(block, 0.0) + mixed.sum(axis=0)
+                squares[block] = squares.get(block, 0.0) + (mixed**2).sum(axis=0)
+            count += len(batch.prompt_ids)
+            advance(len(set(batch.prompt_ids)))
+    found = {}
+    for name, (block, offset, size) in BlockLayout.of(subset).places.items():
+        mean, square = (total[block][offset : offset + size] / count for total in (sums, squares))
+        variance = np.maximum(square - mean**2, 0.0) * count / (count - 1)
+        found[name] = np.maximum(mean**2 - variance / count, 0.0) + variance / options.settings.batch_size
+    if path is not None:
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as handle:
+            np.savez(handle, **found)
+        temporary.replace(path)
+    return found
 
 
 def _estimated(
@@ -325,16 +421,28 @@ def _report(
         curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
         settings = replace(settings, eta_l=curvature.eta_l)
         measured = asdict(curvature)
+    adam = None if state.adam is None else state.adam.finalize()
+    step = None
+    if options.optimizer is not None:
+        step = _optimizer_step(policy, subset, examples, options, state, adam)
+        if options.measured_eta_l:
+            settings = replace(settings, eta_l=step.eta_l)
     if choice.rung == "small drift":
         drift = _drift_bound(policy, subset, examples, options, state.moments)
     return AlphaReport.of(
         state.moments.finalize(),
         marginal_entry(choice, state.diagnostics),
         settings,
-        adam=None if state.adam is None else state.adam.finalize(),
+        adam=adam,
+        step=step,
+        tokens=_pair_tokens(examples),
         halves=None if state.halves is None else state.halves.finalize(),
         drift=drift,
-        warnings=(*bias_warnings(choice, examples), *bank_warnings(joined, choice, state.diagnostics)),
+        warnings=(
+            *_metric_warnings(step),
+            *bias_warnings(choice, examples),
+            *bank_warnings(joined, choice, state.diagnostics),
+        ),
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
@@ -352,10 +460,61 @@ def _drift_bound(
 ) -> DriftBound:
     """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
     t, e = (moments.mean(name) for name in ("t", "e"))
-    direction = {block: t[block] - e[block] for block in t}
+    direction = {block: (t[block] - e[block])[None] for block in t}
     sides = project_sides(policy, subset, examples, direction, options.stream)
     level = (1 + options.settings.level) / 2
-    return drift_bound(sides.log_ratios, sides.projections, options.stream.objective.beta, level)
+    return drift_bound(sides.log_ratios, sides.projections[..., 0], options.stream.objective.beta, level)
+
+
+def _optimizer_step(
+    policy: Policy,
+    subset: Subset,
+    examples: Sequence[Example],
+    options: AlphaOptions,
+    state: PassState,
+    adam: MomentSummary | None,
+) -> OptimizerStep:
+    """Eta L of the optimizer's steps, by a second pass over D_t pairs along the noise of the groups' means."""
+    moments = state.moments
+    assert moments is not None  # or there would be no report
+    assert options.optimizer is not None
+    assert options.learning_rate is not None
+    names = sorted(moments.groups, key=lambda g: (str(type(g)), g))  # the order of the summary
+    metric = None
+    if options.second_moments is not None:
+        metric = block_metric(subset, options.second_moments, options.epsilon)
+    t, e = (moments.members.index(name) for name in ("t", "e"))
+    noise = {}
+    for k, block in enumerate(moments.blocks):
+        means = np.stack([moments.groups[g].means[k][t] - moments.groups[g].means[k][e] for g in names])
+        noise[block] = means if metric is None else means * metric[block]
+    sides = project_sides(policy, subset, examples, noise, options.stream, "Measuring eta L")
+    column = {name: number for number, name in enumerate(names)}
+    own = [column[group_of(p, moments.n_groups) if moments.n_groups else p] for p in sides.prompt_ids]
+    sizes = np.array([moments.groups[g].size for g in names])
+    curved = noise_curvature(sides.slopes(options.stream.objective), np.array(own), sizes)
+    return OptimizerStep.of(
+        adam or moments.finalize(),
+        curved,
+        len(own),
+        name=options.optimizer,
+        learning_rate=options.learning_rate,
+        metric=options.metric or "that of SGD: the identity",
+        settings=options.settings,
+    )
+
+
+def _metric_warnings(step: OptimizerStep | None) -> tuple[str, ...]:
+    """Says that SGD's metric stands in for another optimizer's."""
+    if step is None or step.name == "sgd" or not step.metric.startswith("that of SGD"):
+        return ()
+    return (f"The metric of {step.name} is {step.metric}",)
+
+
+def _pair_tokens(examples: Sequence[Example]) -> tuple[float, float]:
+    """Mean tokens of a D_t and of a D_e pair."""
+    thinking, nothinking = (sum(example.both[k].tokens for example in examples) for k in (0, 1))
+    return thinking / len(examples), nothinking / len(examples)
 
 
 def objective_words(objective: Objective) -> dict[str, Any]:
@@ -386,6 +545,12 @@ def _identity(
         "limit": config.inputs.limit,
         "seed": stream.seed,
         "optimizer_state": None if options.second_moments is None else _digest(options.second_moments),
+        # v of these gradients depends on the batch size, so moments in its metric do.
+        **(
+            {"adamw_batch_size": options.settings.batch_size}
+            if options.optimizer == "adamw" and not options.metric
+            else {}
+        ),
     }
 
 

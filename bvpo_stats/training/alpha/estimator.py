@@ -22,10 +22,10 @@ from bvpo_stats.gradients.marginal import aggregate, select_traces
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.reference import check_stored_log_probs
 from bvpo_stats.gradients.stream import gradient_batches
+from bvpo_stats.model.metric import optimizer_metric
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.training.alpha import Controller, StepSize, from_state
-from bvpo_stats.training.alpha.metric import optimizer_metric
 from bvpo_stats.training.alpha.stream import AlphaStream, StepMeans
 from bvpo_stats.training.config import AUTO, BVPOConfig
 from bvpo_stats.training.gradient import SetGradients

@@ -12,7 +12,7 @@ formed, and any weights will do. After K steps of B prompts a lagged product has
 average of within-step U-statistics one of order 1 / (B sqrt K). Products of a step with *itself* are never taken for
 norm(h)^2.
 
-All products are taken in the optimizer's metric, x' P y, P diagonal (`bvpo_stats.training.alpha.metric`).
+All products are taken in the optimizer's metric, x' P y, P diagonal (`bvpo_stats.model.metric`).
 
 **Window.** hbar forgets by `DECAY` a step, and begins anew with every epoch: a prompt must not meet its own earlier
 gradient. An epoch of a single step has no earlier steps, so it says nothing of norm(h)^2.
