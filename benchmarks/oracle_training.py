@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bvpo_stats.lab.oracle_training.config import OPTIMIZERS, OracleTrainingConfig
 from bvpo_stats.lab.oracle_training.report import OracleTrainingReport
@@ -21,15 +23,17 @@ from bvpo_stats.lab.oracle_training.run import METHODS, RUNS_FILE, run_oracle_tr
 from bvpo_stats.store.jsonl import read_jsonl, write_atomic
 
 
+def _work_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["optimizer"], row["horizon"], row["model"], row["method"]
+
+
 def joint_report(work: Path) -> OracleTrainingReport:
-    """Of all settings that are done, whole ones only."""
+    """Of what is done: methods with all step sizes and seeds of a setting."""
     config = OracleTrainingConfig()
-    portion = len(METHODS) * 3 * config.seeds
-    rows = []
-    for name in OPTIMIZERS:
-        path = work / name / RUNS_FILE
-        found = [row for _, row in read_jsonl(path)] if path.exists() else []
-        rows += found[: len(found) // portion * portion]
+    paths = [path for name in OPTIMIZERS if (path := work / name / RUNS_FILE).exists()]
+    found = [row for path in paths for _, row in read_jsonl(path)]
+    runs = Counter(map(_work_of, found))
+    rows = [row for row in found if runs[_work_of(row)] == 3 * config.seeds]
     planned = len(OPTIMIZERS) * len(config.horizons) * config.models
     settings = json.loads(json.dumps(config.to_dict()))
     return OracleTrainingReport.of(settings, [asdict(method) for method in METHODS], rows, planned)

@@ -34,6 +34,8 @@ def _regrets(report: OracleTrainingReport, path: Path) -> None:
     with figure(path, width=7.2, height=0.34 * len(names) + 1.6) as (_, axes):
         for number, (summary, colour) in enumerate(zip(shown, PALETTE, strict=False)):
             for row, name in enumerate(names):
+                if name not in summary["methods"]:
+                    continue
                 entry = summary["methods"][name]["over_best"]
                 y = row + 0.22 * (number - (len(shown) - 1) / 2)
                 if entry["high"] < 1e8:
@@ -62,7 +64,7 @@ def _map(report: OracleTrainingReport, path: Path) -> None:
                 (-0.15, 0.15), (("best fixed", OCHRE), (DEFAULT_RULE, BLUE)), strict=True
             ):
                 for cell in cells:
-                    ends = np.array([losses[-1] for losses in cell["losses"]])
+                    ends = np.array([np.nan if losses is None else losses[-1] for losses in cell["losses"]])
                     if label == DEFAULT_RULE and label not in names:
                         continue
                     value = ends[fixed].min() if label == "best fixed" else ends[names.index(label)]

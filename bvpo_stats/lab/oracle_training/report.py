@@ -33,7 +33,8 @@ class OracleTrainingReport(Report):
         settings: Options of the run, its models among them.
         methods: Where each alpha comes from.
         cells: One a setting (optimizer, horizon, model, step size): by method, the means over seeds of L_m (``losses``)
-            and norm(grad L_m)^2 (``grad_sq``) at a quarter, half and the end, of ``alpha`` and of ``eta_l``.
+            and norm(grad L_m)^2 (``grad_sq``) at a quarter, half and the end, of ``alpha`` and of ``eta_l``; None where
+            a method was not run.
         summaries: One for each optimizer and half of the models, see `summarise`.
         planned: Settings of the whole study, all step sizes of one counted once.
     """
@@ -124,12 +125,14 @@ class OracleTrainingReport(Report):
             rows = []
             for key in sorted({(cell["beta"], cell["horizon"], cell["size"]) for cell in cells}):
                 some = [cell for cell in cells if (cell["beta"], cell["horizon"], cell["size"]) == key]
-                ends = np.array([[losses[-1] for losses in cell["losses"]] for cell in some])
+                ends = np.array(
+                    [[np.nan if one is None else one[-1] for one in cell["losses"]] for cell in some]
+                )  # [cells, methods]
                 over = ends / ends[:, [names.index(DPO)]] - 1
                 best = np.mean([self.methods[fixed[k]]["line"][0] for k in over[:, fixed].argmin(axis=1)])
                 gains = [over[:, fixed].min(axis=1).mean(), *(over[:, names.index(name)].mean() for name in shown)]
                 label = f"beta {key[0]:g}, {key[1]} steps, {_SIZES[key[2]]}"
-                rows.append((label, f"{best:.2f}", *(f"{gain:+.1%}" for gain in gains)))
+                rows.append((label, f"{best:.2f}", *(f"{gain:+.1%}" if np.isfinite(gain) else "-" for gain in gains)))
             if rows:
                 tables.append(ResultTable(f"Where mixing helps, {_WORDS[optimizer]}: final L_m", head, tuple(rows)))
         return tables
@@ -190,10 +193,12 @@ def _cell(
     optimizer, horizon, number, size = key
     model = next(model for model in models if model["number"] == number)
 
-    def mean(name: str, of: str) -> list[float]:
-        return [_rounded(x) for x in np.mean([row[of] for row in by_method[name]], axis=0)]
+    def means(of: str) -> list[list[float] | None]:
+        runs = [[row[of] for row in by_method.get(name, ())] for name in names]
+        return [[_rounded(x) for x in np.mean(one, axis=0)] if one else None for one in runs]
 
-    eta_ls = [[row["eta_l"] for row in by_method[name] if row["eta_l"] is not None] for name in names]
+    alphas = [[row["alpha_curve"] for row in by_method.get(name, ())] for name in names]
+    eta_ls = [[row["eta_l"] for row in by_method.get(name, ()) if row["eta_l"] is not None] for name in names]
     return {
         "optimizer": optimizer,
         "horizon": horizon,
@@ -202,9 +207,9 @@ def _cell(
         "beta": model["beta"],
         "half": HALVES[model["judges"]],
         "eta": _rounded(by_method[names[0]][0]["eta"]),
-        "losses": [mean(name, "losses") for name in names],
-        "grad_sq": [mean(name, "grad_sq") for name in names],
-        "alpha": [_rounded(np.mean([row["alpha_curve"] for row in by_method[name]])) for name in names],
+        "losses": means("losses"),
+        "grad_sq": means("grad_sq"),
+        "alpha": [_rounded(np.mean(curves)) if curves else None for curves in alphas],
         "eta_l": [_rounded(np.mean(values)) if values else None for values in eta_ls],
     }
 
@@ -220,7 +225,7 @@ def summarise(
 
     Args:
         cells: Settings.
-        names: Methods, in the order of the cells' entries.
+        names: Methods, in the order of the cells' entries; those that were run in all of them are summed up.
         optimizer: Which.
         half: ``choose``, ``judge`` or ``all``.
         level: Of the intervals, over models: settings of one model are no independent data.
@@ -234,9 +239,12 @@ def summarise(
     some = [cell for cell in cells if cell["optimizer"] == optimizer and half in ("all", cell["half"])]
     if not some or DPO not in names or PAPER not in names:
         return None
+    there = [k for k in range(len(names)) if all(cell["losses"][k] is not None for cell in some)]
+    names = [names[k] for k in there]
     fixed = [k for k, name in enumerate(names) if name.startswith("alpha = ")]
     models = np.array([cell["model"] for cell in some])
-    losses, grads = (np.array([cell[of] for cell in some]) for of in ("losses", "grad_sq"))  # [cells, methods, 3]
+    # [cells, methods, 3]
+    losses, grads = (np.array([[cell[of][k] for k in there] for cell in some]) for of in ("losses", "grad_sq"))
     over = {
         "over_best": losses[:, :, -1] / losses[:, fixed, -1].min(axis=1, keepdims=True) - 1,
         "over_dpo": losses[:, :, -1] / losses[:, [names.index(DPO)], -1] - 1,
