@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,7 @@ def _regrets(report: OracleTrainingReport, path: Path) -> None:
                 y = row + 0.22 * (number - (len(shown) - 1) / 2)
                 if entry["high"] < 1e8:
                     interval_bar(axes, entry["low"] * 100, entry["high"] * 100, y, colour=colour)
-                axes.plot(
-                    entry["mean"] * 100, y, "o", ms=4, color=colour, label=summary["optimizer"] if not row else None
-                )
+                axes.plot(entry["mean"] * 100, y, "o", ms=4, color=colour, label=None if row else _whose(summary))
         axes.axvline(0, color=INK, lw=1, ls="-.")
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
@@ -50,6 +49,10 @@ def _regrets(report: OracleTrainingReport, path: Path) -> None:
         axes.set_xlabel("final L_m over the best fixed alpha's, %")
         axes.set_title("Which alpha trains best? Models that judge")
         legend_below(axes)
+
+
+def _whose(summary: dict[str, Any]) -> str:
+    return summary["optimizer"] + ("" if summary["half"] == "judge" else " (models that choose)")
 
 
 def _map(report: OracleTrainingReport, path: Path) -> None:
