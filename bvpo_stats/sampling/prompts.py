@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from bvpo_stats.embedded.assets import EMBEDDED, embedded_prompts
-from bvpo_stats.errors import UserError, rows_of
+from bvpo_stats.errors import UserError, rows_of, shown
 from bvpo_stats.records import (
     Message,
     Prompt,
@@ -29,6 +29,7 @@ _TEXT_FIELDS = ("prompt", "question", "problem", "instruction")
 _MESSAGE_FIELDS = ("messages", "conversations", "conversation")
 PROMPT_FIELDS = (*_TEXT_FIELDS, *_MESSAGE_FIELDS)
 """Where rows have their prompt, best first."""
+_BEHIND = ("input", "context")  # Alpaca's and Dolly's names for what an instruction is about
 _SYSTEM_FIELDS = ("system", "system_prompt")
 _GOLD_FIELDS = ("gold", "answer", "solution")
 _LONGEST = 8  # prompts that a survey remembers
@@ -91,14 +92,15 @@ def _rows(source: Source, split: str, config_name: str | None) -> Iterator[tuple
 def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
     """Recognises the usual layouts of a prompt.
 
-    - A text under ``prompt`` (or ``question``, ``problem``, ``instruction``). Alpaca's ``input`` goes on a line of its
-      own behind the ``instruction``, its ``history`` of (question, answer) in front.
+    - A text under ``prompt`` (or ``question``, ``problem``, ``instruction``). Alpaca's ``input`` or Dolly's ``context``
+      goes on a line of its own behind the ``instruction``, ``history`` of (question, answer) in front.
     - Messages under one of these or ``messages``, ``conversations`` (see :func:`~bvpo_stats.records.read_messages`):
       all turns up to the last user turn. UltraFeedback's ``prompt`` string with ``chosen`` and ``rejected`` messages is
       the first case.
     - ``system`` or ``system_prompt``: a system prompt in front of either.
 
-    The gold answer stands under ``gold``, ``answer`` or ``solution``; null, NaN and an empty text are none.
+    The gold answer, a text or number or a list of one, stands under ``gold``, ``answer`` or ``solution``; null, NaN and
+    an empty text are none, and neither is an ``answer`` or ``solution`` of another type.
 
     Raises:
         UserError: No such field, an empty prompt, messages that do not end in a user turn before the answer, or content
@@ -111,12 +113,22 @@ def prompt_from_row(row: dict[str, Any], where: str) -> Prompt:
         raise UserError(f"{where}: {what} (fields: {', '.join(map(str, row)) or 'none'}).")
     value = row[name].tolist() if hasattr(row[name], "tolist") else row[name]
     if isinstance(value, (list, tuple)):
+        if value and all(isinstance(part, dict) and "type" in part and "role" not in part for part in value):
+            value = [{"role": "user", "content": list(value)}]  # the content's parts alone
         turns = prompt_turns(value, f"{where}: field `{name}`")
+    elif isinstance(value, str) and name in _MESSAGE_FIELDS:
+        raise UserError(f"{where}: field `{name}` must be a list of messages, not a text ({shown(value[:60])}).")
     elif isinstance(value, str):
         text = read_text(value, where, name)
-        more = row.get("input") if name == "instruction" else None
-        if not _missing(more) and read_text(more, where, "input").strip():
-            text = f"{text}\n{more}"  # as LLaMA-Factory puts Alpaca's rows into a chat
+        for more in _BEHIND if name == "instruction" else ():
+            if not _missing(row.get(more)) and read_text(row[more], where, more).strip():
+                text = f"{text}\n{row[more]}"  # as LLaMA-Factory puts Alpaca's rows into a chat
+        context = row.get("context") if name == "question" else None
+        if not _missing(context) and str(context).strip() not in ("", "[]", "{}"):
+            raise UserError(
+                f"{where}: beside the field `question` there is a `context`, and where it belongs is not known. Put "
+                "both into `prompt`, or leave `context` out."
+            )
         turns = (*(_history(row.get("history"), where) if name == "instruction" else ()), Message("user", text))
     else:
         raise UserError(f"{where}: field `{name}` must be a text or messages, not {value!r}.")
@@ -182,14 +194,19 @@ def _history(value: Any, where: str) -> tuple[Message, ...]:
 def _gold(row: dict[str, Any], where: str) -> str | None:
     for name in _GOLD_FIELDS:
         value = row.get(name)
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                continue
-            value = int(value) if value.is_integer() else value  # tables write 3 as 3.0 in a column with gaps
-        if isinstance(value, str) and value.strip():
+        value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers and arrays
+        if isinstance(value, (list, tuple)) and len(value) == 1:
+            (value,) = value
+        value = value.strip() and value if isinstance(value, str) else value
+        if _missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value):
+            continue
+        if isinstance(value, str):
             return read_text(value, where, name)
-        if isinstance(value, (int, float)):
-            return str(value)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            whole = isinstance(value, float) and value.is_integer()  # tables write 3 as 3.0 in a column with gaps
+            return str(int(value) if whole else value)
+        if name == "gold":  # the other names may stand for something else
+            raise UserError(f"{where}: field `gold` must be a text or a number, not {shown(value)}.")
     return None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from bvpo_stats.errors import UserError
@@ -38,6 +39,10 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         {"prompt": None, "question": "1+1?", "system": None, "answer": float("nan"), "id": float("nan")},
         {"instruction": "1+1?", "input": "", "history": None},
         {"prompt": "1+1?", "input": "no business of a prompt's"},
+        {"prompt": "1+1?", "context": "no business of a prompt's"},
+        {"question": "1+1?", "context": ""},
+        {"prompt": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]},
+        {"prompt": "1+1?", "gold": [], "answer": {"text": ["2"]}},
         {"prompt": "1+1?", "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT], "messages": [USER]},
     ],
 )
@@ -49,6 +54,9 @@ def test_usual_layouts_are_recognised(row: dict[str, Any]) -> None:
 def test_ids_and_gold_answers_are_kept() -> None:
     row = {"prompt_id": 7, "prompt": "1+1?", "answer": 2}
     assert prompt_from_row(row, "here") == Prompt("7", "1+1?", "2")
+    for gold in (["2"], [2.0], np.int64(2), np.array(["2"]), "2"):
+        assert prompt_from_row({"prompt": "1+1?", "gold": gold}, "here").gold == "2"
+    assert prompt_from_row({"instruction": "Add.", "context": "1 and 1"}, "here").prompt == "Add.\n1 and 1"
     assert prompt_from_row({"id": "a", "problem": "x", "solution": "y"}, "here") == Prompt("a", "x", "y")
 
 
@@ -56,6 +64,11 @@ def test_ids_and_gold_answers_are_kept() -> None:
     ("row", "words"),
     [
         ({"text": "x"}, "here: no field `prompt`"),
+        ({"prompt": "x", "gold": ["1", "2"]}, "here: field `gold` must be a text or a number, not a list"),
+        ({"prompt": "x", "gold": {"value": 1}}, "here: field `gold` must be a text or a number, not a dict"),
+        ({"prompt": "x", "gold": float("inf")}, "here: field `gold` must be a text or a number, not inf"),
+        ({"messages": "[{'role': 'user'}]"}, "here: field `messages` must be a list of messages, not a text"),
+        ({"question": "x", "context": "y"}, "Put both into `prompt`, or leave `context` out"),
         ({"prompt": " \n"}, "here: the prompt is empty"),
         ({"prompt": 3}, "here: field `prompt` must be a text or messages, not 3"),
         ({"prompt": None, "answer": "2"}, "here: field `prompt` is null"),
