@@ -635,6 +635,8 @@ def from_dict(
 _RANGES = {
     "temperature": (0.0, math.inf, "not be negative"),
     "top_p": (0.0, 1.0, "lie between 0 and 1"),
+    "cut_share": (0.0, 1.0, "lie between 0 and 1"),
+    "unclosed_share": (0.0, 1.0, "lie between 0 and 1"),
 }
 _ANSWER_STARTS = {
     "answer_start": "completion_ids",

@@ -32,6 +32,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import join
 from bvpo_stats.model.policy import PolicyOptions, load_served_policy, load_template
 from bvpo_stats.records import MODES, PreferencePair, Prompt, TraceRecord, to_dict
+from bvpo_stats.sampling.layouts import read_pairs
 from bvpo_stats.sampling.pairs import make_pairs
 from bvpo_stats.sampling.prompts import load_prompts
 from bvpo_stats.sampling.rewards import load_reward, score_answers
@@ -259,7 +260,7 @@ def examples_of(pairs: Any, traces: Any) -> Numbers:
 def from_pairs(path: Path, work: Path) -> Numbers:
     """A pairs file, joined with an undamaged bank."""
     bank = read_records([dict(row) for row in pairs_and_traces()[1]], TraceRecord)
-    return examples_of(read_records(path, PreferencePair), bank)
+    return examples_of(read_pairs(path, load_template(PolicyOptions())), bank)
 
 
 def from_traces(path: Path, work: Path) -> Numbers:

@@ -603,7 +603,7 @@ def _tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     def digest(tensor: torch.Tensor) -> str:
         values = tensor.detach().cpu().contiguous()
-        raw = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
+        raw = values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b""
         return f"{values.dtype} {tuple(values.shape)} {hashlib.sha256(raw).hexdigest()}"
 
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter

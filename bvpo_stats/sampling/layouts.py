@@ -123,6 +123,7 @@ def _pairs(rows: Iterable[tuple[str, Any]], source: TemplateSource, mode: Mode |
             raise UserError(f"{where}: a {type(row).__name__}, neither a pair nor a row of columns.")
         elif "mode" in row and not missing_fields(PreferencePair, dict(row)):
             found.append(from_dict(PreferencePair, dict(row), where, template.vocabulary))
+            _check_answer_starts(found[-1], template, where)
         else:
             found.append(_foreign_pair(dict(row), template, mode, where))
     return found
@@ -167,6 +168,24 @@ def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, wh
         "rejected_answer": None if starts[1] is None else template.answer_text(sides[1][starts[1] :]),
     }
     return from_dict(PreferencePair, values | given, where, template.vocabulary)
+
+
+def _check_answer_starts(pair: PreferencePair, template: Template, where: str) -> None:
+    """Refuses a D_t pair of this template that says its answers begin elsewhere than behind the closing tag."""
+    if (
+        pair.mode != "thinking"
+        or pair.template != template.name
+        or template.control_tokens[template.protocol.close_tag] < 0
+    ):
+        return  # where the tag spans several tokens, looking for it takes longer than it is worth
+    for name, start, ids in (
+        ("chosen_answer_start", pair.chosen_answer_start, pair.chosen_ids),
+        ("rejected_answer_start", pair.rejected_answer_start, pair.rejected_ids),
+    ):
+        length = template.trace_length(ids)
+        if start is not None and start != length:
+            ends = "never closes" if length is None else f"ends at {length}"
+            raise UserError(f"{where}: field `{name}` is {start}, but the trace {ends}. Correct it, or leave it out.")
 
 
 def _answer_start(ids: tuple[int, ...], template: Template, mode: Mode) -> int | None:

@@ -193,7 +193,7 @@ def _history(value: Any, where: str) -> tuple[Message, ...]:
 
 def _gold(row: dict[str, Any], where: str) -> str | None:
     for name in _GOLD_FIELDS:
-        value = row.get(name)
+        value: Any = row.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers and arrays
         if isinstance(value, (list, tuple)) and len(value) == 1:
             (value,) = value

@@ -113,6 +113,26 @@ def test_records_and_their_rows_keep_their_mode() -> None:
     assert pairs[0].prompt_ids == pairs[1].prompt_ids
 
 
+def test_what_a_record_says_of_itself_must_hold() -> None:
+    responses = [
+        ScoredCompletion(sample("p", i, text), reward) for i, (text, reward) in enumerate([("17", 1.0), ("16", 0.0)])
+    ]
+    choice = choose(responses)
+    assert not isinstance(choice, str)
+    row = to_dict(build_pair(choice, template()))
+    length = row["chosen_answer_start"]
+    for start in (0, 1, length - 1):
+        with pytest.raises(UserError, match=rf"`chosen_answer_start` is {start}, but the trace ends at {length}"):
+            as_pairs([row | {"chosen_answer_start": start}], template())
+    unknown = as_pairs([row | {"chosen_answer_start": None}], template())[0]
+    assert unknown.chosen_answer_start in (None, length)
+    assert as_pairs([row | {"chosen_answer_start": 1, "template": "another"}], template())  # not ours to judge
+    for name in ("cut_share", "unclosed_share"):
+        for share in (-0.1, 1.5):
+            with pytest.raises(UserError, match=f"`{name}` must lie between 0 and 1"):
+                as_pairs([row | {name: share}], template())
+
+
 def test_what_is_known_of_the_sampling_is_kept() -> None:
     row = layouts(template(), "thinking")["messages"]
     more = {"prompt_id": 7, "temperature": 1, "top_p": 1.0, "model": "m", "chosen_reward": 2.0}
