@@ -114,6 +114,10 @@ class ErrorMatrix:
             return self.error(shares)
         return np.einsum("gij,gi,gj->g", self.rows, shares, shares), None
 
+    def at(self, weight: float | Array) -> Array:
+        """`mixed` without interactions."""
+        return self.mixed(weight)[0]
+
     def weight(self, i: int, others: Sequence[int]) -> LinearRatio:
         """Weight of estimator i in the best mix of it and some others, as a ratio: ``(G^-1 1)_i / (1' G^-1 1)``.
 
@@ -396,7 +400,7 @@ def budget_advice(
             ratio = matrix.weight(0, [1])
             best = alpha_interval(ratio, summary, level)
             weight = float(np.nan_to_num(best.value, nan=0.5))
-            error = float(_least(ratio, lambda w, matrix=matrix: matrix.mixed(w)[0], summary))
+            error = float(_least(ratio, matrix.at, summary))
             ends = [compared(*matrix.mixed(end)) for end in (best.low, weight, best.high)]
             low, high = min(end[0] for end in ends), compared(*matrix.mixed(_nearest(best, alpha)))[1]
         else:
@@ -503,7 +507,7 @@ def excess_error(
         ratio = matrix.weight(0, [1])
 
         def error(w: Array | float) -> Array:
-            return matrix.mixed(w)[0]
+            return matrix.at(w)
 
         def pairs(w: float) -> Array | None:
             return matrix.mixed(w)[1]

@@ -342,7 +342,7 @@ class OptimizerStep:
     def rows(self, batch_size: float) -> list[Row]:
         """The table."""
         low, high = number(self.eta_l_low), number(self.eta_l_high)
-        rows = [(f"eta L at learning rate {self.learning_rate:g}", number(self.eta_l), f"{low} to {high}")]
+        rows: list[Row] = [(f"eta L at learning rate {self.learning_rate:g}", number(self.eta_l), f"{low} to {high}")]
         words = {
             "theorem4": "alpha* at eta L = 1 (Theorem 4)",
             "measured": f"alpha* at eta L = {self.eta_l:.3g}, measured",
@@ -688,7 +688,7 @@ class AlphaReport(Report):
 
     def _numbers(self, part: str, labels: dict[str, str]) -> list[Row]:
         values: dict[str, float | None] = getattr(self, part)
-        rows = []
+        rows: list[Row] = []
         for name, label in labels.items():
             value, spread = values.get(name), self.uncertainty[part].get(name)
             if value is None:
@@ -993,7 +993,7 @@ def _range_words(found: AlphaRange) -> str:
 
 
 def _diagnostics(m: Marginal) -> list[Row]:
-    rows = [("method", m.method, "" if m.rung is None else f"rung: {m.rung}")]
+    rows: list[Row] = [("method", m.method, "" if m.rung is None else f"rung: {m.rung}")]
     if m.traces_per_answer is not None:
         rows.append(("traces per answer, K (median)", f"{m.traces_per_answer:g}", ""))
     if m.ess is not None:

@@ -371,7 +371,7 @@ def _own_second_moments(
     if path is not None:
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as handle:
-            np.savez(handle, **found)
+            np.savez(handle, **found)  # type: ignore[arg-type]
         temporary.replace(path)
     return found
 
