@@ -202,7 +202,7 @@ def _gold(row: dict[str, Any], where: str) -> str | None:
             continue
         if isinstance(value, str):
             return read_text(value, where, name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             whole = isinstance(value, float) and value.is_integer()  # tables write 3 as 3.0 in a column with gaps
             return str(int(value) if whole else value)
         if name == "gold":  # the other names may stand for something else

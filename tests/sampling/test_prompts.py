@@ -56,6 +56,7 @@ def test_ids_and_gold_answers_are_kept() -> None:
     assert prompt_from_row(row, "here") == Prompt("7", "1+1?", "2")
     for gold in (["2"], [2.0], np.int64(2), np.array(["2"]), "2"):
         assert prompt_from_row({"prompt": "1+1?", "gold": gold}, "here").gold == "2"
+    assert prompt_from_row({"prompt": "1+1?", "gold": 10**400}, "here").gold == str(10**400)
     assert prompt_from_row({"instruction": "Add.", "context": "1 and 1"}, "here").prompt == "Add.\n1 and 1"
     assert prompt_from_row({"id": "a", "problem": "x", "solution": "y"}, "here") == Prompt("a", "x", "y")
 
