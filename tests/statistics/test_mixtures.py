@@ -18,6 +18,7 @@ from bvpo_stats.statistics.mixtures import (
     ErrorMatrix,
     best_mixture,
     budget_advice,
+    excess_error,
     mixture_from_gradients,
     simplex_minimiser,
     trace_mixture,
@@ -227,3 +228,17 @@ def test_bad_input():
         with pytest.raises(UserError, match=name):
             budget_advice(summary, **settings(**{name: value}))
     assert best_mixture(ErrorMatrix.of_traces(summary, (1,), 1.0), batch_size=1, eta_l=1).weights["t"].level == 0.95
+
+
+def test_excess_error_is_that_of_the_population():
+    """Unbiased noisy t, biased quiet e in four dimensions: both errors are known, over weights on a grid."""
+    rng, a = np.random.default_rng(0), np.linspace(0, 1, 10_001)
+    t, e = 1 + rng.normal(size=(600, 4)), 0.2 + 0.3 * rng.normal(size=(600, 4))
+    noise = (4 * a**2 + 0.36 * (1 - a) ** 2) / 8
+    step, mean = 2.56 * (1 - a) ** 2 + noise, 4 * (a + 0.2 * (1 - a))
+    for eta_l, errors in ((1.0, step), (None, 4 - mean**2 / (mean**2 / 4 + noise))):
+        truth = 1 - errors.min() / errors[5_000]
+        found = excess_error(summary_of_arrays({"t": t, "e": e}), batch_size=8, eta_l=eta_l)
+        assert found.low < truth < found.high
+        assert found.value == pytest.approx(truth, abs=0.05)
+        assert found.identified
