@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--only", default="", help="populations whose name holds this; the others stay as they are")
     parser.add_argument("--cache", type=Path, default=HERE.parent / "runs" / "embedded_gradients.npz")
     arguments = parser.parse_args()
     data = HERE / "tails_of_alpha.json"
@@ -144,7 +145,8 @@ def main() -> None:
     for size in arguments.sizes:
         for population in [*drawn, v]:
             old = [x for x in lines if (x.population, x.prompts) == (population.name, size)]
-            if old and old[0].replicates >= arguments.replicates:
+            done = bool(old) and old[0].replicates >= arguments.replicates
+            if done or arguments.only not in population.name:
                 continue
             start = time.perf_counter()
             found = coverage(population, size, arguments.replicates, SEED, injected=population is v)

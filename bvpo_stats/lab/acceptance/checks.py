@@ -25,6 +25,8 @@ BAND_Z = 3.078
 MAX_BIAS_Z = 3.5
 
 APPROXIMATE_FLOOR = 0.92
+NORMAL_SHARE = 0.2
+"""n_eff is a third of all where influences are normal."""
 
 Side = Literal["two", "lower"]
 T = TypeVar("T")
@@ -104,6 +106,7 @@ class Replicates:
 
     Attributes:
         size: Prompts per sample, N.
+        influences: Prompts, or groups of them, whose influences give n_eff.
         taus: Noise scales examined.
         sets: Confidence sets of alpha_unc, one `RatioSets` of ``[R]`` per tau.
         parts: Estimates of every sample, arrays ``[R]``.
@@ -111,6 +114,7 @@ class Replicates:
     """
 
     size: int
+    influences: int
     taus: tuple[float, ...]
     sets: tuple[RatioSets, ...]
     parts: Estimates
@@ -122,9 +126,10 @@ def collect(summaries: Iterable[MomentSummary], taus: Sequence[float], *, level:
     sets: list[list[RatioSets]] = [[] for _ in taus]
     parts: list[Estimates] = []
     ends: dict[str, list[tuple[Array, Array]]] = {"bias_trace_sq": [], "bias_empty_sq": []}
-    size, scales = 0, np.array(taus)[:, None, None]
+    size, influences, scales = 0, 0, np.array(taus)[:, None, None]
     for summary in summaries:
         size = summary.n_prompts
+        influences = summary.n_groups if summary.prompts is None else size
         parts.append(estimates(summary).select(0))
         found = LinearRatio.of(summary, lambda p: (p.P0 + scales * p.P1, p.Q0 + scales * p.Q1))
         together = ratio_sets(found, level)
@@ -135,6 +140,7 @@ def collect(summaries: Iterable[MomentSummary], taus: Sequence[float], *, level:
             ends[name].append((interval.low, interval.high))
     return Replicates(
         size=size,
+        influences=influences,
         taus=tuple(taus),
         sets=tuple(_join(RatioSets, chunk) for chunk in sets),
         parts=_join(Estimates, parts),
@@ -154,8 +160,9 @@ def acceptance(replicates: Replicates, truth: Estimates, *, level: float = 0.95)
     """All checks of one cell.
 
     Coverage of alpha_unc must lie in the two-sided band; where N < 50 or tau <= 0.01, and for squared biases, it must
-    reach 92% (or the binomial bound of a true 95% method, where fewer replicates make that the lower). Coverage of the
-    clipped alpha* is one-sided.
+    reach 92% (or the binomial bound of a true 95% method, where fewer replicates make that the lower). Where the median
+    n_eff is below `NORMAL_SHARE` of all, sets are wider for tails by design, and the band has no upper end. Coverage of
+    the clipped alpha* is one-sided. A sample without an interval counts as one that holds everything.
 
     Args:
         replicates: From `collect`.
@@ -166,7 +173,8 @@ def acceptance(replicates: Replicates, truth: Estimates, *, level: float = 0.95)
     for tau, sets in zip(replicates.taus, replicates.sets, strict=True):
         alpha = float(truth.numerator(tau) / truth.denominator(tau))
         approximate = replicates.size < 50 or tau <= 0.01
-        side: Side = "lower" if approximate else "two"
+        tails = sets.n_eff is not None and bool(np.median(sets.n_eff) < NORMAL_SHARE * replicates.influences)
+        side: Side = "lower" if approximate or tails else "two"
         floor = APPROXIMATE_FLOOR if approximate else None
         checks.append(coverage_check(f"alpha_unc, tau = {tau:g}", sets.contains(alpha), level, side, floor))
         low, high, _ = sets.clipped()
