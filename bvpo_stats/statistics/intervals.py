@@ -190,7 +190,7 @@ class RatioSets:
         low: Lower root; for the complement shape the set is ``(-inf, low] or [high, inf)``.
         high: Upper root.
         shape: `BOUNDED`, `COMPLEMENT` or `WHOLE_LINE`.
-        n_eff: Effective prompts behind the ratio (`effective_number`); None where they are not known.
+        n_eff: Effective prompts behind the ratio (`effective_number`); NaN where they are not known.
         largest: The largest prompt's share of its variance, likewise.
     """
 
@@ -198,8 +198,8 @@ class RatioSets:
     low: Array
     high: Array
     shape: NDArray[np.int64]
-    n_eff: Array | None = None
-    largest: Array | None = None
+    n_eff: Array
+    largest: Array
 
     def contains(self, value: float | Array) -> Mask:
         """Whether the sets hold a value."""
@@ -249,7 +249,8 @@ def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: flo
     unbounded = np.where((c2 < 0) & (discriminant > 0), COMPLEMENT, WHOLE_LINE)
     shape = np.where((c2 > 0) & (denominator > 0), BOUNDED, unbounded)
     low, high = (np.where(shape == WHOLE_LINE, end, x) for end, x in ((-np.inf, low), (np.inf, high)))
-    return RatioSets(ratio, low, high, shape)
+    unknown = np.full(np.shape(ratio), np.nan)
+    return RatioSets(ratio, low, high, shape, unknown, unknown)
 
 
 @dataclass(frozen=True)

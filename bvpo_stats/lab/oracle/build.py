@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -408,12 +409,12 @@ def at(oracle: Oracle, theta: Float[np.ndarray, " parameters"]) -> Oracle:
     return replace(oracle, theta=theta, table=replace(oracle.table, policy=policy, scores=scores), moved=True)
 
 
-def _flatten(parameters: list[Tensor]) -> Float[np.ndarray, " parameters"]:
+def _flatten(parameters: Sequence[Tensor]) -> Float[np.ndarray, " parameters"]:
     return torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).double().numpy().copy()
 
 
 @torch.no_grad()
-def _write(parameters: list[Tensor], theta: Float[np.ndarray, " parameters"]) -> None:
+def _write(parameters: Sequence[Tensor], theta: Float[np.ndarray, " parameters"]) -> None:
     sizes = [parameter.numel() for parameter in parameters]
     if sum(sizes) != len(theta):
         raise UserError(f"theta has {len(theta)} numbers, but the oracle has {sum(sizes)} trainable parameters.")

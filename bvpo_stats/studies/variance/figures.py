@@ -41,7 +41,7 @@ def draw(report: VarianceReport, folder: Path) -> list[Path]:
 
 
 def _ratios(report: VarianceReport, path: Path) -> None:
-    entries = [
+    rows: list[tuple[str, Interval | None, str, str]] = [
         ("Variance of log p", report.table3["logp_variance_ratio"], "table3", "logp_variance_ratio"),
         ("its geometric mean", report.table3.get("logp_geometric_ratio"), "table3", "logp_geometric_ratio"),
         ("Variance of length", report.table3["length_variance_ratio"], "table3", "length_variance_ratio"),
@@ -49,7 +49,11 @@ def _ratios(report: VarianceReport, path: Path) -> None:
         ("Mean length", report.table4["mean_length_ratio"], "table4", "mean_length_ratio"),
         ("NLL, trace / answer", report.table5["nll_ratio"], "table5", "nll_ratio"),
     ]
-    entries = [entry for entry in entries if entry[1] is not None and entry[1].value is not None]
+    entries = [
+        (label, entry, table, name)
+        for label, entry, table, name in rows
+        if entry is not None and entry.value is not None
+    ]
     with figure(path, height=0.6 + 0.6 * len(entries)) as (_, axes):
         for row, (_, entry, table, name) in enumerate(entries):
             value, low, high = entry.value, entry.low, entry.high

@@ -253,10 +253,10 @@ def _entries(rows: Float[np.ndarray, "questions features"], definitions: Definit
     table3: dict[str, TailInterval] = {}
     without_spread = {}
     for what in _SHORT:
-        both = [variances[what, mode] for mode in MODES]
-        table3[f"{what}_variance_ratio"] = tail_interval(*both, level=definitions.level)
+        thinking, nothinking = (variances[what, mode] for mode in MODES)
+        table3[f"{what}_variance_ratio"] = tail_interval(thinking, nothinking, level=definitions.level)
         table3[f"{what}_geometric_ratio"], without_spread[what] = geometric_ratio(
-            *both, tuple(responses.values()), level=definitions.level
+            thinking, nothinking, (responses["thinking"], responses["nothinking"]), level=definitions.level
         )
 
     def spread(what: str, mode: Mode) -> Spread:

@@ -40,9 +40,8 @@ class Rising:
         direction = shrunk(seen, direction_ratio(seen), level, seen.prior)
         start, progress = SHARE * direction.alpha, min(max(seen.progress or 0.0, 0.0), 1.0)
         alpha = start + (1 - start) * progress
-        return Decision(
-            alpha, *map(_start_of, (direction.estimate, direction.low, direction.high)), known=direction.known
-        )
+        estimate, low, high = map(_start_of, (direction.estimate, direction.low, direction.high))
+        return Decision(alpha, estimate, low, high, direction.known)
 
 
 def _start_of(direction: Array | None) -> Array | None:
