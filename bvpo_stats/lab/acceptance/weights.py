@@ -170,7 +170,7 @@ def populations(seed: int) -> list[WeightPopulation]:
     rng = np.random.default_rng([seed, 1])
     found: list[WeightPopulation] = []
 
-    def add(name: str, alpha: float, scale: str = "none", spread: float = 0.0, **how: object) -> None:
+    def add(name: str, alpha: float, scale: str = "none", spread: float = 0.0, **how: float) -> None:
         dimension = int(how.get("dimension", 0) or rng.integers(30, 120))
         variances = np.ones(dimension)
         if how.get("power"):
@@ -296,8 +296,8 @@ def coverage(
             columns[k].append(tuple(np.atleast_1d(x) for x in row))
             if population.honest and len(widths[k]) < 100:
                 sets = ratio_sets(ratio)
-                before = RatioTest(test.estimate, test.influences, test.calibration, test.q, np.ones(shape))
-                widths[k] += _relative_widths(sets.low, sets.high, sets.shape == BOUNDED, before)
+                narrower = RatioTest(test.estimate, test.influences, test.calibration, test.q, np.ones(shape))
+                widths[k] += _relative_widths(sets.low, sets.high, sets.shape == BOUNDED, narrower)
     lines = []
     for k, tau in enumerate(TAUS):
         inside, given, before, old, n_eff, largest = (np.concatenate(x) for x in zip(*columns[k], strict=True))
