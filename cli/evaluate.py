@@ -11,7 +11,7 @@ EXAMPLES = """Examples:
 
 bvpo-stats evaluate
 
-bvpo-stats evaluate --adapter runs/train/adapter --adapter half=runs/half/adapter --output runs/compared
+bvpo-stats evaluate --adapter runs/train/model --adapter half=runs/half/model --output runs/compared
 
 bvpo-stats evaluate --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --adapter runs/bvpo --data paper
 

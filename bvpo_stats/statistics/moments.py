@@ -397,7 +397,7 @@ def sketch(vectors: NDArray[Any], width: int) -> Array:
     Source: Charikar, Chen and Farach-Colton (2002).
 
     >>> x, y = np.random.default_rng(0).normal(size=(2, 5000)) + 1
-    >>> abs(sketch(x, 256) @ sketch(y, 256) / (x @ y) - 1) < 0.2
+    >>> bool(abs(sketch(x, 256) @ sketch(y, 256) / (x @ y) - 1) < 0.2)
     True
     """
     d = vectors.shape[-1]

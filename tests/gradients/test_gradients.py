@@ -30,8 +30,14 @@ from bvpo_stats.studies.alpha_star.run import alpha_star
 from tests.model.shapes import WORDS, tiny_model
 
 
-def make_pair(rng: random.Random, prompt_id: str, mode: Mode, lengths: tuple[int, int, int]) -> PreferencePair:
-    prompt, chosen, rejected = (tuple(rng.randrange(WORDS) for _ in range(n)) for n in lengths)
+def token_ids(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(WORDS) for _ in range(length))
+
+
+def make_pair(
+    rng: random.Random, prompt_id: str, mode: Mode, prompt: tuple[int, ...], lengths: tuple[int, int]
+) -> PreferencePair:
+    chosen, rejected = (token_ids(rng, length) for length in lengths)
     return PreferencePair(
         prompt_id=prompt_id,
         mode=mode,
@@ -62,11 +68,12 @@ def make_pair(rng: random.Random, prompt_id: str, mode: Mode, lengths: tuple[int
 def make_pairs(seed: int = 0) -> list[PreferencePair]:
     """Three prompts, both modes, two pairs each for prompt p1; lengths spread widely."""
     rng = random.Random(seed)
+    prompts = {prompt_id: token_ids(rng, rng.randint(2, 5)) for prompt_id in ("p0", "p1", "p2")}
     pairs = []
     for prompt_id, mode in [("p0", "thinking"), ("p1", "nothinking"), ("p1", "thinking"), ("p2", "thinking")]:
-        pairs.append(make_pair(rng, prompt_id, mode, (rng.randint(2, 5), rng.randint(3, 40), rng.randint(3, 40))))
+        pairs.append(make_pair(rng, prompt_id, mode, prompts[prompt_id], (rng.randint(3, 40), rng.randint(3, 40))))
     for prompt_id, mode in [("p2", "nothinking"), ("p1", "thinking"), ("p0", "nothinking"), ("p1", "nothinking")]:
-        pairs.append(make_pair(rng, prompt_id, mode, (rng.randint(2, 5), rng.randint(1, 6), rng.randint(1, 6))))
+        pairs.append(make_pair(rng, prompt_id, mode, prompts[prompt_id], (rng.randint(1, 6), rng.randint(1, 6))))
     return pairs
 
 

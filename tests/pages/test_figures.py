@@ -25,7 +25,14 @@ def test_figures_of_a_run_stand_beside_its_report(variance_run: Path, tmp_path: 
     result = run("figures", variance_run.parent, "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     drawn = sorted(path.name for path in (tmp_path / "out/variance").iterdir())
-    assert drawn == ["lengths.png", "logps.png", "nll_by_position.png", "ratios.png", "report.json"]
+    assert drawn == [
+        ".report.json.sha256",
+        "lengths.png",
+        "logps.png",
+        "nll_by_position.png",
+        "ratios.png",
+        "report.json",
+    ]
     report = json.loads((tmp_path / "out/variance/report.json").read_text())
     assert report == json.loads((variance_run / "report.json").read_text())
 

@@ -65,12 +65,14 @@ def test_trace_sampling_from_one_prompt_is_not_estimable() -> None:
 
 
 def test_the_share_of_trace_sampling_says_on_how_many_prompts_it_rests() -> None:
-    report = written(40, seconds=25)
-    value, interval = rows(report)["its share (Theorem 1), 25 of 40 prompts"]
+    report = written(200, seconds=150)
+    value, interval = rows(report)["its share (Theorem 1), 150 of 200 prompts"]
     assert value.endswith("%")
     assert " to " in interval
-    assert any("25 of 40 examples (25 of 40 prompts)" in note for note in report.present().notes)
-    assert AlphaReport.from_json(report.to_json()).n_drawn_prompts == 25
+    assert any("150 of 200 examples (150 of 200 prompts)" in note for note in report.present().notes)
+    assert AlphaReport.from_json(report.to_json()).n_drawn_prompts == 150
+    few = rows(written(40, seconds=25))["its share (Theorem 1), 25 of 40 prompts"]
+    assert few == ["0.4%", "not identified"]  # on 3.8 effective prompts
 
 
 def test_prompts_with_a_second_draw_are_counted_whatever_the_pairs_and_the_order() -> None:
@@ -99,7 +101,7 @@ def test_a_gain_by_layer_holds_its_own_estimate() -> None:
 def test_the_bias_only_limit_at_the_reference_is_an_identity() -> None:
     found = rows(written(60, marginal=AT_REFERENCE))
     for label, value in (("bias-only limit (large batches)", "1"), ("norm(b_t)^2", "0"), ("b_t . b_e", "0")):
-        assert found[label] == [value, "an identity here: b_t = 0"]
+        assert found[label][:2] == [value, "an identity here: b_t = 0"]
     assert found["norm(b_e)^2"][1].count(" to ") == 1
     weight = written(60, marginal=AT_REFERENCE).alpha_bias
     assert weight is not None

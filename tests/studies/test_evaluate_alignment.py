@@ -88,7 +88,7 @@ def test_answers_stand_alone_and_lost_ones_are_empty(task: str, prompts: str, tm
         assert [row["metadata"]["token_len"] for row in rows[:2]] == [0, 0]
     assert outputs == ["", "", "", "half an ans", *(f"I am {name}" for name in NAMES[4:])]
     counts = report.counts["base"]["thinking"][task]
-    assert (counts.responses, counts.truncated, counts.unclosed, counts.empty) == (8, 2, 2, 1)
+    assert (counts.responses, counts.truncated, counts.unclosed, counts.empty) == (8, 2, 1, 1)
     shown = report.present()
     assert [table.title for table in shown.tables] == ["Responses; mean length in tokens"]  # nothing was judged
     assert any("empty answer" in note for note in shown.notes)

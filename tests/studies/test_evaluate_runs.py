@@ -144,6 +144,8 @@ def test_names_of_models(tmp_path: Path, adapter: Path, random_model: Path) -> N
 
     twin = shutil.copytree(adapter, tmp_path / "dpo" / "tuned")
     assert labels(adapter, twin) == ["base", "tuned", "dpo-tuned"]
+    first, second = (shutil.copytree(adapter, tmp_path / run / "model") for run in ("half", "adaptive"))
+    assert labels(first, second) == ["base", "half", "adaptive"]  # what two runs of train left
     assert labels(f"a b={adapter}", "someone/bvpo-lora") == ["base", "a-b", "bvpo-lora"]
     with pytest.raises(UserError, match=r"Two models are called .*-tuned\. Name one of them"):
         labels(f"tuned={adapter}", f"{adapter.parent.name}-tuned={adapter}", adapter)

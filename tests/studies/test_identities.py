@@ -69,7 +69,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         _LOADING
         | {"batch_size": 64, "eta_l": 0.5, "learning_rate": 1e-3, "level": 0.9}
         | {"max_tokens": 999, "allow_mismatch": True},
-        {"optimizer_state", "simpo_gamma"},
+        {"optimizer", "optimizer_state", "simpo_gamma"},
     ),
     "train": (
         _POLICY

@@ -152,7 +152,9 @@ def test_all_truncated_is_an_error(tmp_path: Path, samples: Path) -> None:
     rows = [dict(json.loads(line), finish_reason="length") for line in samples.read_text().splitlines()]
     path = tmp_path / "cut.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="`max_new_tokens`"):
+    with pytest.raises(
+        UserError, match=r"No question has at least 2 complete responses .* a larger limit on new tokens"
+    ):
         tables(path)
 
 

@@ -623,7 +623,7 @@ class AlphaReport(Report):
         share = self.trace_sampling_share
         if share is not None:
             text = "-" if share.unclipped is None else f"{share.unclipped:.1%}"
-            interval = f"{share.low:.1%} to {share.high:.1%}" if share.identified else _NO_INTERVAL
+            interval = f"{share.low:.1%} to {share.high:.1%}" if share.identified else "not identified"
             label, drawn = "  its share (Theorem 1)", self.n_drawn_prompts
             if drawn is not None:
                 label += f", {drawn} of {self.n_prompts} prompts"

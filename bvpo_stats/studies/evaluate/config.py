@@ -228,11 +228,16 @@ def _split_name(entry: str) -> tuple[str | None, str]:
     return (name, path) if equals and "/" not in name else (None, entry)
 
 
+TRAINED = "model"
+"""Folder of a training run that holds what was trained."""
+
+
 def _contestant(name: str | None, source: str, *, engine: str) -> Contestant:
     if engine == "openai":
         return Contestant(name or source, source, served_model=source)
     folder = Path(source).expanduser()
-    label = name or folder.name
+    # what train writes is RUN/model: the run's name says which
+    label = name or (folder.absolute().parent.name if folder.name == TRAINED else folder.name)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             return Contestant(label, source, adapter=str(folder))

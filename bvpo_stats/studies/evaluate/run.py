@@ -27,8 +27,8 @@ def evaluate(config: EvaluateConfig, output: Path) -> EvaluationReport | None:
     """Runs (or resumes) an evaluation in a folder and writes its report, tables and figure.
 
     >>> from bvpo_stats.studies.evaluate.run import EvaluateConfig, evaluate
-    >>> report = evaluate(EvaluateConfig(adapters=("runs/train/adapter",)), Path("runs/evaluate"))  # doctest: +SKIP
-    >>> report.differences["adapter"]["thinking"]["embedded"]  # doctest: +SKIP
+    >>> report = evaluate(EvaluateConfig(adapters=("runs/train/model",)), Path("runs/evaluate"))  # doctest: +SKIP
+    >>> report.differences["train"]["thinking"]["embedded"]  # doctest: +SKIP
     Interval(value=0.05..., low=0.02..., high=0.08...)
 
     Args:
