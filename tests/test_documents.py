@@ -72,7 +72,9 @@ def test_numbers_of_alpha_star() -> None:
     assert (found["batch_size"], found["eta_l"], found["seed"], single["batch_size"]) == (128, 1, 0, 1)
     assert f"{star['value']:.3f} ({star['low']:.3f} to {star['high']:.3f})" in RESULTS
     assert f"{single['alpha']:.2f} ({single['low']:.2f} to {single['high']:.2f})" in RESULTS
-    assert f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})" in RESULTS
+    assert not share["identified"]
+    assert f"{share['value']:.1%} (not identified: the 34 prompts" in RESULTS
+    assert f"weigh as {share['n_eff']:.1f})" in RESULTS
     verdict = found["verdict"]
     assert (verdict["beats_trace"], verdict["beats_empty"]) == ("yes", "yes")
     assert found["mse"]["zero"] < found["mse"]["alpha_star"]  # "as it does for the embedded model at B = 128"
