@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from bvpo_stats.gradients.stream import pair_gradients
@@ -32,9 +31,7 @@ from bvpo_stats.lab.acceptance.weights import (
     populations,
 )
 from bvpo_stats.model import load_policy
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from bvpo_stats.studies.style import BLUE, INK, RED, figure, legend_below
 
 SEED = 0x4727645
 """The commit that froze the procedure."""
@@ -111,22 +108,20 @@ def markdown(lines: list[WeightCoverage]) -> str:
     return "\n".join(text) + "\n"
 
 
-def figure(lines: list[WeightCoverage], path: Path) -> None:
+def draw(lines: list[WeightCoverage], path: Path) -> None:
     """Coverage against n_eff, before and now."""
-    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = [x for x in lines if not x.population.startswith("V-statistics")]
-    axes.scatter(
-        [x.n_eff for x in shown], [x.before for x in shown], s=12, color="#999999", label="before, wherever bounded"
-    )
     given = [x for x in shown if x.given >= COUNTED]
-    axes.scatter([x.n_eff for x in given], [x.coverage for x in given], s=12, color="#1f6fb4", label="now, where given")
-    axes.axhspan(0.935, 0.965, color="#1f6fb4", alpha=0.12, lw=0)
-    axes.axhline(FLOOR, color="#b4451f", lw=0.8)
-    axes.set(
-        xscale="log", xlabel="Median effective prompts, n_eff", ylabel="Coverage of the 95% interval", ylim=(0.5, 1.01)
-    )
-    axes.legend(frameon=False, loc="lower right")
-    fig.savefig(path, dpi=150)
+    with figure(path, width=7, height=4) as (_, axes):
+        axes.scatter(
+            [x.n_eff for x in shown], [x.before for x in shown], s=12, color=INK, label="before, wherever bounded"
+        )
+        axes.scatter([x.n_eff for x in given], [x.coverage for x in given], s=12, color=BLUE, label="now, where given")
+        axes.axhspan(0.935, 0.965, color=BLUE, alpha=0.12, lw=0)
+        axes.axhline(FLOOR, color=RED, lw=0.8)
+        axes.set(xscale="log", xlabel="Median effective prompts, n_eff", ylabel="Coverage of the 95% interval")
+        axes.set_ylim(0.5, 1.01)
+        legend_below(axes)
 
 
 def main() -> None:
@@ -158,7 +153,7 @@ def main() -> None:
     lines = sorted(lines, key=lambda x: (order[x.population], x.prompts, -x.tau))
     write(data, lines)
     (HERE / "tails_of_alpha.md").write_text(markdown(lines), encoding="utf-8")
-    figure(lines, HERE / "tails_of_alpha.png")
+    draw(lines, HERE / "tails_of_alpha.png")
 
 
 if __name__ == "__main__":

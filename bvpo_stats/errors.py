@@ -80,6 +80,13 @@ def check_positive(name: str, value: Any, hint: str = "") -> None:
         raise UserError(f"`{name}={value}`: must be positive and finite{hint}.")
 
 
+def check_level(level: Any) -> None:
+    """Refuses what is no confidence level."""
+    check_number("level", level)
+    if not 0 < level < 1:
+        raise UserError(f"the confidence level must lie between 0 and 1, got {level}; 0.95 is usual.")
+
+
 def check_choice(name: str, value: object, choices: Iterable[Any]) -> None:
     """Refuses a word that is none of the choices."""
     known = list(choices)

@@ -47,10 +47,10 @@ def optimizer_metric(optimizer: Any, weights: Sequence[Tensor]) -> tuple[Float[T
     pieces: list[Tensor | None] = []
     for weight in weights:
         own, group = state.get(weight, {}), groups.get(weight, {})
-        moments = next((own[key] for key in _MOMENTS if key in own), None)
-        if moments is None and set(own) <= _PLAIN and "momentum" in group:
+        moments = _second_moments(own)
+        if set(own) <= _PLAIN and "momentum" in group:
             pieces.append(None)
-        elif not isinstance(moments, Tensor) or moments.shape != weight.shape or not moments.is_floating_point():
+        elif moments is None or moments.shape != weight.shape:
             return None, f"that of SGD, for {name} has no second moments of single weights to read"
         else:
             pieces.append(_diagonal(own, group, moments))
@@ -59,6 +59,12 @@ def optimizer_metric(optimizer: Any, weights: Sequence[Tensor]) -> tuple[Float[T
     if any(piece is None for piece in pieces):
         return None, f"that of SGD, for {name} has second moments of some weights only"
     return torch.cat([piece for piece in pieces if piece is not None]), f"that of {name}: 1 / (sqrt(v) + eps)"
+
+
+def _second_moments(own: dict[str, Any]) -> Tensor | None:
+    """V in the state of one weight; None where it has none in whole numbers a weight."""
+    moments = next((own[key] for key in _MOMENTS if key in own), None)
+    return moments if isinstance(moments, Tensor) and moments.is_floating_point() else None
 
 
 def _diagonal(own: dict[str, Any], group: dict[str, Any], moments: Tensor) -> Tensor:
@@ -150,8 +156,8 @@ def _from_torch(path: Path, subset: Subset) -> tuple[dict[str, Tensor], float]:
     found = {}
     for number in sorted(state):
         own = state[number]
-        moments = next((own[key] for key in _MOMENTS if isinstance(own.get(key), Tensor)), None)
-        if moments is None or not moments.is_floating_point():
+        moments = _second_moments(own)
+        if moments is None:
             raise UnreadableMetricError(
                 f"`optimizer_state={str(path)!r}`: no Adam state (exp_avg_sq) in it, but {', '.join(own) or 'nothing'}."
             )

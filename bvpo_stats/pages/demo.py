@@ -120,7 +120,7 @@ def _train(folder: Path, seed: int, sizes: Sizes) -> None:
 def _evaluate(folder: Path, seed: int, sizes: Sizes) -> None:
     from bvpo_stats.studies.evaluate.config import EvaluateConfig
     from bvpo_stats.studies.evaluate.run import evaluate
-    from bvpo_stats.studies.train.run import MODEL
+    from bvpo_stats.studies.train.config import MODEL
 
     trained = f"trained={folder.parent / 'train' / MODEL}"
     evaluate(EvaluateConfig(adapters=(trained,), samples=4, limit=sizes.problems, seed=seed), folder)

@@ -32,7 +32,7 @@ from bvpo_stats.statistics.intervals import (
     squared_norm,
     t_quantile,
 )
-from bvpo_stats.statistics.moments import Array, MomentSummary, as_array, summary_of_arrays
+from bvpo_stats.statistics.moments import Array, MomentSummary, example_rows, summary_of_arrays
 
 
 @dataclass(frozen=True)
@@ -260,10 +260,7 @@ def alpha_from_gradients(
         alpha* = 0.98... [0.9..., ...] at batch size 128, eta L = 1
     """
     given = {"t": t, "e": e} if m is None else {"t": t, "e": e, "m": m}
-    vectors = {name: as_array(name, value) for name, value in given.items()}
-    for name, value in vectors.items():
-        if value.ndim != 2:
-            raise UserError(f"`{name}` has the shape {list(value.shape)}, expected [examples, parameters].")
+    vectors = {name: example_rows(name, value) for name, value in given.items()}
     summary = summary_of_arrays(vectors, clusters=clusters, blocks=blocks)
     return alpha_from_summary(summary, batch_size=batch_size, eta_l=eta_l, level=level)
 

@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bvpo_stats.errors import UserError, check_number
+from bvpo_stats.errors import check_level
 from bvpo_stats.statistics.calibration import (
     MIN_GROUPS,
     DifferenceSecondOrder,
@@ -74,9 +74,7 @@ BOUNDED, COMPLEMENT, WHOLE_LINE = 0, 1, 2
 
 def t_quantile(level: float, n_groups: int) -> float:
     """Two-sided Student quantile with ``n_groups - 1`` degrees of freedom (N - 1 where every prompt is a group)."""
-    check_number("level", level)
-    if not 0 < level < 1:
-        raise UserError(f"the confidence level must lie between 0 and 1, got {level}; 0.95 is usual.")
+    check_level(level)
     return float(stats.t.ppf(0.5 + level / 2, n_groups - 1))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import combinations
 from typing import Literal
 
@@ -34,13 +33,17 @@ from bvpo_stats.statistics.intervals import (
     jackknife_normal,
     ratio_sets,
 )
-from bvpo_stats.statistics.moments import Array, MomentSummary, as_array, summary_of_arrays
+from bvpo_stats.statistics.moments import Array, MomentSummary, example_rows, summary_of_arrays
 
 TRACE_COUNTS = (1, 2, 4)
 """Traces per answer whose means are looked at."""
 
 MOST_ESTIMATORS = 8
 """All faces of the simplex are tried: 2^k of them."""
+
+
+Rows = tuple[Array, Array | None]
+"""An error, ``[1 + G]``, and its interactions."""
 
 
 @dataclass(frozen=True)
@@ -101,22 +104,18 @@ class ErrorMatrix:
         found = LinearRatio.of(summary, lambda parts: (matrix(parts), parts.marginal_sq))
         return cls(names, found.numerator, None if found.interactions is None else found.interactions[0], summary)
 
-    def error(self, weights: Float[np.ndarray, " estimators"]) -> tuple[Array, Array | None]:
+    def error(self, weights: Float[np.ndarray, " estimators"]) -> Rows:
         """``w' G w``, ``[1 + G]``, and its interactions."""
         rows = np.einsum("...ij,i,j->...", self.rows, weights, weights)
         pairs = self.interactions
         return rows, None if pairs is None else np.einsum("...ij,i,j->...", pairs, weights, weights)
 
-    def mixed(self, weight: float | Array) -> tuple[Array, Array | None]:
+    def mixed(self, weight: float | Array) -> Rows:
         """`error` of two estimators at a weight of the first, or at one for each row (then without interactions)."""
         shares = np.stack(np.broadcast_arrays(weight, 1 - np.asarray(weight)), axis=-1)
         if shares.ndim == 1:
             return self.error(shares)
         return np.einsum("gij,gi,gj->g", self.rows, shares, shares), None
-
-    def at(self, weight: float | Array) -> Array:
-        """`mixed` without interactions."""
-        return self.mixed(weight)[0]
 
     def weight(self, i: int, others: Sequence[int]) -> LinearRatio:
         """Weight of estimator i in the best mix of it and some others, as a ratio: ``(G^-1 1)_i / (1' G^-1 1)``.
@@ -259,10 +258,7 @@ def mixture_from_gradients(
         raise UserError(f"`estimators` holds {len(estimators)}; give two to {MOST_ESTIMATORS}.")
     if "m" in estimators:
         raise UserError("`estimators` has one called m, the name of the marginal gradient; call it something else.")
-    vectors = {name: as_array(name, value) for name, value in {**estimators, "m": m}.items()}
-    for name, value in vectors.items():
-        if value.ndim != 2:
-            raise UserError(f"`{name}` has the shape {list(value.shape)}, expected [examples, parameters].")
+    vectors = {name: example_rows(name, value) for name, value in {**estimators, "m": m}.items()}
     summary = summary_of_arrays(vectors, clusters=clusters)
     matrix = ErrorMatrix.of_members(summary, tuple(estimators), noise_scale(batch_size, eta_l))
     return best_mixture(matrix, batch_size=batch_size, eta_l=eta_l, level=level)
@@ -387,27 +383,20 @@ def budget_advice(
         "batch": (1, alpha, 2.0, 1.0),
         "step": (1, alpha, 1.0, 0.5),
     }
-    reference = ErrorMatrix.of_traces(summary, (1,), noise_scale(batch_size, eta_l))
-    base, base_pairs = reference.mixed(alpha)
+    base = ErrorMatrix.of_traces(summary, (1,), noise_scale(batch_size, eta_l)).mixed(alpha)
     found = []
     for choice, (traces, wanted, more, slower) in plans.items():
         if traces > 1 and summary.trace_sampling is None:
             continue
         size, rate = batch_size * more, eta_l * slower
         matrix = ErrorMatrix.of_traces(summary, (traces,), noise_scale(size, rate))
-        compared = partial(_compared, base, base_pairs, summary.group_sizes, level)
         if wanted is None:
-            ratio = matrix.weight(0, [1])
-            best = alpha_interval(ratio, summary, level)
-            weight = float(np.nan_to_num(best.value, nan=0.5))
-            error = float(_least(ratio, matrix.at, summary))
-            ends = [compared(*matrix.mixed(end)) for end in (best.low, weight, best.high)]
-            low, high = min(end[0] for end in ends), compared(*matrix.mixed(_nearest(best, alpha)))[1]
+            weight, error, low, high = _least(matrix.weight(0, [1]), matrix.mixed, alpha, base, summary, level)
         else:
-            weight, error = wanted, float(matrix.mixed(wanted)[0][0])
-            low, high = compared(*matrix.mixed(wanted))
+            rows = matrix.mixed(wanted)
+            weight, error, (low, high) = wanted, float(rows[0][0]), _compared(rows, base, summary, level)
         with np.errstate(invalid="ignore", divide="ignore"):
-            change = float(np.divide(error, base[0])) - 1
+            change = float(np.divide(error, base[0][0])) - 1
         found.append(
             Advice(
                 choice,
@@ -426,24 +415,40 @@ def budget_advice(
     return found
 
 
-def _compared(
-    base: Array, base_pairs: Array | None, sizes: Array, level: float, error: Array, pairs: Array | None
-) -> tuple[float, float]:
+def _compared(error: Rows, base: Rows, summary: MomentSummary, level: float) -> tuple[float, float]:
     """Ends of the set of an error over the reference's, infinite where it has none."""
-    both = None if pairs is None or base_pairs is None else (pairs, base_pairs)
-    sets = ratio_sets(LinearRatio(error, base, sizes, both), level)
+    pairs = None if error[1] is None or base[1] is None else (error[1], base[1])
+    sets = ratio_sets(LinearRatio(error[0], base[0], summary.group_sizes, pairs), level)
     return (float(sets.low), float(sets.high)) if sets.shape == BOUNDED else (-np.inf, np.inf)
 
 
-def _nearest(best: AlphaInterval, alpha: float) -> float:
-    """The weight in the set of the best one that is nearest to a given one."""
-    return min(max(alpha, best.low), best.high)
+def _least(
+    ratio: LinearRatio,
+    error: Callable[[float | Array], Rows],
+    alpha: float,
+    base: Rows,
+    summary: MomentSummary,
+    level: float,
+) -> tuple[float, float, float, float]:
+    """The best weight, its error, and the ends of that over the error of a fixed weight; see `budget_advice`.
 
+    The error is freed of its optimism by the jackknife: every row has the weight that it finds best.
 
-def _least(ratio: LinearRatio, error: Callable[[Array], Array], summary: MomentSummary) -> Array:
-    """Least error over weights, freed of its optimism by the jackknife: every row has the weight that it finds best."""
-    weights = np.nan_to_num(minimiser(ratio.numerator, ratio.denominator), nan=0.5)
-    return jackknife_corrected(error(weights), summary.group_sizes)[0]
+    Args:
+        ratio: The best weight, as a ratio.
+        error: Of a weight, or of one for each row.
+        alpha: The fixed weight.
+        base: Its error.
+        summary: The moments behind all of it.
+        level: Confidence level.
+    """
+    best = alpha_interval(ratio, summary, level)
+    weight = float(np.nan_to_num(best.value, nan=0.5))
+    rows = error(np.nan_to_num(minimiser(ratio.numerator, ratio.denominator), nan=0.5))[0]
+    low = min(_compared(error(end), base, summary, level)[0] for end in (best.low, weight, best.high))
+    nearest = min(max(alpha, best.low), best.high)
+    high = _compared(error(nearest), base, summary, level)[1]
+    return weight, float(jackknife_corrected(rows, summary.group_sizes)[0]), low, high
 
 
 @dataclass(frozen=True)
@@ -488,36 +493,23 @@ def excess_error(
         eta_l: Learning rate times smoothness; None for direction only.
         level: Confidence level.
     """
-    pairs: Callable[[float], Array | None]
+    mixed: Callable[[float | Array], Rows]
     if eta_l is None:
         parts = estimates(summary)
         ratio, tau = direction_ratio(summary, batch_size), noise_scale(batch_size)
 
-        def error(w: Array | float) -> Array:
+        def mixed(w: float | Array) -> Rows:
             rest = 1 - np.asarray(w)
             along = w * parts.trace_dot_marginal + rest * parts.empty_dot_marginal
             mean = w**2 * parts.trace_sq + 2 * w * rest * parts.trace_dot_empty + rest**2 * parts.empty_sq
-            return np.asarray(parts.marginal_sq - along**2 / (mean + tau * parts.variance(w)))
-
-        def pairs(w: float) -> Array | None:
-            return None
+            return np.asarray(parts.marginal_sq - along**2 / (mean + tau * parts.variance(w))), None
 
     else:
         matrix = ErrorMatrix.of_traces(summary, (1,), noise_scale(batch_size, eta_l))
-        ratio = matrix.weight(0, [1])
+        ratio, mixed = matrix.weight(0, [1]), matrix.mixed
 
-        def error(w: Array | float) -> Array:
-            return matrix.at(w)
-
-        def pairs(w: float) -> Array | None:
-            return matrix.mixed(w)[1]
-
-    best = alpha_interval(ratio, summary, level)
-    base = error(alpha)
-    compared = partial(_compared, base, pairs(alpha), summary.group_sizes, level)
-    inside = (best.low, float(np.nan_to_num(best.value, nan=0.5)), best.high)
-    low = min(compared(error(w), pairs(w))[0] for w in inside)
-    high = compared(error(near := _nearest(best, alpha)), pairs(near))[1]
+    base = mixed(alpha)
+    _, error, low, high = _least(ratio, mixed, alpha, base, summary, level)
     with np.errstate(invalid="ignore", divide="ignore"):
-        value = 1 - float(np.divide(_least(ratio, error, summary), base[0]))
+        value = 1 - float(np.divide(error, base[0][0]))
     return Saving(value, float(np.clip(1 - high, 0.0, 1.0)), float(np.clip(1 - low, 0.0, 1.0)))

@@ -256,6 +256,18 @@ class GroupSums:
     repeats: tuple[Array, Array] | None = None
     interactions: Array | None = None
 
+    @classmethod
+    def about_zero(cls, **parts: Any) -> GroupSums:
+        """Sums that were taken about the origin 0; ``parts`` are all other attributes."""
+        cross = parts["cross"]
+        dots = np.zeros(cross.shape[:-1])
+        return cls(
+            **parts,
+            origin_dot_sum=dots,
+            origin_dot_weighted=dots,
+            origin_square=np.zeros((*cross.shape[:-4], cross.shape[-3])),
+        )
+
 
 def _leave_out(per_group: Array, axis: int) -> Array:
     """Sums over all groups, then over all but each: ``G`` becomes ``1 + G`` along ``axis``."""
@@ -439,8 +451,7 @@ class PromptParts:
                 (np.einsum("...ak,...bk->...ab", total, total), cross, np.einsum("...nak,...nbk->...nab", x, x))
             )
         total, cross, own = (np.stack(part, axis=-3) for part in zip(*parts, strict=True))
-        nothing = np.zeros(cross.shape[:-1])
-        sums = GroupSums(
+        sums = GroupSums.about_zero(
             sizes=self.sizes,
             squares=self.sizes**2,
             total=total,
@@ -448,9 +459,6 @@ class PromptParts:
             own=own,
             diagonal=self.products,
             within=own,
-            origin_dot_sum=nothing,
-            origin_dot_weighted=nothing,
-            origin_square=np.zeros((*self.sizes.shape[:-1], len(blocks))),
         )
         return summarise(sums, members, blocks, self.sizes.shape[-1])
 
@@ -884,6 +892,18 @@ def as_array(name: str, values: Any) -> NDArray[Any]:
         raise UserError(f"{name}: not an array of numbers ({str(error).splitlines()[0]}).") from error
     if array.dtype.kind not in "fiu":
         raise UserError(f"{name}: an array of {array.dtype} where real numbers belong.")
+    return array
+
+
+def example_rows(name: str, values: Any) -> NDArray[Any]:
+    """`as_array` of one vector an example, ``[examples, parameters]``.
+
+    Raises:
+        UserError: They are no real numbers, or of another shape.
+    """
+    array = as_array(name, values)
+    if array.ndim != 2:
+        raise UserError(f"`{name}` has the shape {list(array.shape)}, expected [examples, parameters].")
     return array
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from scipy import stats
 from scipy.special import digamma, log_ndtr, ndtr
 
-from bvpo_stats.errors import UserError, check_number
+from bvpo_stats.errors import UserError, check_level
 from bvpo_stats.statistics.intervals import effective_number
 from bvpo_stats.statistics.moments import Array
 from bvpo_stats.statistics.proportions import Interval, Values, jackknife_interval
@@ -82,9 +82,7 @@ def tail_interval(above: Values, below: Values | None = None, *, level: float = 
     >>> found.value, round(found.low, 2), round(found.high, 2), round(found.n_eff, 1)
     (2.2, 1.03, 4.71, 2.9)
     """
-    check_number("level", level)
-    if not 0 < level < 1:
-        raise UserError(f"the confidence level must lie between 0 and 1, got {level}; 0.95 is usual.")
+    check_level(level)
     columns = [np.asarray(values, dtype=np.float64)[None] for values in (above, below) if values is not None]
     if any((values < 0).any() for values in columns):
         raise UserError("a mean over clusters was asked for on the log scale, but a value is negative.")

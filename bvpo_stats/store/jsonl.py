@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.progress import say
@@ -294,8 +294,9 @@ def _append_sums(path: Path, lines: Sequence[bytes], *, new: bool) -> None:
         raise write_error(target, error) from error
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes a whole file through a temporary one and a rename, so that readers see the old or the new, never half.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write whole, through a temporary one and a rename: readers see the old or the new, never half.
 
     Raises:
         UserError: The disk is full or the folder cannot be written.
@@ -303,13 +304,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as handle:
-            handle.write(data.encode("utf-8") if isinstance(data, str) else data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes a whole file; see `replacing`."""
+    with replacing(path) as handle:
+        handle.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_sealed(path: Path, data: str) -> None:

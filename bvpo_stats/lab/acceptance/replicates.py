@@ -120,9 +120,8 @@ class Population:
             own[..., 0, a, b] = np.diagonal(products, axis1=1, axis2=2) * sizes**2
             if interactions is not None:
                 interactions[..., 0, a, b] = u_centred((products + np.swapaxes(products, 1, 2)) / 2)
-        zeros = np.zeros((*sizes.shape, 1, p))
         halved = self.trace_half_squares
-        sums = GroupSums(
+        sums = GroupSums.about_zero(
             sizes=sizes,
             squares=sizes,
             total=total,
@@ -130,9 +129,6 @@ class Population:
             own=own,
             diagonal=diagonal,
             within=diagonal,
-            origin_dot_sum=zeros,
-            origin_dot_weighted=zeros,
-            origin_square=np.zeros((len(indices), 1)),
             trace_draws=None if halved is None else (sizes, (halved[indices] @ indicator)[..., None]),
             interactions=interactions,
         )

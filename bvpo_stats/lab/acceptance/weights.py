@@ -131,10 +131,14 @@ class Design:
         parts = (z, self.common * z + self.own * other, k * z + 0.5 * math.sqrt(1 - k**2) * third)
         found = {}
         for name, mean, part in zip("tem", self.means, parts, strict=True):
-            long = np.zeros(noise.shape[-1])
-            long[: len(mean)] = mean[: noise.shape[-1]]
+            long = _padded(mean, noise.shape[-1])
             found[name] = s * (long + part) if self.whole else long + s * part
         return found
+
+
+def _padded(mean: Array, d: int) -> Array:
+    """The mean in d coordinates."""
+    return np.pad(mean[:d], (0, max(d - len(mean), 0)))
 
 
 def with_pairs(design: Design, rng: np.random.Generator, shape: tuple[int, int]) -> Sample:
@@ -145,8 +149,7 @@ def with_pairs(design: Design, rng: np.random.Generator, shape: tuple[int, int])
     half = math.sqrt(0.5)
     found = {}
     for name, mean in means.items():
-        long = np.zeros(one[name].shape[-1])
-        long[: len(mean)] = mean[: len(long)]
+        long = _padded(mean, one[name].shape[-1])
         found[name] = np.stack([long + half * (one[name] - long) + half * (x[name] - long) for x in drawn], axis=-2)
     return found
 
@@ -289,7 +292,8 @@ def coverage(
             truth, far = np.full(shape, population.truth[k]), np.full((2, *shape), 1e6)
             far[0] *= -1
             T, _, bound = test.studentised(truth)
-            outside = np.abs(test.studentised(far)[0]) > test.studentised(far)[2]
+            T_far, _, bound_far = test.studentised(far)
+            outside = np.abs(T_far) > bound_far
             bounded = ~test.holds(far).any(axis=0) & (test.estimate[..., 1] > 0) & tails.enough()
             old = outside.all(axis=0) & (test.estimate[..., 1] > 0)
             row = (test.holds(truth), bounded, np.abs(T) <= bound, old, tails.n_eff, tails.largest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -44,7 +43,7 @@ from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.statistics.alpha import adam_metric, in_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.moments import Grouping, Moments, MomentSummary, group_of, jackknife_groups
-from bvpo_stats.store.jsonl import write_error
+from bvpo_stats.store.jsonl import replacing
 from bvpo_stats.store.run_folder import Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
@@ -369,10 +368,8 @@ def _own_second_moments(
         variance = np.maximum(square - mean**2, 0.0) * count / (count - 1)
         found[name] = np.maximum(mean**2 - variance / count, 0.0) + variance / options.settings.batch_size
     if path is not None:
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as handle:
+        with replacing(path) as handle:
             np.savez(handle, **found)  # type: ignore[arg-type]
-        temporary.replace(path)
     return found
 
 
@@ -891,16 +888,8 @@ class Checkpoint:
         if self.path is None or self._saved is self.state:
             return
         started = time.monotonic()
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:  # straight to disk: a copy in memory would double what the moments take
-            with temporary.open("wb") as handle:
-                np.savez(handle, **self.state.to_arrays())  # type: ignore[arg-type]
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise write_error(self.path, error) from error
+        with replacing(self.path) as handle:  # straight to disk: a copy in memory would double what the moments take
+            np.savez(handle, **self.state.to_arrays())  # type: ignore[arg-type]
         self._saved = self.state
         now = time.monotonic()
         self._next_save = now + max(_SAVE_EVERY_SECONDS, _SAVE_SHARE * (now - started))

@@ -15,6 +15,7 @@ from bvpo_stats.records import MODES
 from bvpo_stats.sampling.engines.base import ServerOptions
 from bvpo_stats.store.run_folder import WHOLE
 from bvpo_stats.studies.sample.config import Engine, ShardOption
+from bvpo_stats.studies.train.config import MODEL
 
 Task = Literal["math", "alpaca-eval", "arena-hard"]
 BASE = "base"
@@ -228,16 +229,12 @@ def _split_name(entry: str) -> tuple[str | None, str]:
     return (name, path) if equals and "/" not in name else (None, entry)
 
 
-TRAINED = "model"
-"""Folder of a training run that holds what was trained."""
-
-
 def _contestant(name: str | None, source: str, *, engine: str) -> Contestant:
     if engine == "openai":
         return Contestant(name or source, source, served_model=source)
     folder = Path(source).expanduser()
     # what train writes is RUN/model: the run's name says which
-    label = name or (folder.absolute().parent.name if folder.name == TRAINED else folder.name)
+    label = name or (folder.absolute().parent.name if folder.name == MODEL else folder.name)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             return Contestant(label, source, adapter=str(folder))

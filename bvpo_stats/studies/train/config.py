@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from bvpo_stats.training.presets import Preset
 
 
+MODEL = "model"
+"""Folder of the trained adapter or model inside a run's folder."""
+
+
 def _trackers(words: str) -> tuple[str, ...]:
     return tuple(words.replace(" ", "").split(","))
 

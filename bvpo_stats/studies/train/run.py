@@ -22,16 +22,13 @@ from bvpo_stats.store.jsonl import is_altered, write_atomic
 from bvpo_stats.store.run_folder import Shard, check_room, folder_damage, open_run, seal_folder
 from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
-from bvpo_stats.studies.train.config import TrainConfig
+from bvpo_stats.studies.train.config import MODEL, TrainConfig
 from bvpo_stats.studies.train.report import TrainReport
 from bvpo_stats.training.config import BVPOConfig, check_distribution
 from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
 from bvpo_stats.training.trainer import BVPOTrainer, trainable_policy, weights_dtype
-
-MODEL = "model"
-"""Folder of the trained adapter or model inside a run's folder."""
 
 _CHECKPOINTS = "checkpoints"
 
