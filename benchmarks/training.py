@@ -69,6 +69,7 @@ def embedded_case(inputs: AlphaInputs) -> Case:
 def synthetic_case(hidden: int, prompts: int = 16, batch_size: int = 8) -> Case:
     """A Qwen2 shape with random weights; traces of 50 to 200 tokens, answers of 10 to 30, by a log-uniform law."""
     embedded = load_policy(PolicyOptions(device="cpu"))
+    embedded = replace(embedded, template=replace(embedded.template, words=4096))  # the random model's ids
 
     def build() -> Policy:
         torch.manual_seed(0)
@@ -101,7 +102,7 @@ def _pair(rng: np.random.Generator, number: int, mode: str, policy: Policy) -> P
     sides = []
     for _ in range(2):
         trace = _tokens(rng, 50, 200) if mode == "thinking" else _tokens(rng, 2, 3)
-        sides.append(((*trace, *_tokens(rng, 10, 30)), len(trace)))
+        sides.append(((*trace, *_tokens(rng, 10, 30), policy.eos_ids[0]), len(trace)))
     (chosen, first), (rejected, second) = sides
     return PreferencePair(
         prompt_id=f"q{number}",

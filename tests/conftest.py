@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
 
 import tests.checked
+
+if TYPE_CHECKING:
+    from tests.golden.cases import Runs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; a hub look-up fails at once instead of waiting
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,3 +50,14 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    """The golden runs of this session, one set for all workers of pytest-xdist, whose folders lie side by side."""
+    from tests.golden.cases import Runs
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "golden"
+    folder.mkdir(exist_ok=True)
+    return Runs(folder)

@@ -392,6 +392,15 @@ def number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "prompt"), counted(1200, "step")
+    ('1 prompt', '1,200 steps')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def _markdown_table(table: ResultTable) -> list[str]:
     rule = "".join("---|" if table.is_text(column) else "--:|" for column in range(len(table.head)))
     return [_markdown_row(table.head), f"|{rule}", *(_markdown_row(row) for row in table.rows)]

@@ -102,6 +102,25 @@ def test_without_traces_what_is_taken_for_granted_is_said(random_model: Path, pa
     assert report["before"]["prompts"] == report["after"]["prompts"]
 
 
+def test_the_sentence_on_alpha_quotes_no_step_that_moves_nothing(
+    random_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """A few steps: nothing is known while the learning rate is above 0, and eta L could not be measured."""
+    adaptive = ("--alpha", "adaptive", "--batch-size", 1, "--max-steps")
+    result = run(*arguments(random_model, pairs, tmp_path / "few"), *adaptive, 2)
+    assert result.returncode == 0, result.stderr
+    words = (tmp_path / "few" / "report.md").read_text()
+    assert "had nothing to estimate from" in words
+    assert "2 steps of 1 prompt took the loss" in words
+    assert "eta L 1 at the peak learning rate (assumed: too few steps to measure it)" in words
+    assert run(*arguments(random_model, pairs, tmp_path / "more"), *adaptive, 8).returncode == 0
+    report = json.loads((tmp_path / "more" / "report.json").read_text())
+    assert report["alpha"]["trajectory"][-1]["eta_l"] == 0  # the schedule is over
+    words = (tmp_path / "more" / "report.md").read_text()
+    assert "at the largest steps" in words and "eta L = 0)" not in words
+    assert "if the trace gradient's bias is 0, at which no trace bank looked" in words
+
+
 def test_nan_weights_are_named(random_model: Path, pairs: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -61,13 +61,22 @@ class Runs:
             done = self.folder / f"{name}.done"
             if not done.exists():
                 words = [word.format(**needed) for word in command.split()]
-                # the theorems take twice the time under the tests' type checks, which tests/lab puts them under
+                # the theorems take twice the time under the tests' type checks, which tests/lab puts each topic under
                 unchecked = name == "theorems"
                 command_line = (*words, "--output", output)
                 result = python("-m", "bvpo_stats.cli.main", *command_line) if unchecked else run(*command_line)
                 assert result.returncode == 0, f"bvpo-stats {' '.join(words)}: {result.stderr}"
-                done.touch()
+                done.write_text(result.stdout, encoding="utf-8")
         return output
+
+    def printed(self, name: str) -> str:
+        """What the run of a case printed.
+
+        Args:
+            name: The case.
+        """
+        self.output(name)
+        return (self.folder / f"{name}.done").read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -22,19 +22,10 @@ REPORTS = Path(__file__).parent / "reports"
 MADE_ON = REPORTS.parent / "made_on.json"
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """The runs of this session, one set for all workers of pytest-xdist, whose folders lie side by side."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "golden"
-    folder.mkdir(exist_ok=True)
-    return Runs(folder)
-
-
 @pytest.mark.parametrize("name", ["help", *COMMANDS])
-def test_nothing_has_changed(name: str, runs: Runs) -> None:
+def test_nothing_has_changed(name: str, golden: Runs) -> None:
     kept = json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8"))
-    found = json.loads(json.dumps(all_records(runs)[name]()))
+    found = json.loads(json.dumps(all_records(golden)[name]()))
     made_on = json.loads(MADE_ON.read_text(encoding="utf-8"))[name]
     changes = differences(kept, found, name, tolerance(name, made_on))
     if changes:

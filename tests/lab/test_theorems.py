@@ -22,15 +22,10 @@ from bvpo_stats.lab.theorems import (
     variance,
 )
 from bvpo_stats.lab.theorems import run as theorems_run
-from tests.cli.running import Result, failed_politely, run
+from tests.cli.running import failed_politely, run
+from tests.golden.cases import Runs
 
 OPTIONS = ("--embedded-prompts", 0, "--draws", 4096)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Result, Path]:
-    folder = tmp_path_factory.mktemp("theorems") / "run"
-    return run("theorems", *OPTIONS, "--output", folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +34,8 @@ def ground() -> Ground:
 
 
 @pytest.mark.slow
-def test_every_claim_that_should_hold_does(finished) -> None:
-    result, folder = finished
-    assert result.returncode == 0, result.stdout
-    written = json.loads((folder / "report.json").read_text())
+def test_every_claim_that_should_hold_does(golden: Runs) -> None:
+    written = json.loads((golden.output("theorems") / "report.json").read_text())
     assert written["study"] == "theorems"
     assert [topic["name"] for topic in written["topics"]] == [
         *("theorem1", "theorem2", "proposition1", "batch_size", "theorem3", "theorem4"),
@@ -63,10 +56,10 @@ def test_every_claim_that_should_hold_does(finished) -> None:
 
 
 @pytest.mark.slow
-def test_table_and_files_of_the_command(finished) -> None:
-    result, folder = finished
+def test_table_and_files_of_the_command(golden: Runs) -> None:
+    folder, printed = golden.output("theorems"), golden.printed("theorems")
     for words in ("Do the theorems hold?", "holds with", "claims that should hold do", "too strong as worded"):
-        assert words in result.stdout
+        assert words in printed
     text = (folder / "report.md").read_text()
     assert text.count("](figures/") == len(list((folder / "figures").glob("*.png"))) == 10
     assert "Theorem 3, equation (4)" in text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, number
+from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, counted, number
 
 _METHODS = {"dpo": "DPO on D_t", "simpo": "SimPO on D_t", "bvpo": "BVPO"}
 _ROWS = {
@@ -105,9 +105,11 @@ class TrainReport(Report):
         order = ""
         if "rewards/accuracies" in self.last:
             order = f"; {self.last['rewards/accuracies']:.0%} of the last pairs are in the right order"
-        run = f"{self.name}: {self.steps} steps of {self.batch_size} prompts took the loss"
+        run = f"{self.name}: {counted(self.steps, 'step')} of {counted(self.batch_size, 'prompt')} took the loss"
         if changes:
-            sentence = f"{run}, {' and '.join(changes)}, on the same {int(self.after['prompts'])} prompts{order}."
+            sentence = (
+                f"{run}, {' and '.join(changes)}, on the same {counted(int(self.after['prompts']), 'prompt')}{order}."
+            )
         else:
             sentence = f"{run} from {number(self.first.get('loss'))} to {number(self.last.get('loss'))}{order}."
         found = [Finding(sentence)]
@@ -118,9 +120,9 @@ class TrainReport(Report):
     def _alpha_finding(self) -> Finding:
         """What alpha was where the steps are largest; at a learning rate of 0 it matters to nobody."""
         alpha, rule = self.alpha, self.alpha["rule"]
-        points = [point for point in alpha["trajectory"] if point["eta_l"] is not None]
+        points = [point for point in alpha["trajectory"] if point["eta_l"]]  # a step at rate 0 moves nothing
         known = [point for point in points if point["low"] is not None]
-        if not known and rule != "hypergradient":
+        if not points or (not known and rule != "hypergradient"):
             few = "too few steps had earlier ones in their epoch"
             return Finding(f"alpha ({rule}) had nothing to estimate from: {few}.", "open")
         peak = max(known or points, key=lambda point: (point["eta_l"], point["step"]))
@@ -129,7 +131,10 @@ class TrainReport(Report):
         if known:
             what = "estimated start" if rule == "rising" else "estimate"
             words += f": {what} {number(peak['estimate'])}, {alpha['level']:.0%} interval {number(peak['low'])} to "
-            words += f"{number(peak['high'])}, from {int(peak['prompts'])} prompts"
+            unbiased = (
+                "" if peak["bias_prompts"] else " if the trace gradient's bias is 0, at which no trace bank looked"
+            )
+            words += f"{number(peak['high'])}{unbiased}, from {int(peak['prompts'])} prompts"
         return Finding(f"{words}; it ended at {number(alpha['trajectory'][-1]['alpha'])}.")
 
     def _same_pairs(self) -> ResultTable:
@@ -176,7 +181,7 @@ class TrainReport(Report):
         lines = [
             f"Model {self.model}, template {self.template}; {loss}; trained: {trained['what']}, "
             f"{trained['parameters']:,} parameters.",
-            f"{prompts['train']} prompts to train on, batches of {self.batch_size}, peak learning rate "
+            f"{counted(prompts['train'], 'prompt')} to train on, batches of {self.batch_size}, peak learning rate "
             f"{self.learning_rate:g} ({self.scheduler}), seed {self.seed}.",
             "Rewards are beta times the log-ratio to the reference (SimPO: beta times the average log-probability); "
             "the first table weighs pairs as the loss does, alpha on D_t and 1 - alpha on D_e.",
@@ -193,7 +198,10 @@ class TrainReport(Report):
 
     def _measured(self) -> str:
         times = self.eta_l["measurements"]
-        return f" (L measured {times} times along the noise, the D_t loss's Gauss-Newton matrix)" if times else ""
+        if times:
+            often = "once" if times == 1 else f"{times} times"
+            return f" (L measured {often} along the noise, the D_t loss's Gauss-Newton matrix)"
+        return " (assumed: too few steps to measure it)" if self.settings.get("eta_l") == "auto" else ""
 
     def _cautions(self) -> list[str]:
         prompts, lines = self.prompts, []

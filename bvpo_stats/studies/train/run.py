@@ -266,6 +266,7 @@ def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
                 "high": entry.get("alpha/high"),
                 "eta_l": entry.get("alpha/eta_l"),
                 "prompts": entry.get("alpha/prompts"),
+                "bias_prompts": entry.get("alpha/bias_prompts"),
             }
             for entry in history
         ],
