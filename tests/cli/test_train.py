@@ -117,7 +117,8 @@ def test_the_sentence_on_alpha_quotes_no_step_that_moves_nothing(
     report = json.loads((tmp_path / "more" / "report.json").read_text())
     assert report["alpha"]["trajectory"][-1]["eta_l"] == 0  # the schedule is over
     words = (tmp_path / "more" / "report.md").read_text()
-    assert "at the largest steps" in words and "eta L = 0)" not in words
+    assert "at the largest steps" in words
+    assert "eta L = 0)" not in words
     assert "if the trace gradient's bias is 0, at which no trace bank looked" in words
 
 
