@@ -20,7 +20,7 @@ from bvpo_stats.options import Group, Option, field_types, members
 
 _FIELD = re.compile(
     r"(?P<column>\b(?:[Ff]ield|[Cc]olumn)s? `\w+`(?:(?:, (?:and |or )?| and | or )`\w+`)*)"  # of a record, no setting
-    r"|`(?P<foreign>[a-z]\w*)` of `(?P<command>[a-z-]+)`"
+    r"|`(?P<foreign>[a-z]\w*)(?:=(?P<given>[^`]*))?` of `(?P<command>[a-z-]+)`"
     r"|`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]*))?`"
 )
 
@@ -56,7 +56,7 @@ class _Parameter:
             self.flag,
             help=in_options(option.help, names),
             metavar=option.metavar,
-            show_default=True if option.shown is None else option.shown or False,
+            show_default=True if option.shown is None else in_options(option.shown, names) or False,
         )
         default = inspect.Parameter.empty if default is MISSING else default
         return inspect.Parameter(
@@ -236,11 +236,15 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     '--limit 0: too few. Use --unmatched drop or `verbose`.'
     >>> in_options("field `limit` is null; raise `max_new_tokens` of `sample`", {"limit": "--limit"})
     'field `limit` is null; raise --max-new-tokens of `bvpo-stats sample`'
+    >>> in_options("`engine='file'` of `sample` counts them", {})
+    '--engine file of `bvpo-stats sample` counts them'
     """
 
     def spoken(match: re.Match[str]) -> str:
         if match["foreign"]:
-            return f"--{match['foreign'].replace('_', '-')} of `bvpo-stats {match['command']}`"
+            given = "" if match["given"] is None else _words(match["given"])
+            option = f"--{match['foreign'].replace('_', '-')}" + (f" {given}" if given else "")
+            return f"{option} of `bvpo-stats {match['command']}`"
         name, value = match["name"], match["value"]
         if name not in options:
             return match[0]

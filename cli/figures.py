@@ -20,8 +20,8 @@ def figures(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Folders of runs, or folders that hold some. [default: the reports that lie in --output]",
-            show_default=False,
+            help="Folders of runs, or folders that hold some.",
+            show_default="the reports that lie in --output",
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures: one folder a run, its report beside them.")] = (

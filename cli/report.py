@@ -16,9 +16,7 @@ bvpo-stats report runs/alpha-star --output alpha.html --title 'alpha* of our che
 
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or the folder of one run.")],
-    output: Annotated[
-        Path | None, typer.Option(help="The HTML file. [default: report.html in FOLDER]", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The HTML file.", show_default="report.html in FOLDER")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
 ) -> None:
     """Write one self-contained HTML file from the runs in a folder: tables, figures, verdicts, configuration."""

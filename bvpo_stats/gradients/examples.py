@@ -206,9 +206,13 @@ def join(
     counts = {prompt: min(len(found.get(prompt, ())) for found in sets.values()) for prompt in first}
     common = [prompt for prompt, count in counts.items() if count]
     if not common:
+        numbers = [f"{len(found)} prompts in {SETS[mode]}" for mode, found in sets.items()]
         starts = " and ".join(f"{SETS[mode]} begins with {next(iter(found))!r}" for mode, found in sets.items())
         raise UserError(
-            f"D_t and D_e share no prompts ({starts}). Make both from the same prompts: they are joined by prompt_id."
+            f"D_t and D_e share no prompts ({starts}; {' and '.join(numbers)}). Make both from the same prompts: they "
+            "are joined by prompt_id. If they were, ties have removed the others: prompts whose answers are the same "
+            "or have the same reward give no pair, as report.md of `bvpo-stats pairs` counts. Draw more responses a "
+            "prompt or more prompts, or take a finer reward."
         )
     alone = {mode: sum(len(p) - counts.get(prompt, 0) for prompt, p in found.items()) for mode, found in sets.items()}
     if unmatched == "error" and any(alone.values()):

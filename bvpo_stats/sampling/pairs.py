@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from bvpo_stats.errors import UserError, check_kind, rows_of
+from bvpo_stats.errors import UserError, check_kind, check_number, rows_of
 from bvpo_stats.records import Completion, Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
 from bvpo_stats.sampling.sample import check_one_source
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from bvpo_stats.model.policy import Policy
     from bvpo_stats.model.templates import Template
 
-SetAside = Literal["too few", "identical", "tie"]
+SetAside = Literal["too few", "identical", "tie", "small gap"]
 Number = TypeVar("Number", int, float)
 
 
@@ -27,6 +28,7 @@ def make_pairs(
     *,
     policy: Policy | Template | None = None,
     ref_logps: bool = False,
+    min_gap: float = 0.0,
 ) -> list[PreferencePair]:
     """Preference pairs, in memory: what ``bvpo-stats pairs`` makes of the same responses and rewards.
 
@@ -40,6 +42,7 @@ def make_pairs(
             final answer alone, never the trace.
         policy: The sampling model or its template; not needed for what `sample` returned.
         ref_logps: Store the reference log-probabilities of both sides; needs the policy itself.
+        min_gap: Least difference of the rewards of a pair.
 
     Returns:
         Pairs in training form, by prompt in the order of the samples, D_t (``thinking``) before D_e.
@@ -54,6 +57,9 @@ def make_pairs(
 
     if policy is not None:
         check_kind("policy", policy, (Policy, Template), "a Policy or its Template")
+    check_number("min_gap", min_gap)
+    if min_gap < 0:
+        raise UserError(f"`min_gap={min_gap}`: must not be negative.")
     known = policy.template if isinstance(policy, Policy) else policy or getattr(samples, "template", None)
     samples = samples if isinstance(samples, list) else list(rows_of("samples", samples))
     if not isinstance(known, Template):
@@ -73,7 +79,7 @@ def make_pairs(
     set_aside: dict[str, int] = {}
     for responses in by_prompt.values():
         scored = [ScoredCompletion(c, next(scores) if c.complete else None) for c in responses]
-        for _, _, choice, pair in prompt_pairs(scored, truncation, known):
+        for _, _, choice, pair in prompt_pairs(scored, truncation, known, min_gap):
             if pair is not None:
                 pairs.append(pair)
             elif not isinstance(choice, Choice):
@@ -121,15 +127,20 @@ class Choice:
     n_worst: int
 
 
-def choose(responses: Sequence[ScoredCompletion]) -> Choice | SetAside:
+def choose(responses: Sequence[ScoredCompletion], min_gap: float = 0.0) -> Choice | SetAside:
     """Best and worst of the responses to one prompt in one mode; ties are never paired.
 
     Only complete responses with a reward take part. The choice looks at rewards and sample indices alone, so given the
     answers, traces stay independent draws of pi(r | x, y): that is what makes b_t = 0 at the reference point.
 
+    Args:
+        responses: The responses.
+        min_gap: Least difference of the two rewards, up to rounding.
+
     Returns:
         The choice, or why there is none: ``too few`` (fewer than two responses take part), ``identical`` (all answers,
-        or the best and the worst one, are the same text), ``tie`` (different answers of the same reward).
+        or the best and the worst one, are the same text), ``tie`` (different answers of the same reward), ``small gap``
+        (their rewards differ by less than ``min_gap``).
     """
     taking_part = [r for r in responses if r.completion.complete and r.reward is not None]
     if len(taking_part) < 2:
@@ -144,6 +155,8 @@ def choose(responses: Sequence[ScoredCompletion]) -> Choice | SetAside:
     chosen, rejected = ordered[rewards.index(best)], ordered[rewards.index(worst)]
     if chosen.completion.answer == rejected.completion.answer:
         return "identical"  # a reward that is not a function of the answer, e.g. scores from a file
+    if best - worst < min_gap and not math.isclose(best - worst, min_gap, rel_tol=1e-9):  # 0.3 - 0.1 is 0.2
+        return "small gap"
     return Choice(chosen, rejected, rewards.count(best), rewards.count(worst))
 
 
@@ -153,7 +166,10 @@ def _reward(response: ScoredCompletion) -> float:
 
 
 def prompt_pairs(
-    responses: Sequence[ScoredCompletion], truncation: Mapping[Mode, Truncation], template: Template
+    responses: Sequence[ScoredCompletion],
+    truncation: Mapping[Mode, Truncation],
+    template: Template,
+    min_gap: float = 0.0,
 ) -> Iterator[tuple[Mode, list[ScoredCompletion], Choice | SetAside, PreferencePair | None]]:
     """Chooses and builds the pairs of one prompt.
 
@@ -161,6 +177,7 @@ def prompt_pairs(
         responses: All its responses.
         truncation: Which sets to make, and how many of all responses in that mode have no answer.
         template: The sampling model's template.
+        min_gap: See :func:`choose`.
 
     Yields:
         Mode, the responses in that mode, what was chosen or why nothing was, and the pair. Modes without responses are
@@ -184,7 +201,7 @@ def prompt_pairs(
     for mode, lost in truncation.items():
         mine = [r for r in responses if r.completion.mode == mode]
         if mine:
-            choice = choose(mine)
+            choice = choose(mine, min_gap)
             yield mode, mine, choice, build_pair(choice, template, lost) if isinstance(choice, Choice) else None
 
 

@@ -252,6 +252,20 @@ class PromptSurvey:
     golds: str
     longest: tuple[Question, ...]
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run's folder knows of its prompts."""
+        return {"prompts": self.fingerprint, "gold answers": self.golds}
+
+
+def begin_with(prompts: Iterable[Prompt], identity: Mapping[str, Any]) -> bool:
+    """Whether the first of some prompts are those of a run on record (`PromptSurvey.identity`), all unchanged."""
+    count = str(identity["prompts"]).partition(":")[0]
+    if not count.isdigit():
+        return False
+    found = survey_prompts(islice(prompts, int(count))).identity
+    return all(identity[name] == value for name, value in found.items())
+
 
 def survey_prompts(prompts: Iterable[Prompt]) -> PromptSurvey:
     """Goes through the prompts once.

@@ -246,6 +246,7 @@ def sample_into(
         )
     started = time.monotonic()
     unusable: list[tuple[Prompt, SetAside]] = []
+    first: Truncation | None = Truncation()
     with progress("Sampling", total, "responses", done=len(own)) as advance:
         for group in run.engine.draw(_unfinished(prompts, run, finished, shard, unusable), run.options):
             drawn, lost = _records(group, run, finished)
@@ -255,6 +256,7 @@ def sample_into(
             tokens += sum(len(completion.completion_ids) for completion in drawn)
             put_aside += len(lost)
             advance(len(drawn) + len(lost))
+            first = _look(first, drawn, run.options)
         _check_some_usable(unusable, n_prompts)
         if shard.index == 1:  # every shard meets them all
             rows = [row for prompt, outcome in unusable for row in _unusable_rows(prompt, outcome, run)]
@@ -263,6 +265,40 @@ def sample_into(
             put_aside += len(rows)
             advance(len(rows))
     return SamplingTally(responses, tokens, put_aside, time.monotonic() - started)
+
+
+_LOOK = 8
+"""Thinking responses among which one should have closed its trace."""
+
+
+def _look(first: Truncation | None, drawn: Iterable[Completion], options: SamplingOptions) -> Truncation | None:
+    """Counts a run's first responses with a trace, and says at once where none of them has closed it.
+
+    What a model does at all, a run of hours should not be needed to find out.
+
+    Args:
+        first: The count so far; None once one has closed its trace, or it has been said.
+        drawn: Further responses.
+        options: How they were drawn.
+    """
+    for completion in drawn:
+        if first is not None and completion.mode == "thinking":
+            closed = completion.answer_start is not None
+            first = None if closed else first.count(completion.finish_reason, completion.answer_start)
+    if first is None or first.responses < _LOOK:
+        return first
+    if first.cut >= first.unclosed:
+        advice = (
+            f"{first.cut} were cut at {options.max_new_tokens:,} tokens. Stop, and raise `max_new_tokens`; if traces "
+            "still do not close, check `template`, and that the model was trained to close them."
+        )
+    else:
+        advice = (
+            f"{first.unclosed} ended by themselves, so more tokens do not help. Stop, and check `model` and "
+            "`template`: it must be a reasoning model, trained to close its trace."
+        )
+    say(f"None of the first {first.responses} thinking responses closes its trace: {advice}")
+    return None
 
 
 def _records(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,9 @@ _SETUP_LOCK = ".lock-setup"
 
 
 @contextmanager
-def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Shard = WHOLE) -> Iterator[Path]:
+def open_run(
+    folder: Path, command: str, identity: dict[str, Any], *, shard: Shard = WHOLE, growing: Iterable[str] = ()
+) -> Iterator[Path]:
     """Creates or re-opens the folder of a run and holds its lock.
 
     A run is resumed only by the same command with the same ``identity``: everything that decides its numbers (model,
@@ -118,6 +120,8 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
         command: Name of the command, e.g. ``variance``.
         identity: JSON-ready description of what decides the results.
         shard: Which part of the run this process does.
+        growing: Names of the identity that may differ where the run has more to do now than before, e.g. ``prompts``.
+            Whoever gives some calls :func:`grow` once it has seen that what was there is a part of what is there now.
 
     Yields:
         The folder.
@@ -126,9 +130,10 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
         UserError: The folder holds something else, belongs to a different run, or another process is writing to it.
     """
     identity = json.loads(json.dumps({"command": command, **identity}))
+    growing = set(growing)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`output={str(folder)!r}` is a file. Name a folder.")
-    _check_contents(folder, identity)
+    _check_contents(folder, identity, growing)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +141,7 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
     with ExitStack() as locks:
         with _open_lock(folder, _SETUP_LOCK) as setup:
             _lock(setup, wait=True)  # two shards may set the folder up at the same moment
-            _check_contents(folder, identity)
+            _check_contents(folder, identity, growing)
             _take_locks(folder, shard, locks)
             if not (folder / RUN_FILE).exists():
                 write_atomic(folder / RUN_FILE, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
@@ -146,13 +151,41 @@ def open_run(folder: Path, command: str, identity: dict[str, Any], *, shard: Sha
         yield folder
 
 
-def _check_contents(folder: Path, identity: dict[str, Any]) -> None:
+def grow(
+    folder: Path, identity: dict[str, Any], growing: Iterable[str], contained: Callable[[dict[str, Any]], bool]
+) -> bool:
+    """Puts on record that a run has more to do now than before, where it has.
+
+    Args:
+        folder: Folder of the run, open.
+        identity: What decides the results now.
+        growing: As in :func:`open_run`.
+        contained: From the identity on record: whether what was to do then is a part of what is to do now, unchanged.
+
+    Returns:
+        Whether it has.
+
+    Raises:
+        UserError: What was there has changed: it is another run.
+    """
+    path = folder / RUN_FILE
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    now = stored | json.loads(json.dumps({name: identity[name] for name in growing}))
+    if not differences(stored, now):
+        return False
+    if not contained(stored):
+        raise _different_run(folder, differences(stored, now))
+    write_atomic(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+    return True
+
+
+def _check_contents(folder: Path, identity: dict[str, Any], growing: set[str]) -> None:
     path = folder / RUN_FILE
     # Listed before run.json is looked for: a run writes run.json first, so if it is still missing after other files
     # were seen, they are no run's. The other way round, a shard that starts meanwhile would look like a stranger.
     strangers = folder.exists() and any(not _is_ours(file.name) for file in folder.iterdir())
     if path.exists():
-        _check_same_run(folder, path, identity)
+        _check_same_run(folder, path, identity, growing)
     elif strangers:
         raise UserError(
             f"`output={str(folder)!r}` is not empty and holds no run of bvpo-stats. Nothing was overwritten; name "
@@ -165,17 +198,23 @@ def _is_ours(name: str) -> bool:
     return name.startswith(_LOCK) or name == f"{RUN_FILE}.tmp"
 
 
-def _check_same_run(folder: Path, path: Path, identity: dict[str, Any]) -> None:
+def _different_run(folder: Path, differing: str) -> UserError:
+    return UserError(
+        f"`output={str(folder)!r}` belongs to a different run ({differing}). "
+        "Nothing was overwritten; name a new folder, or repeat the settings of the old run to resume it."
+    )
+
+
+def _check_same_run(folder: Path, path: Path, identity: dict[str, Any], growing: set[str]) -> None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read {path} ({error}). Name a new `output` folder.") from error
+    if isinstance(stored, dict) and growing <= set(stored):
+        identity = identity | {name: stored[name] for name in growing}
     differing = differences(stored, identity)
     if differing:
-        raise UserError(
-            f"`output={str(folder)!r}` belongs to a different run ({differing}). "
-            "Nothing was overwritten; name a new folder, or repeat the settings of the old run to resume it."
-        )
+        raise _different_run(folder, differing)
 
 
 def differences(stored: Any, now: dict[str, Any], name: str = "") -> str:

@@ -62,3 +62,17 @@ def test_a_wrong_command_line_is_one_line_and_code_2() -> None:
         assert result.returncode == 2
         assert result.stderr.startswith("Error: ")
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_says_every_default_that_depends_on_something() -> None:
+    """Square brackets in a help text are the terminal library's own: it took "[default: ...]" for a colour."""
+    for command, words in (
+        ("train", "the preset's, or embedded|the method's|the preset's, 0.1|twice the rank|1% of the tokens|0.5"),
+        ("traces", "0 for samples at temperature 1, else 10"),
+        ("alpha-star", "what lies beside --pairs|with --optimizer adamw, the second moments"),
+        ("report", "report.html in FOLDER"),
+        ("figures", "the reports that lie in --output"),
+    ):
+        said = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+        for each in words.split("|"):
+            assert f"[default: ({each}" in said, (command, each)

@@ -54,6 +54,14 @@ def test_what_makes_no_pair(responses: list[ScoredCompletion], reason: str) -> N
     assert choose(responses) == reason
 
 
+def test_a_least_gap_leaves_out_what_is_nearer() -> None:
+    responses = scored(0.3, 0.1, 0.2)
+    for least in (0.0, 0.1, 0.2):  # 0.3 - 0.1 is a little less than 0.2 in floating point
+        assert isinstance(choose(responses, least), Choice)
+    assert choose(responses, 0.21) == "small gap"
+    assert choose(scored(0.5, 0.5), 0.21) == "tie"
+
+
 def test_incomplete_responses_never_take_part_even_with_a_reward() -> None:
     cut, open_ended = truncated("p", 0), unclosed("p", 3)
     assert not cut.complete

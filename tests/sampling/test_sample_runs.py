@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -14,8 +15,10 @@ import pytest
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.records import Completion, arrow_schema, from_dict, to_dict
+from bvpo_stats.records import Completion, Truncation, arrow_schema, from_dict, to_dict
+from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.server import ServerOptions
+from bvpo_stats.sampling.sample import _look
 from bvpo_stats.store.run_folder import Shard
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.sample.config import SampleConfig
@@ -258,3 +261,55 @@ def test_the_command_prints_a_summary(tmp_path: Path, random_model: Path, prompt
 def test_bad_options_end_in_one_clear_line(tmp_path: Path, options: tuple[str, ...], word: str) -> None:
     failed_politely(run("sample", "--output", tmp_path / "run", *options), word)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_extended_by_more_prompts_behind_the_old(config: SampleConfig, tmp_path: Path) -> None:
+    few = replace(config, limit=3, samples=1)
+    run_sample(few, tmp_path / "run")
+    before = lines(tmp_path / "run")
+    report = run_sample(replace(few, limit=5), tmp_path / "run")
+    assert report.tally.responses == 2 * 2
+    assert set(before) < set(lines(tmp_path / "run"))
+    assert report.modes["thinking"].responses == 5
+    rows = Path(config.prompts).read_text().splitlines()[:7]
+    changed = json.loads(rows[1]) | {"answer": 99}
+    for number, (first, words) in enumerate(((rows[:1][0], "prompts"), (json.dumps(changed), "gold answers"))):
+        other = tmp_path / f"{number}.jsonl"  # a prompt in front of the old ones, a corrected answer
+        other.write_text("\n".join([first.replace("q0", "new"), *rows] if number == 0 else [rows[0], first, *rows[2:]]))
+        with pytest.raises(UserError, match=rf"different run \(.*{words}: .* there, .* now"):
+            run_sample(replace(few, prompts=str(other), limit=None), tmp_path / "run")
+    assert run_sample(replace(few, limit=5), tmp_path / "run").tally.responses == 0
+    with pytest.raises(UserError, match="different run"):
+        run_sample(replace(few, limit=4), tmp_path / "run")
+
+
+def test_a_model_that_closes_no_trace_is_said_at_once(
+    config: SampleConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights at random: cut at the limit, or ended without a closing tag; either way by the first responses."""
+    run_sample(replace(config, limit=10, samples=1, max_new_tokens=2), tmp_path / "cut")
+    said = capsys.readouterr().err
+    assert re.search(r"None of the first \d+ thinking responses closes its trace: \d+ were cut at 2 tokens", said)
+    assert said.count("None of the first") == 1
+    assert "raise `max_new_tokens`" in said
+
+
+@pytest.mark.parametrize(
+    ("starts", "reason", "words"),
+    [
+        ([None] * 8, "stop", "8 ended by themselves, so more tokens do not help"),
+        ([None] * 8, "length", "8 were cut at 256 tokens"),
+        ([None] * 7 + [3], "stop", ""),
+        ([None] * 7, "stop", ""),
+    ],
+)
+def test_what_the_first_responses_say(
+    starts: list[int | None], reason: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first: Truncation | None = Truncation()
+    for index, start in enumerate(starts):
+        drawn = [sample("p", index, "17", answer_start=start, finish_reason=reason)]
+        first = _look(first, [*drawn, sample("p", index, "17", mode="nothinking")], SamplingOptions())
+    said = capsys.readouterr().err
+    assert words in said
+    assert bool(words) == bool(said)

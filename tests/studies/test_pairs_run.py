@@ -13,8 +13,9 @@ import pytest
 
 from bvpo_stats.embedded.task import grade
 from bvpo_stats.errors import UserError
+from bvpo_stats.gradients.examples import join
 from bvpo_stats.model.policy import PolicyOptions, load_policy
-from bvpo_stats.records import Completion, PreferencePair, Truncation
+from bvpo_stats.records import MODES, Completion, PreferencePair, Truncation
 from bvpo_stats.sampling.pairs import make_pairs
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.pairs.run import PairsConfig, run_pairs
@@ -236,3 +237,47 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"different run \(samples"):
         run_pairs(config(folder), tmp_path / "o")
     assert outputs(tmp_path / "o") == before
+
+
+def test_ties_are_said_by_name_and_before_a_join_fails(tmp_path: Path) -> None:
+    """Nearly all prompts tie, and the two sets have no prompt in common."""
+    rows = [c for p in range(8) for c in both_modes(f"p{p}", ["17", "17"])]
+    rows += [
+        sample("t", 0, "17"),
+        sample("t", 1, "18"),
+        *[sample("e", i, f"{17 + i}", mode="nothinking") for i in (0, 1)],
+    ]
+    report = run_pairs(config(write_samples(tmp_path / "s", rows)), tmp_path / "o")
+    assert report.in_both_modes == 0
+    said = (tmp_path / "o" / "report.md").read_text()
+    assert "Ties: 8 of 9 prompts of D_t (thinking) give no pair" in said
+    assert "Ties: 8 of 9 prompts of D_e (nothinking) give no pair" in said
+    assert "0 prompts have a pair in both modes, of 1 and 1" in said
+    pairs = [pair for mode in MODES for pair in read_records(tmp_path / "o" / f"{mode}.jsonl", PreferencePair)]
+    with pytest.raises(
+        UserError, match=r"share no prompts .*1 prompts in D_t and 1 prompts in D_e.* ties have removed"
+    ):
+        join(pairs)
+
+
+def test_a_least_gap_is_counted_and_makes_another_run(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "s", synthetic(12))
+    every = run_pairs(config(samples), tmp_path / "o")
+    report = run_pairs(config(samples, min_gap=0.9), tmp_path / "far")
+    for mode, counts in report.modes.items():
+        pairs = list(read_records(tmp_path / "far" / f"{mode}.jsonl", PreferencePair))
+        assert all((p.chosen_reward or 0) - (p.rejected_reward or 0) > 0.9 - 1e-9 for p in pairs)
+        assert len(pairs) == counts.pairs == every.modes[mode].pairs - counts.small_gap
+        assert counts.small_gap > 0
+        assert counts.prompts == counts.pairs + counts.too_few + counts.identical + counts.ties + counts.small_gap
+    assert make_pairs(synthetic(12), "embedded", policy=template(), min_gap=0.9) == [
+        pair
+        for prompt in sorted({c.prompt_id for c in synthetic(12)})
+        for mode in MODES
+        for pair in read_records(tmp_path / "far" / f"{mode}.jsonl", PreferencePair)
+        if pair.prompt_id == prompt
+    ]
+    with pytest.raises(UserError, match=r"different run \(min_gap: 0\.9 there, none now\)"):
+        run_pairs(config(samples), tmp_path / "far")
+    with pytest.raises(UserError, match="`min_gap=-1`"):
+        make_pairs(synthetic(2), "embedded", policy=template(), min_gap=-1)

@@ -21,6 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [to_dict(pair) for pair in make_pairs(samples, "embedded", policy=template())]
     warm = [row | {"temperature": 0.7} if row["prompt_id"] == "p3" else row for row in rows]
     same = [row | {"rejected_ids": row["chosen_ids"]} for row in rows]
+    aborted = [to_dict(each) | {"finish_reason": "abort"} for each in samples]
     trace = {
         "prompt_id": "p9",
         "side": "chosen",
@@ -30,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "completion_ids": [7, 3],
     }
     trace |= {"answer_start": 1, "trace_logp": -1.0, "joint_logp": -1.0}
-    for name, lines in (("pairs", rows), ("warm", warm), ("same", same), ("bank", [trace])):
+    for name, lines in (("pairs", rows), ("warm", warm), ("same", same), ("bank", [trace]), ("abort", aborted)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
     def weights(*_: object, **__: object) -> None:
@@ -55,13 +56,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pairs --samples none --reward embedded", "--samples none"),
         ("traces --pairs warm.jsonl --samples samples", "several temperatures"),
         ("traces --pairs pairs.jsonl --samples none", "--samples none"),
-        ("alpha-star --gamma 1", "gamma"),
+        ("alpha-star --gamma 1 --traces none.jsonl", "--gamma 1 belongs to --loss simpo"),
         ("alpha-star --optimizer-state none.pt", "--optimizer-state none.pt: no such file"),
         ("alpha-star --traces none.jsonl", "--traces none.jsonl"),
         ("alpha-star --traces bank.jsonl", "no traces of these pairs' prompts, but of others, e.g. 'p9'"),
         ("alpha-star --groups 9999", "9999 jackknife groups"),
         ("train --pairs none.jsonl", "--pairs none.jsonl"),
-        ("train --alpha 1.5", "alpha"),
+        ("train --alpha 1.5", "--alpha 1.5: must lie"),
+        ("train --alpha 0%:0.5,110%:1", "--alpha 0%:0.5,110%:1: a run ends at 100%"),
+        ("train --alpha 5:0.5,3:1", "--alpha 5:0.5,3:1: a schedule needs"),
+        ("train --gamma 1", "--gamma 1 belongs to --loss simpo"),
+        ("variance --samples-from abort.jsonl", "--engine file of `bvpo-stats sample` sets such responses aside"),
         ("train --alpha adaptive --traces bank.jsonl", "no traces of these pairs' prompts"),
         ("train --scheduler sometimes", "sometimes"),
     ],

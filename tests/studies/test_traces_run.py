@@ -153,3 +153,55 @@ def test_responses_sampled_off_temperature_one_are_pointed_out(inputs: Inputs) -
     report = run_traces(replace(inputs.config, limit=2), inputs.folder / "o")
     assert (report.sampled_at, report.burn_in) == (0.8, 10)
     assert "posterior draws at that temperature" in (inputs.folder / "o" / "report.md").read_text()
+
+
+def test_a_bank_is_extended_by_more_pairs_wherever_they_stand(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More samples and pairs in their folders, as `sample` and `pairs` leave them: sorted among the old ones."""
+    whole = run_traces(inputs.config, inputs.folder / "whole")
+    path, samples = inputs.folder / "pairs" / "thinking.jsonl", inputs.folder / "samples" / "samples.jsonl"
+    rows, drawn = path.read_text().splitlines(keepends=True), samples.read_text().splitlines(keepends=True)
+    early = [row for number, row in enumerate(rows) if number in (2, 3, 6)]
+    names = {json.loads(row)["prompt_id"] for row in early}
+    path.write_text("".join(early))
+    samples.write_text("".join(line for line in drawn if json.loads(line)["prompt_id"] in names))
+    run_traces(inputs.config, inputs.folder / "o")
+    before = (inputs.folder / "o" / "traces.jsonl").read_text()
+    path.write_text("".join(rows))
+    samples.write_text("".join(drawn))
+    capsys.readouterr()
+    report = run_traces(inputs.config, inputs.folder / "o")
+    assert "Tracing: 6 pairs" in capsys.readouterr().err
+    after = (inputs.folder / "o" / "traces.jsonl").read_text()
+    assert after.startswith(before)
+    assert report.tally.sides == whole.tally.sides == 2 * N_PAIRS
+    bank = {(r.prompt_id, r.side, r.source, r.index): r.completion_ids for r in bank_of(inputs.folder / "o")}
+    assert bank == {
+        (r.prompt_id, r.side, r.source, r.index): r.completion_ids for r in bank_of(inputs.folder / "whole")
+    }
+    assert run_traces(inputs.config, inputs.folder / "o") == report
+
+
+def bank_of(folder: Path) -> list[TraceRecord]:
+    return list(read_records(folder / "traces.jsonl", TraceRecord))
+
+
+@pytest.mark.parametrize("changed", ["pairs", "samples", "fewer"])
+def test_a_bank_of_pairs_that_have_changed_is_another(inputs: Inputs, changed: str) -> None:
+    config = inputs.config
+    run_traces(replace(config, limit=6), inputs.folder / "o")
+    stored = (inputs.folder / "o" / "run.json").read_text()
+    path = inputs.folder / ("samples/samples.jsonl" if changed == "samples" else "pairs/thinking.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if changed == "fewer":
+        config = replace(config, limit=2)
+    elif changed == "pairs":
+        first = rows[1]
+        rows[1] = first | {"chosen_ids": first["rejected_ids"], "rejected_ids": first["chosen_ids"]}
+    else:
+        rows[0] |= {"max_new_tokens": 60}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"different run \((limit|pairs|samples): .* there, .* now"):
+        run_traces(config, inputs.folder / "o")
+    assert (inputs.folder / "o" / "run.json").read_text() == stored

@@ -13,6 +13,7 @@ from bvpo_stats.records import Mode
 from bvpo_stats.sampling.engines.file_engine import adopt_completions
 from bvpo_stats.studies.variance.report import (
     Definitions,
+    PositionProfile,
     ScoredSample,
     VarianceReport,
     VarianceTables,
@@ -276,3 +277,23 @@ def test_a_report_of_before_is_still_read() -> None:
     old = VarianceReport.from_dict(plain)
     assert len(old.present().tables) == 3
     assert "geometric" not in old.markdown()
+
+
+def test_positions_that_few_questions_reach_are_left_out() -> None:
+    """Twelve questions; only nine write more than four tokens, and of the last ones a single one is very improbable."""
+    profile = PositionProfile()
+    for number in range(12):
+        values = np.full(4 if number < 3 else 40, -0.5)
+        values[4:] = -1e-6 if number < 11 else -50.0
+        profile.add(f"q{number}", "trace", values)
+    bins = profile.bins(0.95)["trace"]
+    assert [(b.start, b.stop, b.tokens) for b in bins] == [(0, 1, 12), (1, 2, 12), (2, 3, 12), (3, 4, 12)]
+    assert all(b.nll.value == pytest.approx(0.5) and b.nll.low is not None for b in bins)
+
+
+def test_positions_of_a_handful_of_questions_have_no_band() -> None:
+    profile = PositionProfile()
+    for number in range(3):
+        profile.add(f"q{number}", "answer", np.full(2 + (number == 2), -1.0 - number))
+    bins = profile.bins(0.95)["answer"]
+    assert [(b.start, b.nll.value, b.nll.low) for b in bins] == [(0, 2.0, None), (1, 2.0, None)]

@@ -27,7 +27,7 @@ class AlphaInputs:
     pairs: Annotated[
         str, o.Option("D_t: a pairs file (JSONL or Parquet) or the folder of a pairs run; `embedded`.")
     ] = EMBEDDED
-    empty_pairs: Annotated[str | None, o.Option("D_e, likewise. [default: what lies beside `pairs`]")] = None
+    empty_pairs: Annotated[str | None, o.Option("D_e, likewise.", shown="what lies beside `pairs`")] = None
     traces: Annotated[
         str | None, o.Option("Trace bank, for mu away from the reference point: file or folder of a run.")
     ] = None
@@ -147,8 +147,8 @@ class AlphaConfig:
     optimizer_state: Annotated[
         Path | None,
         o.Option(
-            "Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric. [default: with "
-            "`optimizer='adamw'`, the second moments of these gradients]"
+            "Adam's state (optimizer.pt or safetensors, or its folder), for alpha* in Adam's metric.",
+            shown="with `optimizer='adamw'`, the second moments of these gradients",
         ),
     ] = None
     level: o.Level = 0.95
@@ -173,6 +173,8 @@ class AlphaConfig:
                 raise UserError(
                     f"`{name}={getattr(self, name)!r}` measures the curvature L and needs eta: give `learning_rate`."
                 )
+        if self.simpo_gamma and self.loss_type != "simpo":
+            raise UserError(f"`simpo_gamma={self.simpo_gamma:g}` belongs to `loss_type='simpo'`; leave it out.")
         if self.optimizer == "sgd" and self.optimizer_state is not None:
             raise UserError(
                 "`optimizer_state` is the metric of Adam's kin, and `optimizer='sgd'` has none; leave one out."

@@ -168,7 +168,7 @@ class Weight:
     @property
     def reach_text(self) -> str:
         """How many effective prompts it rests on, and the largest one's share."""
-        if self.n_eff is None or self.largest_share is None:
+        if self.identity is not None or self.n_eff is None or self.largest_share is None:
             return "-"
         return f"{self.n_eff:.1f} ({self.largest_share:.0%})"
 
@@ -816,12 +816,14 @@ def _weights(
 
 
 def curve_batch_sizes(n_prompts: int, batch_size: float) -> list[float]:
-    """Powers of two up to the larger of the two numbers, with both of them.
+    """Powers of two up to eight times the larger of the two numbers, with both of them.
+
+    Where the curve goes from the batch size in use on is what it is drawn for.
 
     >>> curve_batch_sizes(6, 8)
-    [1.0, 2.0, 4.0, 6.0, 8.0]
+    [1.0, 2.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0]
     """
-    top = max(n_prompts, batch_size)
+    top = 8 * max(n_prompts, batch_size)
     powers = [float(2**k) for k in range(int(np.log2(top)) + 1)]
     return sorted({*powers, float(n_prompts), float(batch_size)})
 

@@ -21,6 +21,7 @@ class PairsConfig:
         policy: The sampling model: its tokenizer renders the prompts, its weights give reference log-probabilities.
         modes: Which of D_t (thinking) and D_e (nothinking).
         ref_logps: Store the reference log-probabilities of both sides of each pair.
+        min_gap: Least difference of the rewards of a pair.
     """
 
     samples: Annotated[Path, o.Option("Folder of a sampling run (the `output` of `bvpo-stats sample`).")]
@@ -40,6 +41,9 @@ class PairsConfig:
         ),
     ] = MODES
     ref_logps: Annotated[bool, o.Option("Store the sampling model's log-probabilities of both responses.")] = False
+    min_gap: Annotated[
+        float, o.Option("Least difference of the rewards of a pair; 0 takes any but a tie.", low=0, high=1e12)
+    ] = 0.0
 
     def __post_init__(self) -> None:
         o.check_options(self)

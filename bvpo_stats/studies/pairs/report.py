@@ -22,20 +22,34 @@ _ROWS = (
     ("too_few", "prompts set aside: fewer than two responses left"),
     ("identical", "prompts set aside: identical answers"),
     ("ties", "prompts set aside: best and worst tie"),
+    ("small_gap", "prompts set aside: reward gap below the least"),
     ("pairs", "pairs"),
     ("shared_best", "pairs whose best reward several responses share"),
     ("shared_worst", "pairs whose worst reward several responses share"),
     ("other_tokens", "pairs whose text reads back as other tokens"),
 )
 _GAPS = (("mean_gap", "reward gap, mean"), ("min_gap", "reward gap, least"), ("max_gap", "reward gap, largest"))
+_REASONS: dict[SetAside, str] = {
+    "too few": "too_few",
+    "identical": "identical",
+    "tie": "ties",
+    "small gap": "small_gap",
+}
 _COUNTS = tuple(name for name, _ in _ROWS)
+
+
+_MOST_TIED = 0.5
+"""Share of prompts lost to ties beyond which the report says so."""
+_FEW_JOINT = 0.2
+"""Share of the pairs of the larger set with a partner in the other below which the report says so."""
 
 
 @dataclass(frozen=True)
 class ModeSummary:
     """Counts of one mode.
 
-    ``prompts = pairs + too_few + identical + ties``; responses set aside are not among those that could be chosen.
+    ``prompts = pairs + too_few + identical + ties + small_gap``; responses set aside are not among those
+    that could be chosen.
 
     Attributes:
         prompts: Prompts with at least one response.
@@ -46,6 +60,7 @@ class ModeSummary:
         too_few: Prompts with fewer than two complete, scored responses.
         identical: Prompts whose answers (or whose best and worst) are the same text.
         ties: Prompts whose different answers all have the same reward.
+        small_gap: Prompts whose best and worst reward differ by less than the least gap that was asked for.
         pairs: Pairs.
         shared_best: Pairs whose largest reward several responses share; the lowest sample index was taken.
         shared_worst: The same for the smallest reward.
@@ -74,6 +89,7 @@ class ModeSummary:
     max_gap: float | None
     mean_chosen_tokens: float | None
     mean_rejected_tokens: float | None
+    small_gap: int = 0
 
 
 @dataclass
@@ -103,7 +119,7 @@ class ModeTally:
             counts["shared_best"] += choice.n_best > 1
             counts["shared_worst"] += choice.n_worst > 1
         else:
-            counts[{"too few": "too_few", "identical": "identical", "tie": "ties"}[choice]] += 1
+            counts[_REASONS[choice]] += 1
 
     def count_pair(self, pair: PreferencePair, *, exact_text: bool) -> None:
         """Counts a pair's gap and lengths."""
@@ -207,8 +223,23 @@ class PairsReport(Report):
                 "set_aside*.jsonl). They are not among the responses counted here."
             )
         for mode, counts in self.modes.items():
-            if not counts.pairs:
+            alike = counts.ties + counts.identical
+            if alike > _MOST_TIED * counts.prompts:
+                lines.append(
+                    f"Ties: {alike} of {counts.prompts} prompts of {_NAMES[mode]} give no pair, since their answers "
+                    "are the same or have the same reward. Draw more responses a prompt (`samples` of `sample`), take "
+                    "other prompts or a finer `reward`."
+                )
+            elif not counts.pairs:
                 lines.append(f"No pairs in {_NAMES[mode]}; the counts above say why.")
+        pairs = [counts.pairs for counts in self.modes.values()]
+        if self.in_both_modes is not None and self.in_both_modes < _FEW_JOINT * max(pairs) and min(pairs):
+            lines.append(
+                f"{self.in_both_modes} prompts have a pair in both modes, of {' and '.join(map(str, pairs))}: "
+                "`bvpo-stats alpha-star` and `train` join D_t and D_e by prompt. Draw more responses a prompt "
+                "(`samples` of `sample`) or take more prompts."
+            )
+        for mode, counts in self.modes.items():
             if mode in self.truncation:
                 lines += self.truncation[mode].cautions(mode)
             if counts.other_tokens:

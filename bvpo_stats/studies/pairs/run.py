@@ -39,6 +39,7 @@ class _Run:
     policy: Policy | None
     scores: RowLog
     ref_logps: RowLog
+    min_gap: float
 
 
 def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
@@ -64,13 +65,14 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
         "modes": list(config.modes),
         "reference": policy.identity if policy else None,
         "dtype": str(policy.model.dtype) if policy else None,
+        **({"min_gap": config.min_gap} if config.min_gap else {}),
     }
     with open_run(output, "pairs", identity) as folder:
         with open_sample_index(config.samples, folder / ".samples.sqlite", config.modes, template.vocabulary) as index:
             if policy is not None:
                 index.source.check_sampling_model(policy.identity)
             scores, logps = RowLog(folder / SCORES_FILE), RowLog(folder / REF_LOGPS_FILE)
-            run = _Run(index, reward, template, policy, scores, logps)
+            run = _Run(index, reward, template, policy, scores, logps, config.min_gap)
             tallies, joint = _write_pairs(run, config.modes, folder)
         report = PairsReport(
             model=index.source.model or UNKNOWN,
@@ -129,7 +131,7 @@ def _pairs(
     run: _Run, responses: list[ScoredCompletion], modes: Sequence[Mode], tallies: dict[Mode, ModeTally]
 ) -> Iterator[PreferencePair]:
     for mode, mine, choice, pair in prompt_pairs(
-        responses, {mode: run.index.source.truncation[mode] for mode in modes}, run.template
+        responses, {mode: run.index.source.truncation[mode] for mode in modes}, run.template, run.min_gap
     ):
         tallies[mode].count(mine, choice)
         if pair is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from bvpo_stats.model.policy import (
     model_source,
 )
 from bvpo_stats.records import UNKNOWN, Completion, Prompt
-from bvpo_stats.sampling.prompts import PromptSurvey, load_prompts, survey_prompts
+from bvpo_stats.sampling.prompts import PromptSurvey, begin_with, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
     SET_ASIDE_FILE,
@@ -30,7 +30,7 @@ from bvpo_stats.sampling.sample import (
     sample_into,
     summarise,
 )
-from bvpo_stats.store.run_folder import open_run, run_files
+from bvpo_stats.store.run_folder import grow, open_run, run_files
 from bvpo_stats.store.tables import fingerprint, read_records, write_records
 from bvpo_stats.studies.sample.config import SampleConfig
 from bvpo_stats.studies.sample.report import SampleReport
@@ -54,8 +54,9 @@ def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None)
         return _adopt(config, output)
     survey = survey_prompts(_prompts(config))
     run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
-    identity |= {"prompts": survey.fingerprint, "gold answers": survey.golds, **asdict(config.sampling)}
-    with _open(config, output, identity) as folder:
+    identity |= {**survey.identity, **asdict(config.sampling)}
+    with _open(config, output, identity, survey.identity) as folder:
+        grow(folder, identity, survey.identity, lambda stored: begin_with(_prompts(config), stored))
         tally = sample_into(folder, _prompts(config), run, n_prompts=survey.count, shard=config.shard)
         dialect = getattr(run.engine, "dialect", None)
         return _finish(
@@ -78,9 +79,11 @@ def _prompts(config: SampleConfig) -> Iterator[Prompt]:
     return load_prompts(config.prompts, limit=config.limit, split=config.split, config_name=config.config_name)
 
 
-def _open(config: SampleConfig, output: Path, identity: dict[str, Any]) -> AbstractContextManager[Path]:
+def _open(
+    config: SampleConfig, output: Path, identity: dict[str, Any], growing: Iterable[str] = ()
+) -> AbstractContextManager[Path]:
     identity = {"engine": config.engine, "modes": list(config.modes), **identity}
-    return open_run(output, "sample", identity, shard=config.shard)
+    return open_run(output, "sample", identity, shard=config.shard, growing=growing)
 
 
 def _local_run(config: SampleConfig, survey: PromptSurvey, loaded: Policy | None) -> tuple[SamplingRun, dict[str, Any]]:

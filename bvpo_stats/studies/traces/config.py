@@ -60,7 +60,8 @@ class TracesConfig:
     burn_in: Annotated[
         int | None,
         o.Option(
-            "Moves before the first is kept. [default: 0 for samples at temperature 1, else 10]",
+            "Moves before the first is kept.",
+            shown="0 for samples at temperature 1, else 10",
             low=0,
             high=10**6,
         ),

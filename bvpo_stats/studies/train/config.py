@@ -23,7 +23,7 @@ def _trackers(words: str) -> tuple[str, ...]:
     return tuple(words.replace(" ", "").split(","))
 
 
-_POLICY = o.Group({"model": o.Option("Model folder or hub id. [default: the preset's, or embedded]", shown="")})
+_POLICY = o.Group({"model": o.Option("Model folder or hub id.", shown="the preset's, or embedded")})
 _INPUTS = o.Group({"traces": o.Option("Trace bank for `alpha='adaptive'`: file or folder of a traces run.")})
 
 
@@ -57,46 +57,49 @@ class TrainConfig:
         str | None,
         o.Option(
             "Settings by name: the paper's for r1-qwen-7b, r1-qwen-1.5b, r1-0528-qwen3-8b; lora; embedded. "
-            "Options given beside it win. [default: embedded for the embedded model, else lora]"
+            "Options given beside it win.",
+            shown="embedded for the embedded model, else lora",
         ),
     ] = None
     alpha: Annotated[
         float | str | None,
         o.Option(
             "Weight of the trace loss: a number, `adaptive`, or a schedule such as 0:0.2,100:0.8 (steps) or "
-            "0%:0.5,100%:1 (of the run). [default: 0.5]",
+            "0%:0.5,100%:1 (of the run).",
+            shown="0.5",
             read=str,
         ),
     ] = None
     loss_type: Annotated[
         Literal["sigmoid", "simpo", "ipo"] | None,
-        o.Option("sigmoid (DPO), simpo or ipo. [default: the method's]", name="loss"),
+        o.Option("sigmoid (DPO), simpo or ipo.", shown="the method's", name="loss"),
     ] = None
     beta: Annotated[
-        float | None, o.Option("Inverse temperature of the loss. [default: the preset's]", above=0, high=1e3)
+        float | None, o.Option("Inverse temperature of the loss.", shown="the preset's", above=0, high=1e3)
     ] = None
     simpo_gamma: Annotated[
-        float | None, o.Option("Target margin, simpo only. [default: the preset's]", name="gamma", low=0, high=1e3)
+        float | None, o.Option("Target margin, simpo only.", shown="the preset's", name="gamma", low=0, high=1e3)
     ] = None
-    learning_rate: Annotated[
-        float | None, o.Option("Peak learning rate. [default: the preset's]", above=0, high=100)
-    ] = None
+    learning_rate: Annotated[float | None, o.Option("Peak learning rate.", shown="the preset's", above=0, high=100)] = (
+        None
+    )
     batch_size: Annotated[
-        int | None, o.Option("Prompts per step, over all processes. [default: the preset's]", low=1, high=10**6)
+        int | None, o.Option("Prompts per step, over all processes.", shown="the preset's", low=1, high=10**6)
     ] = None
     num_train_epochs: Annotated[
-        float | None, o.Option("Passes over the prompts. [default: the preset's, 1]", name="epochs", above=0, high=1e6)
+        float | None, o.Option("Passes over the prompts.", shown="the preset's, 1", name="epochs", above=0, high=1e6)
     ] = None
     max_steps: Annotated[
         int | None, o.Option("Stop after this many optimizer steps; replaces `num_train_epochs`.", low=1, high=10**9)
     ] = None
     lr_scheduler_type: Annotated[
-        str | None, o.Option("cosine, linear, constant, ... [default: the preset's]", name="scheduler")
+        str | None, o.Option("cosine, linear, constant, ...", shown="the preset's", name="scheduler")
     ] = None
     warmup_steps: Annotated[
         float | None,
         o.Option(
-            "Share of the steps with a rising learning rate. [default: the preset's, 0.1]",
+            "Share of the steps with a rising learning rate.",
+            shown="the preset's, 0.1",
             name="warmup",
             low=0,
             high=1e9,
@@ -104,15 +107,13 @@ class TrainConfig:
     ] = None
     max_length: Annotated[
         int | None,
-        o.Option(
-            "Longest sequence; prompts with longer ones are set aside. [default: the preset's]", low=1, high=10**9
-        ),
+        o.Option("Longest sequence; prompts with longer ones are set aside.", shown="the preset's", low=1, high=10**9),
     ] = None
     lora_r: Annotated[
-        int | None, o.Option("Rank of a new adapter; 0 trains all weights. [default: the preset's]", low=0, high=10**5)
+        int | None, o.Option("Rank of a new adapter; 0 trains all weights.", shown="the preset's", low=0, high=10**5)
     ] = None
     lora_alpha: Annotated[
-        int | None, o.Option("Numerator of LoRA's scaling. [default: twice the rank]", low=1, high=10**6)
+        int | None, o.Option("Numerator of LoRA's scaling.", shown="twice the rank", low=1, high=10**6)
     ] = None
     target_modules: Annotated[
         str | tuple[str, ...],
@@ -137,7 +138,7 @@ class TrainConfig:
     alpha_update_steps: Annotated[
         int | None,
         o.Option(
-            "adaptive: steps between two looks at the traces, if any. [default: 1% of the tokens]", low=1, high=10**9
+            "adaptive: steps between two looks at the traces, if any.", shown="1% of the tokens", low=1, high=10**9
         ),
     ] = None
     alpha_traces_per_answer: Annotated[
@@ -155,13 +156,14 @@ class TrainConfig:
     ] = "auto"
     unmatched_prompts: Annotated[
         Literal["error", "drop"] | None,
-        o.Option("Prompts in one set only: error or drop. [default: error; embedded pairs: drop]", name="unmatched"),
+        o.Option("Prompts in one set only: error or drop.", shown="error; embedded pairs: drop", name="unmatched"),
     ] = None
     max_tokens: o.MaxTokens = 16_384
     bf16: Annotated[
         bool | None,
         o.Option(
-            "Products in bfloat16, trained weights in float32. [default: the preset's]",
+            "Products in bfloat16, trained weights in float32.",
+            shown="the preset's",
         ),
     ] = None
     gradient_checkpointing: Annotated[bool, o.Option("Recompute activations: less memory, more time.")] = False

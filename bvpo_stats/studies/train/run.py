@@ -46,6 +46,10 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     """
     args = _arguments(config, output)
     check_distribution(args)  # before anything is loaded
+    if config.simpo_gamma is not None and args.objective().name != "simpo":
+        raise UserError(f"`simpo_gamma={config.simpo_gamma:g}` belongs to `loss_type='simpo'`; leave it out.")
+    if config.inputs.traces is not None and not args.adaptive:
+        say(f"`traces={config.inputs.traces!r}` is not used: `alpha={args.alpha!r}` is not adaptive.")
     world = World(args.process_index, args.world_size, args.local_process_index)
     template = load_template(config.policy)
     pairs = (pair for mode in args.needed_sets for pair in load_set(config.inputs, mode, template))

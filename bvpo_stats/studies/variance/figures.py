@@ -25,6 +25,7 @@ from bvpo_stats.studies.style import (
 from bvpo_stats.studies.variance.report import Histogram, VarianceReport
 
 COLOURS = {"thinking": BLUE, "nothinking": OCHRE, "trace": BLUE, "answer": GREEN, "no-trace answer": OCHRE}
+_ROOM = 2.0  # height of the figure of positions over its highest point, at most
 MARKERS = {"trace": "o-", "answer": "^-.", "no-trace answer": "s--"}
 NAMES = {**MODE_NAMES, "trace": "trace (Thinking)", "answer": "answer (Thinking)",
          "no-trace answer": "answer (NoThinking)"}  # fmt: skip
@@ -93,18 +94,20 @@ def _distribution(histogram: Histogram, title: str, label: str, path: Path) -> N
 
 def _positions(report: VarianceReport, path: Path) -> None:
     with figure(path) as (_, axes):
+        top = 0.0
         for segment, bins in report.positions.items():
             if not bins:
                 continue
             centre = np.array([(b.start + b.stop - 1) / 2 + 1 for b in bins])
             value, low, high = (numbers([getattr(b.nll, k) for b in bins]) for k in ("value", "low", "high"))
             band(axes, centre, low, high, colour=COLOURS[segment])
+            top = max(top, _ROOM * float(np.nanmax(value)))
             axes.plot(centre, value, MARKERS[segment], color=COLOURS[segment], ms=4, lw=1.5, label=NAMES[segment])
         axes.set_xscale("log")
         plain_ticks(axes, "x")
         axes.set_xlabel("Position within the segment (tokens from its start)")
         axes.set_ylabel("NLL (nats per token)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, min(top, axes.get_ylim()[1]) or 1.0)  # a wide band never hides the curves
         axes.set_title(f"How predictable are tokens? ({_level(report)} bands)")
         legend_below(axes)
 

@@ -346,6 +346,11 @@ def histogram(samples: Iterable[ScoredSample], what: str) -> Histogram:
     return Histogram(tuple(float(e) for e in edges), counts)
 
 
+_FEWEST = 10
+"""Questions that a bin of positions must have for its mean to be shown with an interval: with fewer, the questions that
+happen to be that long rule it, and a band on the log scale is as wide as one likes."""
+
+
 class PositionProfile:
     """Collects NLL by position, per question, so that the intervals are by clusters."""
 
@@ -365,7 +370,11 @@ class PositionProfile:
         sums[1] += np.bincount(bins, minlength=size)[:size]
 
     def bins(self, level: float) -> dict[str, list[PositionBin]]:
-        """Token-pooled mean NLL of each bin with its interval; bins that one question alone reaches are left out."""
+        """Token-pooled mean NLL of each bin with its interval.
+
+        Bins that fewer than ten questions reach are left out; where there are fewer than ten at all, the bins that all
+        of them reach are kept, without an interval.
+        """
         result: dict[str, list[PositionBin]] = {}
         for segment, by_prompt in self._sums.items():
             result[segment] = []
@@ -374,9 +383,11 @@ class PositionProfile:
             rows = np.stack([by_prompt[key] for key in sorted(by_prompt)])  # [questions, 2, bins]
             for i in range(rows.shape[2]):
                 reached = rows[rows[:, 1, i] > 0, :, i]
-                if len(reached) < 2:
+                if len(reached) < min(_FEWEST, len(rows)):
                     continue
                 nll = jackknife_interval(reached, lambda x: x[..., 0] / x[..., 1], level=level, positive=True)
+                if len(reached) < _FEWEST:
+                    nll = replace(nll, low=None, high=None)
                 result[segment].append(PositionBin(_EDGES[i], _EDGES[i + 1], int(reached[:, 1].sum()), nll))
         return result
 

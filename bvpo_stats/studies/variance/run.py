@@ -13,7 +13,7 @@ from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.file_engine import Unusable, adopt_completions
-from bvpo_stats.sampling.prompts import load_prompts, survey_prompts
+from bvpo_stats.sampling.prompts import begin_with, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
     SAMPLES_FILE,
     check_one_source,
@@ -21,7 +21,7 @@ from bvpo_stats.sampling.sample import (
     sample_into,
 )
 from bvpo_stats.sampling.scoring import LOGPROBS_FILE, read_logprobs, score_into
-from bvpo_stats.store.run_folder import open_run
+from bvpo_stats.store.run_folder import grow, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.published import APPENDIX_B, published_name
 from bvpo_stats.studies.variance.config import VarianceConfig
@@ -55,11 +55,11 @@ def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
         "model": policy.identity,
         "template": policy.template.name,
         "dtype": str(policy.model.dtype),
-        "prompts": survey.fingerprint,
-        "gold answers": survey.golds,
+        **survey.identity,
         **asdict(config.sampling),
     }
-    with open_run(output, "variance", identity) as folder:
+    with open_run(output, "variance", identity, growing=survey.identity) as folder:
+        grow(folder, identity, survey.identity, lambda stored: begin_with(prompts, stored))
         samples_path = folder / SAMPLES_FILE
         sample_both_modes(policy, prompts, config.sampling, samples_path, config.batch_size)
         order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
@@ -134,8 +134,8 @@ def _usable(responses: Iterable[Completion | Unusable]) -> list[Completion]:
     for response in responses:
         if isinstance(response, Unusable):
             raise UserError(
-                f"{response.where}: {response.outcome.detail}. `bvpo-stats sample` with `engine='file'` sets such "
-                "responses aside: give its folder's samples.jsonl."
+                f"{response.where}: {response.outcome.detail}. `engine='file'` of `sample` sets such responses "
+                "aside: give the samples.jsonl that it writes."
             )
         found.append(response)
     return found

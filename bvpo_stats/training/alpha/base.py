@@ -34,7 +34,7 @@ def check_alpha(alpha: float) -> float:
         UserError: It does not.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha {alpha}: must lie between 0 (empty-trace gradient only) and 1 (trace gradient only).")
+        raise UserError(f"`alpha={alpha}`: must lie between 0 (empty-trace gradient only) and 1 (trace gradient only).")
     return alpha
 
 

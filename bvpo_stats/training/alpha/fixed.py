@@ -58,16 +58,17 @@ class FixedController:
                 knots = ((0.0, float(alpha)),)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"alpha {alpha!r}: give a number, `adaptive`, or a schedule such as 0:0.2,100:0.8 (steps) or "
+                f"`alpha={alpha!r}`: give a number, `adaptive`, or a schedule such as 0:0.2,100:0.8 (steps) or "
                 "0%:0.5,100%:1 (of the run)."
             ) from error
         steps = [step for step, _ in knots]
         if sorted(set(steps)) != steps or not all(0 <= step < math.inf for step in steps):
             raise UserError(
-                "an alpha schedule needs at least one step:alpha, with steps rising from 0 on, e.g. 0:0.2,100:0.8."
+                f"`alpha={alpha!r}`: a schedule needs at least one step:alpha, with steps rising from 0 on, e.g. "
+                "0:0.2,100:0.8."
             )
         if percent and steps[-1] > 100:
-            raise UserError(f"alpha {alpha!r}: a run ends at 100%.")
+            raise UserError(f"`alpha={alpha!r}`: a run ends at 100%.")
         for _, value in knots:
             check_alpha(value)
         return cls(knots, AlphaRecord(-1, _at(knots, 0), _why(knots)), percent)
@@ -95,7 +96,7 @@ class FixedController:
             UserError: A schedule in percent where the length of the run is unknown.
         """
         if self.percent and observation.progress is None:
-            raise UserError("an alpha schedule in percent needs a run of known length; give its steps in numbers.")
+            raise UserError("`alpha`: a schedule in percent needs a run of known length; give its steps in numbers.")
         now = 100 * (observation.progress or 0.0) if self.percent else observation.step + 1
         record = AlphaRecord(
             observation.step,
