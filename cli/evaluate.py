@@ -17,8 +17,8 @@ bvpo-stats evaluate --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --adapter 
 
 bvpo-stats evaluate --model MODEL --data problems.jsonl --samples 8 --mode thinking
 
-bvpo-stats evaluate --task alpaca-eval --model MODEL --adapter runs/bvpo/model --judge reward --reward model:REWARD-MODEL
---baseline gpt4_turbo.json
+bvpo-stats evaluate --task alpaca-eval --model MODEL --adapter runs/bvpo/model --judge reward
+--reward model:REWARD-MODEL --baseline gpt4_turbo.json
 
 bvpo-stats evaluate --engine openai --base-url http://localhost:8000/v1 --model MODEL --data aime24 --data aime25"""
 
