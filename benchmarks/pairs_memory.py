@@ -73,20 +73,27 @@ def write_samples(folder: Path, prompts: int, seed: int = 0) -> int:
                 for number in range(start, min(start + _BATCH, prompts))
             ]
             for mode in MODES:
-                for number, a, b in questions:
-                    _write_prompt(handle, template, rng, (number, a, b), mode)
+                _write_block(handle, template, rng, questions, mode)
     return prompts * SAMPLES * len(MODES)
 
 
-def _write_prompt(handle: TextIO, template, rng: random.Random, question: tuple[int, int, int], mode: str) -> None:
-    number, a, b = question
-    text = f"What is {a}+{b}?"
-    prompt_ids = template.prompt_ids(text, mode)
-    for index in range(SAMPLES):
-        answer = rng.choice(_WORDINGS).format(a + b + rng.choice((-1, 0, 0, 1)))
-        trace = f"{a}+{b}={a + b}\n" * rng.randint(1, 4)
-        completion = f"{trace}</think>{answer}" if mode == "thinking" else answer
-        ids = [*template.tokenizer.encode(completion, add_special_tokens=False), template.tokenizer.eos_token_id]
+def _write_block(
+    handle: TextIO, template, rng: random.Random, questions: list[tuple[int, int, int]], mode: str
+) -> None:
+    prompts = [f"What is {a}+{b}?" for _, a, b in questions]
+    drawn = []
+    for _, a, b in questions:
+        for _ in range(SAMPLES):
+            answer = rng.choice(_WORDINGS).format(a + b + rng.choice((-1, 0, 0, 1)))
+            trace = f"{a}+{b}={a + b}\n" * rng.randint(1, 4)
+            drawn.append((answer, trace, f"{trace}</think>{answer}" if mode == "thinking" else answer))
+    encoded = template.tokenizer([text for _, _, text in drawn], add_special_tokens=False)["input_ids"]
+    (closing,) = template.encode("</think>")
+    rendered = template.tokenizer([template.prompt_text(p, mode) for p in prompts], add_special_tokens=False)
+    for place, ((answer, trace, completion), inner) in enumerate(zip(drawn, encoded, strict=True)):
+        (number, a, b), index = questions[place // SAMPLES], place % SAMPLES
+        text, prompt_ids = prompts[place // SAMPLES], rendered["input_ids"][place // SAMPLES]
+        ids = [*inner, template.tokenizer.eos_token_id]
         row = {
             "prompt_id": f"p{number:07d}",
             "sample_index": index,
@@ -96,7 +103,7 @@ def _write_prompt(handle: TextIO, template, rng: random.Random, question: tuple[
             "completion_ids": ids,
             "text": completion,
             "finish_reason": "stop",
-            "answer_start": template.trace_length(ids) if mode == "thinking" else 0,
+            "answer_start": ids.index(closing) + 1 if mode == "thinking" else 0,
             "trace": trace if mode == "thinking" else None,
             "answer": answer,
             "seed": 0,
