@@ -57,6 +57,18 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
+    def most(self, number: int) -> int:
+        """The largest of everyone's numbers, everywhere."""
+        if self.size == 1:
+            return number
+        return int(self.broadcast(max(self.gather(number), default=number)))
+
+
+def own_part(tensor: Any) -> Any:
+    """The part of a sharded tensor that this process holds; the tensor itself where it is whole."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
 
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:

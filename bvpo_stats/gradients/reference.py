@@ -39,6 +39,7 @@ class PairBatch:
         batch: Their sequences, chosen and rejected in turn.
         names: How errors name the rows.
         reference: log pi_ref of the rows; None where the loss has no reference.
+        spare: Whether it is run only to keep step with processes that have more of them, and counts for nothing.
     """
 
     members: list[int]
@@ -46,6 +47,7 @@ class PairBatch:
     batch: Batch
     names: list[str]
     reference: Float[Tensor, " rows"] | None = None
+    spare: bool = False
 
     def logps(self, policy: Float[Tensor, " rows"]) -> PairLogps[Tensor]:
         """The pairs' log-probabilities from log pi_theta of the rows."""
@@ -61,8 +63,17 @@ def pair_batches(
     *,
     max_tokens: int,
     max_padding: float = 0.25,
+    world: World | None = None,
 ) -> list[PairBatch]:
     """Whole pairs as batches under a budget of padded tokens, longest first, with log pi_ref where it is needed.
+
+    Args:
+        policy: The policy.
+        pairs: The pairs.
+        reference: Where log pi_ref comes from.
+        max_tokens: Padded tokens of a batch.
+        max_padding: Largest share of padding.
+        world: Processes that must all run equally many: who has fewer runs the last one again, as a spare.
 
     Raises:
         UserError: A sequence is empty or too long, or a log-probability is not finite; the pair is named.
@@ -79,6 +90,7 @@ def pair_batches(
         batch_names = [names[row] for row in rows]
         batch = batch_of(policy, [sequences[row] for row in rows], batch_names)
         found.append(PairBatch(members, [pairs[m] for m in members], batch, batch_names))
+    found += [replace(found[-1], spare=True)] * ((world or World()).most(len(found)) - len(found))
     if reference is None:
         return found
     return [replace(b, reference=logps) for b, logps in zip(found, reference.of_batches(found), strict=True)]
@@ -192,7 +204,12 @@ def to_numpy(values: Tensor) -> Float[np.ndarray, " sequences"]:
 
 
 def fill_reference(
-    policy: Policy, examples: Sequence[Example], *, max_tokens: int, world: World | None = None
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    world: World | None = None,
+    sharded: bool = False,
 ) -> list[Example]:
     """The examples with log pi_ref stored in all of their pairs: values of the records, the rest by forward passes.
 
@@ -201,6 +218,7 @@ def fill_reference(
         examples: The examples.
         max_tokens: Padded tokens per forward.
         world: The processes, which share the passes.
+        sharded: Whether they hold shards of the weights, so that all must run equally many passes.
 
     Raises:
         UserError: A stored value is not the reference's, or a log-probability is not finite; the record is named.
@@ -210,11 +228,15 @@ def fill_reference(
     check_stored(policy, [value for pair in pairs for value in stored_pair_values(pair)], _CHECKED_PAIRS)
     missing = [k for k, pair in enumerate(pairs) if None in (pair.ref_chosen_logps, pair.ref_rejected_logps)]
     mine = missing[world.rank :: world.size]
+    if sharded and missing and not mine:
+        mine = missing[:1]  # nothing of its own, but the others cannot run without it
     totals: list[float] = []
     if mine:
         sequences, names = pair_sequences([pairs[k] for k in mine])
         with policy.reference():
-            found = completion_logprobs(policy, sequences, names, max_tokens=max_tokens)
+            found = completion_logprobs(
+                policy, sequences, names, max_tokens=max_tokens, world=world if sharded else None
+            )
         totals = [float(tokens.sum()) for tokens in found]
     every = world.broadcast(world.gather(dict(zip(mine, zip(totals[0::2], totals[1::2], strict=True), strict=True))))
     for part in every:

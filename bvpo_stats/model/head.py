@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -79,11 +80,53 @@ def token_logprobs(
     Raises:
         UserError: The model's output layer is one that the chunked head cannot reproduce.
     """
-    head = output_head(model)
-    hidden = last_hidden_states(model, batch)
     mask = batch.completion_mask
-    scored = head_logprobs(hidden[mask], head, batch.input_ids[:, 1:][mask], chunk_tokens=chunk_tokens)
+    scored = completion_scores(model, batch, functools.partial(head_logprobs, chunk_tokens=chunk_tokens))
     return scored.new_zeros(mask.shape).masked_scatter(mask, scored)
+
+
+def completion_scores(
+    model: nn.Module, batch: Batch, score: Callable[[Tensor, Head, Tensor], Tensor]
+) -> Float[Tensor, "*leading positions"]:
+    """``score(hidden, head, targets)`` of all completion positions of a batch, sequence after sequence.
+
+    It is computed inside the calls of the model and of its output layer: their hooks are what gathers sharded weights
+    (FSDP2, ZeRO-3) and gets the reduction of gradients ready (DistributedDataParallel).
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT, FSDP2, DistributedDataParallel or DeepSpeed, or not.
+        batch: The sequences, on the model's device.
+        score: Told the hidden states that predict the targets, the output layer's weights, and the targets.
+
+    Raises:
+        UserError: The model's output layer is one that the chunked head cannot reproduce.
+    """
+    layer, decoder, mask = output_layer(model), decoder_of(model), batch.completion_mask
+
+    def inside_model() -> Tensor:
+        # No attention mask: with right padding under causal attention no real token sees padding (see Batch).
+        output = decoder(input_ids=batch.input_ids[:, :-1], use_cache=False)
+        return layer(output.last_hidden_state[mask], batch.input_ids[:, 1:][mask])  # type: ignore[no-any-return]
+
+    def inside_layer(hidden: Tensor, targets: Tensor) -> Tensor:
+        return score(hidden, Head(layer.weight, layer.bias), targets)
+
+    with _forward(unwrapped(model), inside_model), _forward(layer, inside_layer):
+        return model()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, the module's call computes a function instead."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
 
 
 def sequence_logprobs(token_logps: Float[Tensor, "sequences targets"]) -> Float[Tensor, " sequences"]:
@@ -127,20 +170,15 @@ def head_logprobs(
     return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, chunk_tokens)  # type: ignore[no-untyped-call]
 
 
-def last_hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "sequences targets hidden"]:
-    """Final hidden states (after the last norm) of all tokens but the last, which predicts nothing.
-
-    Args:
-        model: A transformers causal LM, wrapped by PEFT or not.
-        batch: The sequences, on the model's device.
-    """
-    # No attention mask: with right padding under causal attention no real token sees padding (see Batch).
-    output = decoder_of(model)(input_ids=batch.input_ids[:, :-1], use_cache=False)
-    return output.last_hidden_state
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or DeepSpeed's engine, or the model itself."""
+    inner = model._modules.get("module")
+    return model if inner is None else unwrapped(inner)
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The transformers causal LM inside a PEFT wrapper, or the model itself."""
+    """The transformers causal LM inside a wrapper, PEFT's or of several processes, or the model itself."""
+    model = unwrapped(model)
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap is not None else model
 
@@ -162,18 +200,21 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def output_head(model: nn.Module) -> Head:
-    """The output layer's weights.
+def output_layer(model: nn.Module) -> nn.Linear:
+    """The output layer.
 
     Raises:
-        UserError: The output layer is not a plain Linear (an adapter sits on it), or the model transforms logits after
-            it (softcapping, scaling).
+        UserError: It is not a plain Linear (an adapter sits on it), or the model transforms logits after it
+            (softcapping, scaling).
     """
     causal_lm = causal_lm_of(model)
     layer = causal_lm.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    kind = type(layer)
+    if kind.__name__ == f"FSDP{nn.Linear.__name__}" and issubclass(kind, nn.Linear):  # fully_shard changes the class
+        kind = nn.Linear
+    if kind is not nn.Linear:
         raise UserError(
-            f"The output layer of {type(causal_lm).__name__} is {type(layer).__module__}.{type(layer).__name__}, not a "
+            f"The output layer of {type(causal_lm).__name__} is {kind.__module__}.{kind.__name__}, not a "
             "plain Linear; the chunked head does not support adapters or quantisation there. Leave the head out of "
             "the adapter's targets and modules_to_save."
         )
@@ -181,7 +222,7 @@ def output_head(model: nn.Module) -> Head:
         value = getattr(causal_lm.config, setting, None)
         if value is not None and value != 1.0:
             raise UserError(f"{type(causal_lm).__name__} uses {setting}={value}; the chunked head does not support it.")
-    return Head(layer.weight, layer.bias)
+    return cast(nn.Linear, layer)
 
 
 def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:

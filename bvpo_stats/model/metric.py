@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bvpo_stats.distributed import own_part
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.subset import Subset
 
@@ -39,7 +40,7 @@ def optimizer_metric(optimizer: Any, weights: Sequence[Tensor]) -> tuple[Float[T
         weights: The trained weights.
 
     Returns:
-        None for the identity.
+        None for the identity. Of sharded weights, this process's part.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     name, state = type(inner).__name__, getattr(inner, "state", {})
@@ -68,7 +69,7 @@ def _second_moments(own: dict[str, Any]) -> Tensor | None:
 
 
 def _diagonal(own: dict[str, Any], group: dict[str, Any], moments: Tensor) -> Tensor:
-    return 1 / (_corrected(own, group, moments).flatten().sqrt() + float(group.get("eps", 1e-8)))
+    return 1 / (own_part(_corrected(own, group, moments)).flatten().sqrt() + float(group.get("eps", 1e-8)))
 
 
 def _corrected(own: dict[str, Any], group: dict[str, Any], moments: Tensor) -> Tensor:

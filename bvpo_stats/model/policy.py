@@ -123,8 +123,14 @@ class Policy:
         """The reference policy: the same weights with the adapter disabled (the model itself where there is none)."""
         model: Any = self.model
         if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                yield self.model
+            trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+            try:
+                with model.disable_adapter():
+                    yield self.model
+            finally:
+                for weight, was in trained:  # PEFT marks all of an adapter that it enables
+                    if weight.requires_grad != was:
+                        weight.requires_grad_(was)
         else:
             yield self.model
 

@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bvpo_stats.distributed import World
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.batching import Batch, TokenSequence, collate, length_batches
 from bvpo_stats.model.capture import Tape, captured
 from bvpo_stats.model.head import (
     Head,
     causal_lm_of,
+    completion_scores,
     foreign_autocast,
     head_logprobs,
-    last_hidden_states,
-    output_head,
     sequence_logprobs,
     token_logprobs,
 )
@@ -197,7 +197,7 @@ def batch_of(policy: Policy, sequences: Sequence[TokenSequence], names: Sequence
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def completion_logprobs(
     policy: Policy,
     sequences: Sequence[TokenSequence],
@@ -205,6 +205,7 @@ def completion_logprobs(
     *,
     temperatures: Sequence[float] = (1.0,),
     max_tokens: int | None = None,
+    world: World | None = None,
 ) -> list[Float[np.ndarray, "temperatures tokens"]]:
     """Log softmax(logits / T)[token] of every completion token, for each temperature T, in nats.
 
@@ -216,6 +217,7 @@ def completion_logprobs(
         names: How to name each of them in an error.
         temperatures: The temperatures.
         max_tokens: Padded tokens per batch; None for 8k on a CPU and 32k on an accelerator.
+        world: Processes that hold shards of the weights: all of them run equally many batches, by repeating the last.
 
     Returns:
         One float64 array per sequence, in the order given.
@@ -227,7 +229,9 @@ def completion_logprobs(
     if sequences:
         check_alone(policy, sequences)
     results: list[Float[np.ndarray, "temperatures tokens"] | None] = [None] * len(sequences)
-    for rows in stages(length_batches([len(sequence) for sequence in sequences], max_tokens=budget)):
+    batches = length_batches([len(sequence) for sequence in sequences], max_tokens=budget)
+    batches += batches[-1:] * ((world or World()).most(len(batches)) - len(batches))
+    for rows in stages(batches):
         batch = batch_of(policy, [sequences[row] for row in rows], [names[row] for row in rows])
         for row, values in zip(rows, _batch(policy, batch, temperatures), strict=True):
             if not np.isfinite(values).all():
@@ -242,12 +246,11 @@ def completion_logprobs(
 def _batch(
     policy: Policy, batch: Batch, temperatures: Sequence[float]
 ) -> list[Float[np.ndarray, "temperatures tokens"]]:
-    head, mask = output_head(policy.model), batch.completion_mask
-    hidden = last_hidden_states(policy.model, batch)[mask]
-    targets = batch.input_ids[:, 1:][mask]
-    scored = [_at_temperature(hidden, head, targets, temperature) for temperature in temperatures]
-    table = torch.stack(scored).double().cpu().numpy()
-    return np.split(table, np.cumsum(mask.sum(dim=1).cpu().numpy())[:-1], axis=1)
+    def at_all(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        return torch.stack([_at_temperature(hidden, head, targets, temperature) for temperature in temperatures])
+
+    table = completion_scores(policy.model, batch, at_all).double().cpu().numpy()
+    return np.split(table, np.cumsum(batch.completion_mask.sum(dim=1).cpu().numpy())[:-1], axis=1)
 
 
 def _at_temperature(hidden: Tensor, head: Head, targets: Tensor, temperature: float) -> Tensor:

@@ -1,27 +1,23 @@
-"""The gradient of one step, L_c = alpha L_t + (1 - alpha) L_e, in microbatches of a token budget.
+"""A step of training, L_c = alpha L_t + (1 - alpha) L_e: an ordinary backward for each microbatch of pairs.
 
-`mixed_gradient` is an ordinary backward; `parted_gradient` keeps the gradients of the two sets apart, for the
-estimate of alpha (`bvpo_stats.training.alpha.lagged`), and `curvature_along` goes a little way along a direction with
-one more forward pass.
-
-`transformers.Trainer` asks `compute_loss` for one scalar and runs its backward. What is handed over is the scalar with
-the finished gradient attached (`with_gradient`): to the Trainer, to gradient accumulation and to the reduction over
-processes it looks like any other loss.
+L_c is a sum over pairs, so microbatches of a token budget add up on the weights' ``.grad``, whatever wraps the model:
+log-probabilities come out of the wrapper's call, `Backward` says when processes add theirs up. `add_gradient` is a step
+with a given alpha; `add_parted_gradient` keeps the gradients of the two sets apart, for the estimate of alpha
+(`bvpo_stats.training.alpha.lagged`), and `curvature_along` goes a little way along a direction with one more forward.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from bvpo_stats.distributed import World, own_part
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.examples import Example
 from bvpo_stats.gradients.objectives import Objective, PairLogps, PairTerms
@@ -36,19 +32,6 @@ Observe = Callable[[list[Mode], Tensor, PairLogps[Tensor], PairTerms[Tensor]], N
 
 
 @dataclass(frozen=True)
-class StepGradient:
-    """A step's loss and its gradient, averaged over the step's prompts.
-
-    Attributes:
-        loss: alpha L_t + (1 - alpha) L_e.
-        gradients: Its derivative by each trainable weight; None for weights it does not depend on.
-    """
-
-    loss: Tensor
-    gradients: list[Tensor | None]
-
-
-@dataclass(frozen=True)
 class PairModel:
     """The model, the loss of a pair, and how pairs go through.
 
@@ -59,6 +42,8 @@ class PairModel:
         max_tokens: Budget of padded tokens per forward.
         max_padding: Largest share of padding per forward.
         precision: What products are formed in, policy's and reference's alike; None for the weights' own.
+        world: The processes that hold shards of the weights, which must all run equally many forwards; None
+            where each has all of them.
     """
 
     policy: Policy
@@ -67,10 +52,11 @@ class PairModel:
     max_tokens: int
     max_padding: float = 0.25
     precision: torch.dtype | None = None
+    world: World | None = None
 
-    @functools.cached_property
+    @property
     def weights(self) -> list[Tensor]:
-        """The parameters that are trained."""
+        """The parameters that are trained; others once the model is sharded."""
         model: Any = self.policy.model
         return [weight for weight in model.parameters() if weight.requires_grad]
 
@@ -82,21 +68,30 @@ class PairModel:
         """
         with self.arithmetic():
             return pair_batches(
-                self.policy, pairs, self.reference, max_tokens=self.max_tokens, max_padding=self.max_padding
+                self.policy,
+                pairs,
+                self.reference,
+                max_tokens=self.max_tokens,
+                max_padding=self.max_padding,
+                world=self.world,
             )
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """In which every log-probability of the loss is taken."""
         return arithmetic(self.precision, self.policy.device)
 
-    def forward(self, micro: PairBatch) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
+    def forward(self, micro: PairBatch, model: nn.Module | None = None) -> tuple[PairLogps[Tensor], PairTerms[Tensor]]:
         """Log-probabilities, losses and score weights of a microbatch.
+
+        Args:
+            micro: The microbatch.
+            model: What is called: a wrapper around the policy's model, where there is one.
 
         Raises:
             UserError: A log-probability is not finite; the pair is named.
         """
         with self.arithmetic():
-            policy = sequence_logprobs(token_logprobs(self.policy.model, micro.batch))
+            policy = sequence_logprobs(token_logprobs(model or self.policy.model, micro.batch))
         check_finite(policy.detach(), micro.names)
         return self.terms(micro, policy)
 
@@ -106,58 +101,121 @@ class PairModel:
         return logps, self.objective(logps)
 
 
-def mixed_gradient(pair_model: PairModel, prompts: Sequence[Example], alpha: float, observe: Observe) -> StepGradient:
-    """Loss and gradient of a step with a given alpha; pairs without weight are not run.
+@dataclass(frozen=True)
+class Backward:
+    """How losses of microbatches become gradients on the weights, under whatever accelerate has wrapped the model in.
+
+    Wrappers average gradients over processes, so losses are multiplied by their number: what arrives is the sum.
+    DistributedDataParallel and DeepSpeed add processes up at the last microbatch of a batch; FSDP2 at every one, since
+    a process would hold the whole, unsharded gradient until then.
+
+    Attributes:
+        accelerator: accelerate's.
+        model: The wrapped model.
+    """
+
+    accelerator: Any
+    model: nn.Module
+
+    @property
+    def processes(self) -> int:
+        """Their number."""
+        return int(self.accelerator.num_processes)
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one."""
+        state, kind = self.accelerator.gradient_state, self.accelerator.distributed_type.value
+        ends_step = state.sync_gradients
+        try:
+            if kind == "FSDP":
+                self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+            state._set_sync_gradients(ends_step and last)  # DeepSpeed steps inside backward
+            if last or kind in ("FSDP", "DEEPSPEED"):
+                yield
+            else:
+                with self.accelerator.no_sync(self.model):
+                    yield
+        finally:
+            state._set_sync_gradients(ends_step)
+
+    def __call__(self, loss: Tensor) -> None:
+        """Adds the gradient of a part of the loss."""
+        if not loss.requires_grad:
+            return  # what no weight has a gradient of is refused at the end of the batch
+        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type.value == "DEEPSPEED" else {}
+        self.accelerator.backward(loss * self.processes, **options)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """Over processes."""
+        if self.processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")  # type: ignore[no-any-return]
+
+
+def add_gradient(
+    pair_model: PairModel, weighted: Sequence[tuple[PreferencePair, float]], backward: Backward, observe: Observe
+) -> Tensor:
+    """Adds the gradient of a weighted sum of pairs' losses to the weights'.
 
     Args:
         pair_model: The model and the loss.
-        prompts: The step's prompts.
-        alpha: Weight of the trace loss.
+        weighted: This process's pairs, and the weight of each.
+        backward: Where losses go.
         observe: Told about every microbatch.
 
+    Returns:
+        The sum of this process's part.
+
     Raises:
-        UserError: A log-probability, the loss or the gradient is not finite; the pairs are named.
+        UserError: A log-probability is not finite; the pair is named.
     """
-    weighted = [(pair, share / len(prompts)) for prompt in prompts for pair, share in shares(prompt, alpha) if share]
-    pairs = [pair for pair, _ in weighted]
-    weights = pair_model.weights
-    gradients: list[Tensor | None] = [None] * len(weights)
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
-    for micro in pair_model.plan(pairs):
+    micros = pair_model.plan([pair for pair, _ in weighted])
+    for number, micro in enumerate(micros, start=1):
         share = torch.tensor([weighted[i][1] for i in micro.members], dtype=torch.float64, device=loss.device)
-        with torch.enable_grad():
-            logps, terms = pair_model.forward(micro)
-            part = (share * terms.loss).sum()
-            found = torch.autograd.grad(part, weights, allow_unused=True)
-        gradients = _added(gradients, found)
-        loss += part.detach()
-        observe([pair.mode for pair in micro.pairs], share, logps, terms)
-    check_gradient(loss, gradients, prompts)
-    return StepGradient(loss, gradients)
+        with backward.microbatch(last=number == len(micros)), torch.enable_grad():
+            logps, terms = pair_model.forward(micro, backward.model)
+            part = (share * terms.loss).sum() * (not micro.spare)
+            backward(part)
+        if not micro.spare:
+            loss += part.detach()
+            observe([pair.mode for pair in micro.pairs], share, logps, terms)
+    return loss
 
 
 def shares(prompt: Example, alpha: float) -> list[tuple[PreferencePair, float]]:
-    """The prompt's pairs with their weight in its loss, alpha and 1 - alpha."""
+    """The prompt's pairs with their weight in its loss, alpha and 1 - alpha; those without weight are not run."""
     found = ((prompt.trace_pair, alpha), (prompt.empty_pair, 1 - alpha))
-    return [(pair, share) for pair, share in found if pair is not None]
+    return [(pair, share) for pair, share in found if pair is not None and share]
 
 
-def check_gradient(loss: Tensor, gradients: Sequence[Tensor | None], prompts: Sequence[Example]) -> None:
-    """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer.
+def check_gradient(loss: Tensor, weights: Sequence[Tensor], prompts: Sequence[Example], backward: Backward) -> None:
+    """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer; in all processes alike.
+
+    Args:
+        loss: This process's part of the loss.
+        weights: The trained weights, with their gradients.
+        prompts: The step's prompts, for the message.
+        backward: What made the gradients.
 
     Raises:
         UserError: Names the step's prompts.
     """
+    if backward.accelerator.distributed_type.value == "DEEPSPEED":
+        return  # keeps gradients to itself, and checks them
     # One number to look at: a norm is finite exactly if every entry is (float64 keeps float32's squares from overflow).
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
-    if not norms:
+    norms = [torch.linalg.vector_norm(own_part(w.grad), dtype=torch.float64) for w in weights if w.grad is not None]
+    total = torch.stack([loss.detach(), *(norm.to(loss.device) for norm in norms)]).sum()
+    seen = backward.summed(torch.stack([total, loss.detach(), total.new_tensor(float(len(norms)))]))
+    if not float(seen[2]):
         raise UserError(
             "No trained weight has a gradient: the loss does not depend on any of them, so a step would train nothing. "
             "Are the weights that require gradients part of the model that is run?"
         )
-    if bool(torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())):
+    if bool(torch.isfinite(seen[0])):
         return
-    what = "loss" if not bool(torch.isfinite(loss)) else "gradient"
+    what = "loss" if not bool(torch.isfinite(seen[1])) else "gradient"
     listed = ", ".join(prompt.prompt_id for prompt in prompts[:8])
     more = f" and {len(prompts) - 8} more" if len(prompts) > 8 else ""
     raise UserError(
@@ -199,7 +257,9 @@ def moving_share(weights: Sequence[Tensor], step: float) -> float:
 
 @dataclass(frozen=True)
 class SetGradients:
-    """Sums over prompts of the gradients of either set, each one vector over all trained weights.
+    """Sums over prompts, of all processes, of the gradients of either set, each one vector over all trained weights.
+
+    Of sharded weights each process has its own part (`Shards`).
 
     Attributes:
         trace: S_t = sum_i t_i, in the weights' dtype, float32 at least.
@@ -220,53 +280,67 @@ Passes = list[tuple[PairBatch, PairLogps[Tensor]]]
 """Microbatches of D_t with log pi_theta of their pairs."""
 
 
-def parted_gradient(
-    pair_model: PairModel, prompts: Sequence[Example], alpha: float, observe: Observe
-) -> tuple[StepGradient, SetGradients, Passes]:
-    """Loss and gradient of a step as `mixed_gradient` has them, and the gradients of D_t and D_e apart.
+def add_parted_gradient(
+    pair_model: PairModel,
+    prompts: Sequence[Example],
+    alpha: float,
+    share: float,
+    total: int,
+    backward: Backward,
+    observe: Observe,
+) -> tuple[Tensor, SetGradients, Passes]:
+    """Adds the gradient of a batch as `add_gradient` does, and returns the gradients of D_t and D_e apart.
 
     The same forward and backward passes over the same pairs, in microbatches of one set each: what it costs is a
     vector.
 
     Args:
         pair_model: The model and the loss.
-        prompts: The step's prompts, each with both pairs.
+        prompts: This process's prompts, each with both pairs.
         alpha: Weight of the trace loss.
+        share: Weight of a prompt in the step's loss; 0 for a process that has nothing to do but to keep step.
+        total: Prompts of the batch in all processes.
+        backward: Where losses go.
         observe: Told about every microbatch.
 
+    Returns:
+        This process's part of the loss, the sums of both sets, and the passes over D_t.
+
     Raises:
-        UserError: A log-probability, the loss or the gradient is not finite; the pairs are named.
+        UserError: A log-probability is not finite; the pair is named.
     """
-    weights = pair_model.weights
+    weights, counted = pair_model.weights, 1.0 if share else 0.0
+    earlier = _taken(weights)  # of batches that were accumulated before
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
     sides: list[list[Tensor | None]] = []
     passes: Passes = []
-    for which, share in enumerate((alpha, 1 - alpha)):
-        gradients: list[Tensor | None] = [None] * len(weights)
-        for micro in pair_model.plan([example.both[which] for example in prompts]):
-            with torch.enable_grad():
-                logps, terms = pair_model.forward(micro)
-                found = torch.autograd.grad(terms.loss.sum(), weights, allow_unused=True)
-            gradients = _added(gradients, found)
-            shares = torch.full_like(terms.loss.detach(), share / len(prompts))
-            loss += (shares * terms.loss.detach()).sum()
-            observe([pair.mode for pair in micro.pairs], shares, logps, terms)
+    for which, weight in enumerate((alpha, 1 - alpha)):
+        micros = pair_model.plan([example.both[which] for example in prompts])
+        for number, micro in enumerate(micros, start=1):
+            with backward.microbatch(last=number == len(micros)), torch.enable_grad():
+                logps, terms = pair_model.forward(micro, backward.model)
+                backward(terms.loss.sum() * (0.0 if micro.spare else counted))
             if which == 0:
                 passes.append((micro, replace(logps, chosen=logps.chosen.detach(), rejected=logps.rejected.detach())))
-        sides.append(gradients)
-    mixed = [
-        None if t is None and e is None else _mix(t, alpha / len(prompts), e, (1 - alpha) / len(prompts))
-        for t, e in zip(*sides, strict=True)
-    ]
-    check_gradient(loss, mixed, prompts)
+            if not micro.spare and share:
+                each = torch.full_like(terms.loss.detach(), weight * share)
+                loss += (each * terms.loss.detach()).sum()
+                observe([pair.mode for pair in micro.pairs], each, logps, terms)
+        sides.append(_taken(weights))
+    part = share or 1 / total
+    for owner, before, t, e in zip(weights, earlier, *sides, strict=True):
+        mixed = None if t is None and e is None else _mix(t, alpha * part, e, (1 - alpha) * part)
+        owner.grad = mixed if before is None else before if mixed is None else before.add_(mixed)
     trace, empty = (_flat(side, weights) for side in sides)
-    return StepGradient(loss, mixed), SetGradients(trace, empty, len(prompts)), passes
+    return loss, SetGradients(trace, empty, total), passes
 
 
-def _added(totals: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        g if total is None else total if g is None else total.add_(g) for total, g in zip(totals, found, strict=True)
-    ]
+def _taken(weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """The weights' gradients, which they have no more."""
+    found = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    return found
 
 
 def _mix(t: Tensor | None, share: float, e: Tensor | None, rest: float) -> Tensor:
@@ -280,7 +354,9 @@ def _mix(t: Tensor | None, share: float, e: Tensor | None, rest: float) -> Tenso
 def _flat(side: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Float[Tensor, " parameters"]:
     """Gradients as one vector; weights that were not reached count as zero."""
     pieces = [
-        (torch.zeros_like(weight) if g is None else g).flatten().to(torch.promote_types(weight.dtype, torch.float32))
+        own_part(torch.zeros_like(weight) if g is None else g)
+        .flatten()
+        .to(torch.promote_types(weight.dtype, torch.float32))
         for g, weight in zip(side, weights, strict=True)
     ]
     return torch.cat(pieces)
@@ -298,84 +374,95 @@ def curvature_along(
     Args:
         pair_model: The model and the loss.
         passes: The pairs and their log-probabilities at theta.
-        direction: v, over all trained weights.
+        direction: v, over all trained weights; this process's part of them where they are sharded.
         reach: How far along it the second pass is; the result is divided by its square.
 
     Returns:
-        The sum, and the number of pairs.
+        The sum over this process's pairs, and their number.
     """
     if pair_model.precision is not None:
         pair_model = replace(pair_model, precision=None)
         passes = [(micro, pair_model.forward(micro)[0]) for micro, _ in passes]
-    kept = [weight.detach().clone() for weight in pair_model.weights]
+    weights = [own_part(weight.detach()) for weight in pair_model.weights]
+    kept = [weight.clone() for weight in weights]
     total, pairs, start = 0.0, 0, 0
     try:
-        for weight in pair_model.weights:
+        for weight in weights:
             piece = direction[start : start + weight.numel()].reshape(weight.shape)
             weight.add_(piece.to(weight.dtype), alpha=reach)
             start += weight.numel()
+        gather_anew(pair_model.policy.model)
         for micro, before in passes:
             with pair_model.arithmetic():
                 after = micro.logps(sequence_logprobs(token_logprobs(pair_model.policy.model, micro.batch)))
-            total += float(pair_model.objective.curvature(before, after).double().sum())
-            pairs += len(micro.pairs)
+            if not micro.spare:
+                total += float(pair_model.objective.curvature(before, after).double().sum())
+                pairs += len(micro.pairs)
     finally:
-        for weight, value in zip(pair_model.weights, kept, strict=True):
+        for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
+        gather_anew(pair_model.policy.model)
     return total / reach**2, pairs
 
 
-def with_gradient(value: Tensor, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """The scalar ``value``; its backward adds ``gradients`` to the weights' (and may overwrite them: give them away).
+def gather_anew(model: nn.Module) -> None:
+    """Lets FSDP2 forget the weights that it has gathered and kept: their shards were changed under it."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None and hasattr(module, "unshard"):
+            reshard()
 
-    Args:
-        value: The loss.
-        weights: Parameters that require gradients.
-        gradients: The derivative of the loss by each; None where the loss does not depend on one.
+
+@dataclass(frozen=True)
+class Shards:
+    """Vectors over all trained weights, of which each process holds the part of its shards; all of it without FSDP2.
+
+    Attributes:
+        weights: The trained weights, as they are now.
+        summed: Adds a tensor up over processes.
     """
-    return _Deposit.apply(value, list(gradients), *weights)  # type: ignore[no-untyped-call]
 
+    weights: Sequence[Tensor]
+    summed: Callable[[Tensor], Tensor]
 
-class _Deposit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds but a part."""
+        return any(hasattr(weight, "to_local") for weight in self.weights)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = grads
-        gradients, ctx.gradients = ctx.gradients, []
-        return None, None, *(None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+    def total(self, products: Any) -> Any:
+        """Inner products of whole vectors, from those of the parts."""
+        return self.summed(torch.as_tensor(products)).cpu().numpy() if self.sharded else products
 
+    def whole(self, vector: Tensor) -> Tensor:
+        """The whole vector, from everyone's part; for every process to call."""
+        if not self.sharded:
+            return vector
+        from torch.distributed.tensor import DTensor
 
-def through_wrapper(wrapper: nn.Module, model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    """Calls ``compute`` as if it were the wrapped model's forward.
+        sizes = [own_part(weight).shape for weight in self.weights]
+        pieces = vector.split([size.numel() for size in sizes])
+        found = []
+        for weight, size, piece in zip(self.weights, sizes, pieces, strict=True):
+            like: Any = weight
+            dtensor = DTensor.from_local(
+                piece.reshape(size), like.device_mesh, like.placements, shape=weight.shape, stride=weight.stride()
+            )
+            found.append(dtensor.full_tensor().flatten())
+        return torch.cat(found)
 
-    A distributed wrapper prepares its reduction of gradients when its forward is called, and only then.
+    def part(self, vector: Tensor) -> Tensor:
+        """This process's part of a whole vector."""
+        if not self.sharded:
+            return vector
+        from torch.distributed.tensor import distribute_tensor
 
-    Args:
-        wrapper: What the Trainer trains: the model, or DistributedDataParallel around it.
-        model: The model itself.
-        compute: Computes the loss with the model.
-    """
-    if wrapper is model:
-        return compute()
-    before = model.__dict__.get("forward")
-
-    def restore() -> None:
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = before
-
-    def once(*_: Any, **__: Any) -> Tensor:
-        restore()  # compute() may call the model itself
-        return compute()
-
-    model.forward = once
-    try:
-        return wrapper()
-    finally:
-        restore()
+        pieces = vector.split([weight.numel() for weight in self.weights])
+        found = []
+        for weight, piece in zip(self.weights, pieces, strict=True):
+            like: Any = weight
+            spread = distribute_tensor(
+                piece.reshape(weight.shape), like.device_mesh, like.placements, src_data_rank=None
+            )
+            found.append(own_part(spread).flatten())
+        return torch.cat(found)

@@ -35,16 +35,17 @@ from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.config import BVPOConfig, check_distribution
-from bvpo_stats.training.data import PromptRows, collate_rows, join_for, select
+from bvpo_stats.training.data import PromptRows, collate_rows, deal, join_for, select
 from bvpo_stats.training.gradient import (
+    Backward,
     PairModel,
-    StepGradient,
+    Shards,
+    add_gradient,
+    add_parted_gradient,
+    check_gradient,
     curvature_along,
-    mixed_gradient,
     moving_share,
-    parted_gradient,
-    through_wrapper,
-    with_gradient,
+    shares,
 )
 from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
 from bvpo_stats.training.state import TRAINER_STATE_FILE, last_checkpoint, load_state, run_identity, save_state
@@ -135,28 +136,34 @@ class BVPOTrainer(Trainer):
                 "Several GPUs in one process are not supported; start with torchrun or accelerate launch, or make one "
                 "GPU visible with CUDA_VISIBLE_DEVICES."
             )
-        self.loss_is_scaled_for_ga = False
         if args.dataloader_drop_last and len(self.selection.train) < args.prompts_per_step:
             raise UserError(
                 f"There are {len(self.selection.train)} prompts to train on, fewer than one batch of "
                 f"{args.prompts_per_step}; lower the batch size, or give more pairs."
             )
         self._world = world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
-        reference = self._reference()
-        check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
-        precision = torch.bfloat16 if args.bf16 else None
-        self._pair_model = PairModel(self.policy, args.objective(), reference, args.max_tokens, precision=precision)
-        if reference is not None and reference.stored:
-            self._fill()
+        self._sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        self._pair_model = PairModel(
+            self.policy,
+            args.objective(),
+            self._reference(),
+            args.max_tokens,
+            precision=torch.bfloat16 if args.bf16 else None,
+            world=world if self._sharded else None,
+        )
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # fewer at the end of an epoch
+        self._settled = False
+        if not self._sharded:
+            self._settle()
         self._metrics = PairMetrics()
         self.estimator = make_estimator(
             args,
             self.policy,
             self.selection.train,
-            self._pair_model.weights,
+            lambda: Shards(self._pair_model.weights, self._summed),
             world,
-            self._summed if world.size > 1 else None,
         )
+        self._restored: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._alpha_in_use = self.estimator.alpha
         self.identity = run_identity(args, self.policy, self.selection.train)
         self.before: dict[str, float] | None = None
@@ -178,7 +185,7 @@ class BVPOTrainer(Trainer):
             options: As `transformers.Trainer.train` takes them.
 
         Raises:
-            UserError: No checkpoint, or one of another configuration; NaN losses or gradients (see `compute_loss`).
+            UserError: No checkpoint, or one of another configuration; NaN losses or gradients (see `training_step`).
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
@@ -192,8 +199,7 @@ class BVPOTrainer(Trainer):
             problem = folder_damage(folder)
             if problem is not None:
                 raise UserError(f"{folder} is no checkpoint to resume from: {problem}.")
-            self.before = state["before"]
-            self.estimator.restore(state, vectors)
+            self.before, self._restored = state["before"], (state, vectors)
             trained = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
             if trained.global_step >= trained.max_steps:
                 return self._finished(folder, trained)
@@ -201,10 +207,52 @@ class BVPOTrainer(Trainer):
 
     def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Takes over a checkpoint of the last step: transformers would train one more from there."""
-        self._load_from_checkpoint(str(checkpoint))
+        if self._sharded:
+            self.create_optimizer()
+            model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model = self.model_wrapped = model
+        self._load_from_checkpoint(str(checkpoint), self.model)
         self.state = state
+        self._begin()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, math.fsum(losses) / max(1, len(losses)), {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As transformers', after the reference was taken from the weights that are about to go."""
+        self._settle()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _settle(self) -> None:
+        """What the first forward passes are for, once the weights are where they will be: checks, and the reference."""
+        if self._settled:
+            return
+        self._settled = True
+        with self._evaluation_mode():
+            check_alone(self.policy, pair_sequences([p for example in self._examples for p in example.pairs])[0])
+            reference = self._pair_model.reference
+            if reference is not None and reference.stored:
+                self._fill()
+
+    def _begin(self) -> None:
+        """When the model is wrapped and a checkpoint was read."""
+        self._settle()
+        if self._restored is not None:
+            self.estimator.restore(*self._restored)
+            self._restored = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process is told the whole batch, and takes its part by `deal`."""
+        loader = self._get_dataloader(
+            self.train_dataset,
+            "Training",
+            self._train_batch_size * self._world.size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+        shard: Any = getattr(loader, "batch_sampler", None)
+        if self._world.size > 1:
+            shard.num_processes, shard.process_index = 1, 0  # as transformers does where a sampler knows its rank
+        return loader
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', with checksums written last: without them a checkpoint counts for nothing."""
@@ -235,30 +283,67 @@ class BVPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model (an adapter in PEFT's format), the tokenizer, and alpha's state beside them."""
-        with writing(Path(str(output_dir or self.args.output_dir))):
+        folder, estimator = Path(str(output_dir or self.args.output_dir)), self.estimator
+        with writing(folder):
             super().save_model(output_dir, _internal_call=_internal_call)
+            if self.is_fsdp_enabled and not _internal_call and not (folder / "config.json").exists():
+                self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+        vectors = estimator.vectors() if folder.name.startswith("checkpoint-") else {}  # to go on from
         if self.args.should_save:
-            folder, estimator = Path(str(output_dir or self.args.output_dir)), self.estimator
-            vectors = estimator.vectors() if folder.name.startswith("checkpoint-") else {}  # to go on from
             save_state(folder, self.identity, estimator.to_state() | {"before": self.before}, vectors)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The mean of L_c over a batch of prompts, with its gradient attached (see `bvpo_stats.training.gradient`)."""
-        prompts = [self._examples[row] for row in inputs["rows"].tolist()]
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Adds the gradient of the mean of L_c over a batch of prompts to the weights'.
 
-        def compute() -> Tensor:
-            with self._evaluation_mode():
-                found = self._gradient(prompts)
-            return with_gradient(found.loss.float(), self._pair_model.weights, found.gradients)
+        Args:
+            model: The model as accelerate has wrapped it.
+            inputs: The rows of the batch's prompts, those of all processes.
+            num_items_in_batch: Not used.
 
-        loss = through_wrapper(model, self.policy.model, compute)
-        return (loss, {}) if return_outputs else loss
+        Returns:
+            Its part of the step's loss, so that the mean over processes is the whole.
+
+        Raises:
+            UserError: A log-probability, the loss or the gradient is not finite, or no weight has one.
+        """
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimizers
+            self.optimizer.train()
+        batch = [self._examples[row] for row in inputs["rows"].tolist()]
+        share = 1 / (len(batch) * self.current_gradient_accumulation_steps)
+        mine = [batch[number] for number in self._dealt(batch)]
+        if not mine:  # fewer prompts than processes
+            mine, share = batch[:1], 0.0
+        self._alpha_in_use = alpha = self.alpha
+        pairs, seen = sum(len(prompt.pairs) for prompt in mine), 0
+
+        def observe(modes: list[Mode], *values: Any) -> None:
+            nonlocal seen
+            seen += len(modes)
+            within(seen / pairs)  # of one step
+            if share:
+                self._metrics.add(modes, *values)
+
+        backward, pair_model = Backward(self.accelerator, model), self._pair_model
+        with self._evaluation_mode():
+            if self.estimator.collects:
+                loss, sums, passes = add_parted_gradient(pair_model, mine, alpha, share, len(batch), backward, observe)
+                curvature, direction = None, self.estimator.direction
+                if direction is not None:
+                    curvature = curvature_along(pair_model, passes, *direction)
+                    curvature = curvature if share else (0.0, 0)
+                self.estimator.add(sums, batch, curvature)
+            else:
+                weighted = [(pair, part * share) for prompt in mine for pair, part in shares(prompt, alpha)]
+                loss = add_gradient(pair_model, weighted, backward, observe)
+        check_gradient(loss, pair_model.weights, batch, backward)
+        return (loss * self._world.size).float().to(self.args.device)
+
+    def _dealt(self, batch: Sequence[Example]) -> list[int]:
+        """Which prompts of a batch are this process's."""
+        tokens = [sum(pair.tokens for pair in prompt.pairs) for prompt in batch]
+        return deal(tokens, self._world.size)[self._world.rank]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry, averaged over processes."""
@@ -343,28 +428,9 @@ class BVPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token, as usual: the batch's own padding is not counted."""
-        prompts = [self._examples[row] for row in inputs["rows"].tolist()]
-        tokens = sum(pair.tokens for prompt in prompts for pair in prompt.pairs)
+        batch = [self._examples[row] for row in inputs["rows"].tolist()]
+        tokens = sum(pair.tokens for number in self._dealt(batch) for pair in batch[number].pairs)
         return 6 * tokens * sum(int(weight.numel()) for weight in self.policy.model.parameters())
-
-    def _gradient(self, prompts: Sequence[Any]) -> StepGradient:
-        self._alpha_in_use = self.alpha
-        pairs, seen = sum(len(prompt.pairs) for prompt in prompts), 0
-
-        def observe(modes: list[Mode], *values: Any) -> None:
-            nonlocal seen
-            seen += len(modes)
-            within(seen / pairs)  # of one step
-            self._metrics.add(modes, *values)
-
-        if not self.estimator.collects:
-            return mixed_gradient(self._pair_model, prompts, self.alpha, observe)
-        found, sums, passes = parted_gradient(self._pair_model, prompts, self.alpha, observe)
-        curvature, direction = None, self.estimator.direction
-        if direction is not None:
-            curvature = curvature_along(self._pair_model, passes, *direction)
-        self.estimator.add(sums, prompts, curvature)
-        return found
 
     def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
         """The pairs of D_t and D_e; a folder that is given for D_t alone may hold both."""
@@ -439,10 +505,12 @@ class BVPOTrainer(Trainer):
             examples = [without_reference(example) for example in examples]  # stored ones were taken in another
         with self._pair_model.arithmetic():
             self._examples[start:] = fill_reference(
-                self.policy, examples, max_tokens=self.config.max_tokens, world=self._world
+                self.policy, examples, max_tokens=self.config.max_tokens, world=self._world, sharded=self._sharded
             )
 
     def _summed(self, values: Tensor) -> Tensor:
+        if self._world.size == 1:
+            return values
         reduced = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
         assert isinstance(reduced, Tensor)
         return reduced.to(values.device)
@@ -466,6 +534,7 @@ class AlphaCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Losses before the first step, unless a checkpoint has them."""
+        self._trainer._begin()
         if state.global_step == 0:
             self._trainer.before = self._trainer.same_pairs()
 

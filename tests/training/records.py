@@ -19,6 +19,7 @@ from bvpo_stats.studies.alpha_star.config import AlphaInputs
 from bvpo_stats.studies.alpha_star.run import prepare_subset
 from bvpo_stats.studies.train.config import TrainConfig
 from bvpo_stats.training.config import BVPOConfig
+from bvpo_stats.training.trainer import BVPOTrainer
 from tests.studies.alpha_inputs import write_rows
 from tests.studies.test_alpha_star_runs import make_pair
 
@@ -67,6 +68,13 @@ def gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
         for name, weight in model.named_parameters()
         if weight.requires_grad
     }
+
+
+def step_of(trainer: BVPOTrainer, rows: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient of a step on the first prompts."""
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, {"rows": torch.arange(rows)})
+    return float(loss), gradients(trainer.model)
 
 
 def banks(policy: Policy, pairs: list[PreferencePair], traces: int = 3) -> list[TraceRecord]:

@@ -3,6 +3,7 @@ bias."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.gradients.examples import Joined
+from bvpo_stats.gradients.examples import Example, Joined
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.gradients.options import StreamOptions
 from bvpo_stats.gradients.stream import gradient_batches, pair_gradients
@@ -20,9 +21,9 @@ from bvpo_stats.model.metric import optimizer_metric
 from bvpo_stats.model.policy import PolicyOptions, load_policy
 from bvpo_stats.store.tables import write_records
 from bvpo_stats.training.alpha.rules.base import Parts
-from bvpo_stats.training.gradient import curvature_along, mixed_gradient, parted_gradient
+from bvpo_stats.training.gradient import Backward, Passes, SetGradients, add_parted_gradient, curvature_along
 from bvpo_stats.training.trainer import BVPOTrainer
-from tests.training.records import adapted, banks, both_sets, settings
+from tests.training.records import adapted, banks, both_sets, gradients, settings, step_of
 
 PROMPTS = 24
 ADAPTIVE = {"alpha": "adaptive", "alpha_update_steps": 2, "alpha_rule": "theorem4"}
@@ -36,17 +37,29 @@ def adaptive(model: Path, folder: Path, *, traces: bool = True, **changes: objec
     return BVPOTrainer(policy, settings(folder, **(ADAPTIVE | changes)), pairs, traces=bank)
 
 
+def parted(trainer: BVPOTrainer, prompts: Sequence[Example], alpha: float) -> tuple[SetGradients, Passes]:
+    """The gradients of the two sets, which are added to the weights' as well."""
+    pair_model, share, backward = trainer._pair_model, 1 / len(prompts), Backward(trainer.accelerator, trainer.model)
+    trainer.model.zero_grad()
+    return add_parted_gradient(pair_model, prompts, alpha, share, len(prompts), backward, lambda *_: None)[1:]
+
+
 @pytest.mark.parametrize("max_tokens", [80, 16_384])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
 def test_gradients_of_the_two_sets(random_model: Path, tmp_path: Path, max_tokens: int, loss_type: str) -> None:
     """Against each pair's own gradient, formed by the estimators, and against the plain step."""
     trainer = adaptive(random_model, tmp_path, max_tokens=max_tokens, loss_type=loss_type)
-    prompts, ignore = trainer.selection.train[:7], lambda *_: None
-    found, sums, _ = parted_gradient(trainer._pair_model, prompts, 0.3, ignore)
-    plain = mixed_gradient(trainer._pair_model, prompts, 0.3, ignore)
-    assert float(found.loss) == pytest.approx(float(plain.loss), rel=1e-12)
-    for ours, theirs in zip(found.gradients, plain.gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+    prompts = trainer.selection.train[:7]
+    sums, _ = parted(trainer, prompts, 0.3)
+    ours = gradients(trainer.model)
+    fixed = BVPOTrainer(
+        trainer.policy,
+        settings(tmp_path, max_tokens=max_tokens, loss_type=loss_type, alpha=0.3, per_device_train_batch_size=7),
+        [pair for prompt in prompts for pair in prompt.pairs],
+    )
+    _, theirs = step_of(fixed, 7)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-9, atol=1e-13)
     options = StreamOptions(trainer.config.objective(), method="none", reference="adapter")
     g = pair_gradients(trainer.policy, Joined(prompts), subset=trainer.estimator.looks._subset, options=options)
     np.testing.assert_allclose(sums.trace.numpy(), g.t.sum(axis=0), rtol=1e-9, atol=1e-12)
@@ -60,7 +73,7 @@ def test_curvature_along_a_direction(random_model: Path, tmp_path: Path, loss_ty
     trainer = adaptive(random_model, tmp_path, loss_type=loss_type, beta=0.5)
     pair_model, prompts = trainer._pair_model, trainer.selection.train[:5]
     before = [weight.detach().clone() for weight in pair_model.weights]
-    _, _, passes = parted_gradient(pair_model, prompts, 0.3, lambda *_: None)
+    _, passes = parted(trainer, prompts, 0.3)
     size = sum(weight.numel() for weight in pair_model.weights)
     direction = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total, pairs = curvature_along(pair_model, passes, direction, 1e-6)
@@ -77,7 +90,7 @@ def test_curvature_along_a_direction(random_model: Path, tmp_path: Path, loss_ty
 
 def _ratio(trainer: BVPOTrainer, prompt) -> float:
     """l'' / l'^2 of a pair, by differences along the chosen response's log-probability."""
-    _, _, passes = parted_gradient(trainer._pair_model, [prompt], 0.5, lambda *_: None)
+    _, passes = parted(trainer, [prompt], 0.5)
     logps, objective = passes[0][1], trainer._pair_model.objective
 
     def at(shift: float) -> float:

@@ -123,13 +123,13 @@ def test_killed_between_the_last_checkpoint_and_the_report(
     run = tmp_path / "run"
     shutil.copytree(short, run)
     steps: list[int] = []
-    before = BVPOTrainer.compute_loss
+    before = BVPOTrainer.training_step
 
     def counted(self: BVPOTrainer, *arguments: Any, **options: Any) -> Any:
         steps.append(self.state.global_step)
         return before(self, *arguments, **options)
 
-    monkeypatch.setattr(BVPOTrainer, "compute_loss", counted)
+    monkeypatch.setattr(BVPOTrainer, "training_step", counted)
     for left in ("whole", "half", "none"):
         (run / "report.json").unlink()
         if left == "half":

@@ -14,33 +14,30 @@ from bvpo_stats.model.policy import DTYPES, Policy, PolicyOptions, load_policy
 from bvpo_stats.training.config import BVPOConfig, check_distribution
 from bvpo_stats.training.gradient import moving_share
 from bvpo_stats.training.trainer import BVPOTrainer
-from tests.training.records import adapted, both_sets, gradients, settings
+from tests.training.records import adapted, both_sets, settings, step_of
 
 PROMPTS = 12
 
 
-def step_of(policy: Policy, folder: Path, **changes: object) -> tuple[float, dict[str, np.ndarray]]:
+def first_step(policy: Policy, folder: Path, **changes: object) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of the first eight prompts."""
-    trainer = BVPOTrainer(policy, settings(folder, **changes), both_sets(policy, PROMPTS))
-    loss = trainer.compute_loss(trainer.model, {"rows": torch.arange(8)})
-    loss.backward()
-    return float(loss.detach()), gradients(trainer.model)
+    return step_of(BVPOTrainer(policy, settings(folder, **changes), both_sets(policy, PROMPTS)), 8)
 
 
 def test_the_step_is_linear_in_alpha_and_does_not_depend_on_the_microbatches(
     random_model: Path, tmp_path: Path
 ) -> None:
-    ends = [step_of(adapted(random_model, "float64"), tmp_path, alpha=alpha) for alpha in (0.0, 1.0)]
+    ends = [first_step(adapted(random_model, "float64"), tmp_path, alpha=alpha) for alpha in (0.0, 1.0)]
     for max_tokens in (60, 400, 16_384):
-        loss, gradient = step_of(adapted(random_model, "float64"), tmp_path, alpha=0.3, max_tokens=max_tokens)
+        loss, gradient = first_step(adapted(random_model, "float64"), tmp_path, alpha=0.3, max_tokens=max_tokens)
         assert loss == pytest.approx(0.7 * ends[0][0] + 0.3 * ends[1][0], rel=1e-6)
         for name, value in gradient.items():
             np.testing.assert_allclose(value, 0.7 * ends[0][1][name] + 0.3 * ends[1][1][name], rtol=1e-9, atol=1e-12)
 
 
 def test_stored_reference_gives_the_same_step(random_model: Path, tmp_path: Path) -> None:
-    live = step_of(adapted(random_model, "float64"), tmp_path)
-    stored = step_of(adapted(random_model, "float64"), tmp_path, precompute_ref_log_probs=True)
+    live = first_step(adapted(random_model, "float64"), tmp_path)
+    stored = first_step(adapted(random_model, "float64"), tmp_path, precompute_ref_log_probs=True)
     assert stored[0] == pytest.approx(live[0], rel=1e-6)
     for name, value in stored[1].items():
         np.testing.assert_allclose(value, live[1][name], rtol=1e-9, atol=1e-12)
@@ -55,8 +52,8 @@ def test_stored_values_of_another_model_are_refused(random_model: Path, tmp_path
 
 
 def test_checkpointing_changes_nothing(random_model: Path, tmp_path: Path) -> None:
-    plain = step_of(adapted(random_model, "float64"), tmp_path)
-    checkpointed = step_of(adapted(random_model, "float64"), tmp_path, gradient_checkpointing=True)
+    plain = first_step(adapted(random_model, "float64"), tmp_path)
+    checkpointed = first_step(adapted(random_model, "float64"), tmp_path, gradient_checkpointing=True)
     for name, value in checkpointed[1].items():
         np.testing.assert_allclose(value, plain[1][name], rtol=1e-12, atol=1e-15)
 
@@ -305,6 +302,5 @@ def test_a_step_without_any_gradient_is_an_error(random_model: Path, tmp_path: P
     for weight in policy.model.parameters():
         weight.requires_grad_(False)
     policy.model.register_parameter("stray", stray)  # trainable, and no part of what is computed
-    trainer._pair_model.__dict__.pop("weights", None)
     with pytest.raises(UserError, match="No trained weight has a gradient"):
-        trainer.compute_loss(trainer.model, {"rows": torch.arange(4)})
+        step_of(trainer, 4)

@@ -12,7 +12,7 @@ import torch
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.records import PreferencePair
 from bvpo_stats.training.trainer import BVPOTrainer
-from tests.training.records import adapted, both_sets, gradients, settings
+from tests.training.records import adapted, both_sets, gradients, settings, step_of
 
 trl = pytest.importorskip("trl")
 PROMPTS = 6
@@ -55,9 +55,7 @@ def trl_step(policy: Policy, pairs: list[PreferencePair], folder: Path, **loss: 
 def our_step(policy: Policy, pairs: list[PreferencePair], folder: Path, **loss: object) -> tuple[float, dict, dict]:
     """The same of our trainer."""
     trainer = BVPOTrainer(policy, settings(folder, per_device_train_batch_size=PROMPTS, **loss), pairs)
-    value = trainer.compute_loss(trainer.model, {"rows": torch.arange(PROMPTS)})
-    value.backward()
-    return float(value.detach()), gradients(trainer.model), trainer._metrics.take(lambda sums: sums)
+    return *step_of(trainer, PROMPTS), trainer._metrics.take(lambda sums: sums)
 
 
 @pytest.mark.parametrize(("alpha", "mode"), [(1.0, "thinking"), (0.0, "nothinking")])

@@ -20,7 +20,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.lab.acceptance.replicates import isometric_coordinates
 from bvpo_stats.lab.oracle.language import N_STATES, PROMPT_LENGTH, Grammar, GrammarLM, build_tokenizer
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
-from bvpo_stats.model.head import Head, head_logprobs, last_hidden_states, output_head
+from bvpo_stats.model.head import Head, completion_scores, head_logprobs
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.model.scores import score_pass
 from bvpo_stats.model.sinks import Keep
@@ -187,13 +187,13 @@ def _scored(
 
 
 def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> LogProbs:
-    plain = output_head(model)
-    head = Head(plain.weight / temperature, None)  # scaled weights are scaled logits
+    def tempered(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        return head_logprobs(hidden, Head(head.weight / temperature, None), targets)  # scaled weights: scaled logits
+
     found = _Table(grammar)
     for rows, length, batch in _batches(grammar):
-        hidden = last_hidden_states(model, batch)[:, PROMPT_LENGTH - 1 :]
-        targets = batch.input_ids[:, PROMPT_LENGTH:]
-        found.fill(rows, length, head_logprobs(hidden.flatten(0, 1), head, targets.flatten()).reshape(targets.shape))
+        shape = (len(batch), batch.input_ids.shape[1] - PROMPT_LENGTH)  # no padding: all that follows is completion
+        found.fill(rows, length, completion_scores(model, batch, tempered).reshape(shape))
     return found.log_probs
 
 

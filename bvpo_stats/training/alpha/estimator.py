@@ -28,7 +28,7 @@ from bvpo_stats.model.subset import Subset, lora_subset
 from bvpo_stats.training.alpha import Controller, StepSize, from_state
 from bvpo_stats.training.alpha.stream import AlphaStream, StepMeans
 from bvpo_stats.training.config import AUTO, BVPOConfig
-from bvpo_stats.training.gradient import SetGradients
+from bvpo_stats.training.gradient import SetGradients, Shards
 
 _log = logging.getLogger(__name__)
 
@@ -72,17 +72,21 @@ class BiasLooks:
                 total += sum(len(t.prompt_ids) + len(t.completion_ids) for t in used if t is not bank.own)
         return total / len(self.examples)
 
-    def look(self, prompts: Sequence[Example], lagged: Sequence[Tensor]) -> tuple[int, Any, Any, str]:
+    def look(
+        self, prompts: Sequence[Example], lagged: Sequence[Tensor], world: World | None = None
+    ) -> tuple[int, Any, Any, str]:
         """Sums over this process's prompts of a step.
 
         Args:
-            prompts: The step's.
+            prompts: The step's, of all processes.
             lagged: P hbar and P ebar (where it is kept), in the order of the subset's weights.
+            world: The processes that share the look.
 
         Returns:
             Number of prompts, sums ``[2]``, sums of squares and products ``[2, 2]``; how mu was estimated, or why not.
         """
-        some = [prompt for prompt in prompts if prompt.key in self._able][:LOOK_PROMPTS]
+        world = world or World()
+        some = [prompt for prompt in prompts if prompt.key in self._able][:LOOK_PROMPTS][world.rank :: world.size]
         none = (0, np.zeros(2), np.zeros((2, 2)))
         if not some:
             return *none, "no prompt of the step has traces"
@@ -124,8 +128,7 @@ class AlphaEstimator:
         batch_size: int,
         world: World,
         *,
-        weights: Sequence[Tensor] = (),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        shards: Callable[[], Shards] = lambda: Shards((), lambda value: value),
         looks: BiasLooks | None = None,
         look_steps: int = 1,
         mu: str = "",
@@ -137,16 +140,15 @@ class AlphaEstimator:
             step_size: How eta L follows from the learning rate.
             batch_size: Prompts per optimizer step, over all processes.
             world: The run's processes.
-            weights: The trained weights.
-            reduce: Adds a tensor up over processes; None for a single one.
+            shards: The trained weights as they are now, and which part of them this process holds.
             looks: Where the trace gradient's bias is seen; None for nowhere.
             look_steps: Steps from one look to the next.
             mu: What is known of mu without a look.
         """
-        self.stream = AlphaStream(controller, step_size, batch_size)
+        self.stream = AlphaStream(controller, step_size, batch_size, lambda products: shards().total(products))
         self.updates: list[dict[str, Any]] = []
         self.mu, self.metric, self.look_steps = mu, "unknown yet", look_steps
-        self._world, self._reduce, self._weights, self.looks = world, reduce, list(weights), looks
+        self._world, self._shards, self.looks = world, shards, looks
         self._sums: SetGradients | None = None
         self._curvature: tuple[float, int] | None = None
         self._prompts: list[Example] = []
@@ -184,7 +186,7 @@ class AlphaEstimator:
 
         Args:
             sums: Gradients of both sets.
-            prompts: Its prompts.
+            prompts: Its prompts, of all processes.
             curvature: Sum of the curvatures of pairs along `direction`, over reach^2, and number of pairs.
         """
         with self._timed():
@@ -210,11 +212,11 @@ class AlphaEstimator:
             self.stream.observe(None, None, learning_rate, step=step, progress=progress)
             return
         with self._timed():
-            metric, self.metric = optimizer_metric(optimizer, self._weights)
+            metric, self.metric = optimizer_metric(optimizer, self._shards().weights)
             means = bias = None
             if self._sums is not None:
-                h, e, count = self._reduced(self._sums)
-                means = StepMeans(step, count, h, e, epoch)
+                sums, count = self._sums, float(self._sums.prompts)
+                means = StepMeans(step, count, (sums.trace - sums.empty) / count, sums.empty / count, epoch)
                 if self.looks is not None and (step + 1) % self.look_steps == 0:
                     bias = self._look(epoch, metric)
             if self._curvature is not None:
@@ -244,42 +246,39 @@ class AlphaEstimator:
         }
 
     def vectors(self) -> dict[str, Tensor]:
-        """Vectors that belong to the state."""
-        return {name: vector.contiguous() for name, vector in self.stream.vectors().items()}
+        """Vectors that belong to the state, whole; for every process to call."""
+        shards = self._shards()
+        return {name: shards.whole(vector).contiguous() for name, vector in self.stream.vectors().items()}
 
     def restore(self, state: dict[str, Any], vectors: dict[str, Tensor]) -> None:
         """Goes on where a checkpoint was."""
-        device = self._weights[0].device if self._weights else torch.device("cpu")
-        moved = {name: vector.to(device) for name, vector in vectors.items()}
+        shards = self._shards()
+        device = shards.weights[0].device if shards.weights else torch.device("cpu")
+        moved = {name: shards.part(vector.to(device)) for name, vector in vectors.items()}
         self.stream.restore(from_state(state["controller"]), state, moved)
         self.updates, self.mu, self.metric = list(state["updates"]), state["mu"], state["metric"]
         self._own_seconds = state["seconds"][0]
         self._started = time.perf_counter() - state["seconds"][1]
 
-    def _reduced(self, sums: SetGradients) -> tuple[Tensor, Tensor, float]:
-        """Means of h and e over all processes, and the number of prompts."""
-        trace, empty, count = sums.trace, sums.empty, torch.tensor(float(sums.prompts), dtype=torch.float64)
-        if self._reduce is not None:
-            trace, empty, count = self._reduce(trace), self._reduce(empty), self._reduce(count)
-        return (trace - empty) / float(count), empty / float(count), float(count)
-
     def _look(self, epoch: int, metric: Tensor | None) -> tuple[int, Any, Any] | None:
         lag = self.stream.lag.of_epoch(epoch)
         if lag.h is None or self.looks is None:
             return None
-        lagged = [vector if metric is None else metric * vector for vector in (lag.h, lag.e) if vector is not None]
-        count, sums, squares, said = self.looks.look(self._prompts, lagged)
-        if self._reduce is not None:
-            flat = torch.tensor([count, *sums, *squares.flatten()], dtype=torch.float64)
-            count, *rest = self._reduce(flat).tolist()
+        shards = self._shards()
+        kept = [vector for vector in (lag.h, lag.e) if vector is not None]
+        lagged = [shards.whole(vector if metric is None else metric * vector) for vector in kept]
+        if shards.sharded:  # none can run without the others, so all look at the same
+            count, sums, squares, said = self.looks.look(self._prompts, lagged)
+        else:
+            count, sums, squares, said = self.looks.look(self._prompts, lagged, self._world)
+            flat = shards.summed(torch.tensor([count, *sums, *squares.flatten()], dtype=torch.float64))
+            count, *rest = flat.tolist()
             sums, squares = np.array(rest[:2]), np.array(rest[2:]).reshape(2, 2)
         self.mu = self._world.broadcast(said)
         return (int(count), sums, squares) if count else None
 
     def _mean_curvature(self, total: float, pairs: int) -> Any:
-        numbers = torch.tensor([total, float(pairs)], dtype=torch.float64)
-        if self._reduce is not None:
-            numbers = self._reduce(numbers)
+        numbers = self._shards().summed(torch.tensor([total, float(pairs)], dtype=torch.float64))
         return np.asarray(float(numbers[0] / numbers[1]))
 
     @contextmanager
@@ -302,9 +301,8 @@ def make_estimator(
     args: BVPOConfig,
     policy: Policy,
     examples: Sequence[Example],
-    weights: Sequence[Tensor],
+    shards: Callable[[], Shards],
     world: World,
-    reduce: Callable[[Tensor], Tensor] | None,
 ) -> AlphaEstimator:
     """Alpha's estimator.
 
@@ -335,7 +333,7 @@ def make_estimator(
             looks, mu = None, "no prompt has traces of both of its answers: the trace gradient's bias is taken as 0"
     if looks is None:
         _log.warning("alpha: %s.", mu)
-    return AlphaEstimator(*common, weights=weights, reduce=reduce, looks=looks, look_steps=look_steps, mu=mu)
+    return AlphaEstimator(*common, shards=shards, looks=looks, look_steps=look_steps, mu=mu)
 
 
 def _without_looks(policy: Policy, examples: Sequence[Example], args: BVPOConfig) -> str:

@@ -27,8 +27,8 @@ and then every `RENEW` steps and averaged. It follows the schedule through eta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,22 @@ class StepMeans:
 class AlphaStream:
     """See the module."""
 
-    def __init__(self, controller: Controller, step_size: StepSize, batch_size: float = 1.0) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        step_size: StepSize,
+        batch_size: float = 1.0,
+        total: Callable[[Array], Array] = lambda products: products,
+    ) -> None:
         """Before the first step.
 
         Args:
             controller: Decides.
             step_size: How eta L follows from the learning rate.
             batch_size: Prompts of a step, as the settings have it.
+            total: Where vectors are spread over processes: inner products of whole vectors from those of the parts.
         """
+        self._total = total
         self.controller, self.step_size, self.batch_size = controller, step_size, batch_size
         self.lag = Lag()
         self.direction: Any = None
@@ -130,11 +138,13 @@ class AlphaStream:
         self.lag = self.lag.of_epoch(means.epoch)
         settled = metric is None or means.step + 1 >= UNSETTLED
         products = self.lag.products(means.prompts, means.h, means.e, metric) if settled else None
+        if products is not None:
+            products = replace(products, within=self._total(products.within), lagged=self._total(products.lagged))
         number = means.step + 1
         if self.step_size.auto and self.lag.h is not None and (number in FIRST or number % RENEW == 0):
             noise = means.h - self.lag.h
             self.direction = noise if metric is None else metric * noise
-            self._size = dot(noise, self.direction)
+            self._size = self._total(dot(noise, self.direction))
         rule = getattr(self.controller, "rule", None)
         self.lag = self.lag.add(means.prompts, means.h, means.e if rule is not None and rule.keeps_empty else None)
         return products
