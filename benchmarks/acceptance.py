@@ -6,7 +6,7 @@ A cell is a sampling temperature, theta at or off theta_ref, beta, an estimator 
 holds the three noise scales tau = eta L / B. Scores are computed once; a replicate is index arithmetic. Where the
 estimator of mu is biased by construction, a cell is held against the estimator's own exact expectation, got by listing
 every multiset of traces, so that it shows the predicted bias and nothing else. In the last lines V-statistics take the
-place of U-statistics; they must fail.
+place of U-statistics; they must fail. Finished cells are kept (``--kept``), so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import os
+import pickle
 import platform
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -43,13 +44,18 @@ def cells_of(population: Population, sizes: tuple[int, ...] = SIZES) -> list[Cel
     return cells
 
 
-def run_population(population: Population, replicates: int, seed: int) -> list[CellResult]:
-    """All cells of one population."""
+def run_population(population: Population, replicates: int, seed: int, kept: Path) -> list[CellResult]:
+    """All cells of one population; those that an earlier run left in the folder ``kept`` are not made again."""
     temperature, drift, beta = population
     oracle = build_oracle(OracleConfig(**SMALL, temperature=temperature, drift=drift))  # type: ignore[arg-type]
     sets, results = TraceSets.of(oracle, beta), []
     for cell in cells_of(population):
+        path = kept / f"{_name(cell)}, {cell.statistic}, {replicates}, {seed}.pickle"
+        if path.exists():
+            results.append(pickle.loads(path.read_bytes()))
+            continue
         results.append(run_cell(sets, cell, replicates, seed))
+        path.write_bytes(pickle.dumps(results[-1]))
         outcome = "pass" if results[-1].passed else "FAIL"
         print(f"{_name(cell)} [{cell.statistic}]: {outcome}, {results[-1].seconds:.0f} s", flush=True)
     return results
@@ -121,9 +127,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; the results do not depend on it")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--kept", type=Path, default=Path(__file__).parent.parent / "runs" / "acceptance")
     arguments = parser.parse_args()
     populations: list[Population] = list(product(TEMPERATURES, DRIFTS, BETAS))
-    task = functools.partial(run_population, replicates=arguments.replicates, seed=arguments.seed)
+    arguments.kept.mkdir(parents=True, exist_ok=True)
+    task = functools.partial(run_population, replicates=arguments.replicates, seed=arguments.seed, kept=arguments.kept)
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = [result for part in pool.map(task, populations) for result in part]
     arguments.output.mkdir(parents=True, exist_ok=True)

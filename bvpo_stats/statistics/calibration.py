@@ -136,10 +136,14 @@ def interaction_variance(
         interactions: U-centred, over pairs g < h.
         group_sizes: Examples in each group.
     """
+    return variance_of_squares((interactions**2).sum(axis=-1), group_sizes)
+
+
+def variance_of_squares(squares: Array, group_sizes: Float[np.ndarray, "... groups"]) -> Array:
+    """`interaction_variance` from ``sum_{g<h} r_gh^2``."""
     n_groups = group_sizes.shape[-1]
-    first, second = np.triu_indices(n_groups, 1)
-    expected = (1 / (group_sizes[..., first] * group_sizes[..., second])).sum(axis=-1)
-    return np.asarray((interactions**2).sum(axis=-1) / (expected * (n_groups - 3) / (n_groups - 1)))
+    expected = ((1 / group_sizes).sum(axis=-1) ** 2 - (1 / group_sizes**2).sum(axis=-1)) / 2
+    return np.asarray(squares / (expected * (n_groups - 3) / (n_groups - 1)))
 
 
 def shrunk(value: Array, noise: Array) -> tuple[Array, Array]:
@@ -187,12 +191,16 @@ class DifferenceSkew:
 
     @classmethod
     def of(
-        cls, influences: Float[np.ndarray, "*lead two groups"], interactions: Float[np.ndarray, "*lead two pairs"]
+        cls, influences: Float[np.ndarray, "*lead two groups"], matrices: Float[np.ndarray, "*lead two groups groups"]
     ) -> DifferenceSkew:
-        """From the influences of every group (jackknife pseudo-values less their centre) and the interactions."""
+        """From the influences of every group (jackknife pseudo-values less their centre) and their interactions.
+
+        Args:
+            influences: Of B and A.
+            matrices: Interactions of both, `pair_matrix`.
+        """
         n_groups = influences.shape[-1]
         b, a = influences[..., 0, :], influences[..., 1, :]
-        matrices = pair_matrix(interactions, n_groups)
 
         bb, ba, ab, aa = (
             _through(matrices[..., kernel, :, :], influence) / (n_groups - 1)
@@ -283,13 +291,18 @@ class DifferenceSecondOrder:
     def of(
         cls,
         influences: Float[np.ndarray, "*lead two groups"],
-        interactions: Float[np.ndarray, "*lead two pairs"],
+        matrices: Float[np.ndarray, "*lead two groups groups"],
         group_sizes: Float[np.ndarray, "... groups"],
     ) -> DifferenceSecondOrder:
-        """From the influences of every group (jackknife pseudo-values less their centre) and the interactions."""
+        """From the influences of every group (jackknife pseudo-values less their centre) and their interactions.
+
+        Args:
+            influences: Of B and A.
+            matrices: Interactions of both, `pair_matrix`.
+            group_sizes: Examples in each group.
+        """
         n_groups = influences.shape[-1]
         b, a = influences[..., 0, :], influences[..., 1, :]
-        matrices = pair_matrix(interactions, n_groups)
         r_b, r_a = matrices[..., 0, :, :], matrices[..., 1, :, :]
 
         # sum_h r_kh psi_h by powers of a; its square holds the products of a group with itself, which go.
@@ -302,12 +315,9 @@ class DifferenceSecondOrder:
                 chain[..., i + j] += (reached[i] * reached[j] - squares[i] * selves[j]).sum(axis=-1)
         chain *= 4 / (n_groups * (n_groups - 1) * (n_groups - 2) * n_groups**3)
 
-        bb, aa, both = (
-            interaction_variance(x, group_sizes)
-            for x in (interactions[..., 0, :], interactions[..., 1, :], interactions.sum(axis=-2))
-        )
+        square = np.stack([variance_of_squares(x.sum(axis=-1) / 2, group_sizes) for x in squares], axis=-1)
         n = group_sizes.sum(axis=-1)[..., None]
-        return cls(chain, 4 * np.stack([bb, bb + aa - both, aa], axis=-1) / (n * (n - 1)))
+        return cls(chain, 4 * square / (n * (n - 1)))
 
     def quantile(self, candidate: Array, variance: Array, skew: tuple[Array, Array], n_groups: int, q: float) -> Array:
         """`tail_quantile` at candidates ``[C, ...]`` or ``[...]``; q where nothing varies.

@@ -5,8 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bvpo_stats.lab.acceptance.cells import v_statistics
+from bvpo_stats.lab.acceptance.replicates import quick_ratios
 from bvpo_stats.lab.acceptance.weights import FLOOR, TAUS, Design, coverage, finite, populations
-from bvpo_stats.statistics.estimates import estimates
+from bvpo_stats.statistics.calibration import pair_matrix
+from bvpo_stats.statistics.estimates import LinearRatio, estimates
+from bvpo_stats.statistics.intervals import ratio_sets
 from bvpo_stats.statistics.moments import summary_of_arrays
 
 DRAWN = populations(7)
@@ -42,7 +46,7 @@ def test_a_triangle_has_the_inner_products_of_many_dimensions():
 
 def test_intervals_cover_where_the_one_before_does_not():
     """Normal gradients: as before. A log-normal scale of high-dimensional noise: before 57 to 67%, now refused."""
-    honest, tails = coverage(drawn("Gaussian, d = 108"), 20, 400, 0), coverage(drawn("sd 1, d = 2000"), 50, 200, 0)
+    honest, tails = coverage(drawn("Gaussian, d = 108"), 20, 400, 0), coverage(drawn("sd 1, d = 2000"), 50, 600, 0)
     for line in honest[:2]:
         assert line.passed
         assert line.given > 0.95
@@ -54,6 +58,29 @@ def test_intervals_cover_where_the_one_before_does_not():
         assert line.given < 0.1
         assert line.n_eff < 6
     assert not any(replace(line, given=1.0, coverage=line.before).passed for line in tails)
+
+
+@pytest.mark.parametrize(("prompts", "dimension"), [(12, 30), (300, 30), (260, 300)])
+@pytest.mark.parametrize("injected", [False, True])
+def test_quick_ratios_are_those_of_the_summary(prompts, dimension, injected):
+    """Single prompts, groups of them, and groups with sketches: as the command does it, in fewer products."""
+    means = np.zeros((3, 3))
+    means[:, 0], means[1, 1] = 0.3, 0.2
+    design = Design(means, np.full(dimension, 1 / dimension), 0.3, 0.8, "log-normal", 0.5, True, 0.4)
+    vectors = design.draw(np.random.default_rng(prompts), (2, prompts))
+    summary = summary_of_arrays(vectors)
+    if injected:
+        summary = v_statistics(summary)
+    for tau, found in zip(TAUS, quick_ratios(vectors, TAUS, injected=injected), strict=True):
+        wanted = LinearRatio.alpha(summary, tau)
+        pairs = [(found, wanted)] if wanted.alone is None else [(found, wanted), (found.alone, wanted.alone)]
+        for one, other in pairs:
+            for name in ("numerator", "denominator", "group_sizes"):
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(found.norms, wanted.norms, rtol=1e-9)
+        for matrix, upper in zip(found.interactions, wanted.interactions, strict=True):
+            np.testing.assert_allclose(matrix, pair_matrix(upper, matrix.shape[-1]), atol=1e-10)
+        np.testing.assert_allclose(ratio_sets(found).low, ratio_sets(wanted).low, rtol=1e-6)
 
 
 def test_injected_v_statistics_fail_the_table():

@@ -42,7 +42,7 @@ def test_skew_of_a_difference_is_that_of_its_parts_combined():
     rng = np.random.default_rng(2)
     influences, interactions = rng.normal(size=(5, 2, 9)), rng.normal(size=(5, 2, 36))
     interactions[:, 0] += 3 * influences[:, 0, :8].mean(axis=-1, keepdims=True)
-    skew = DifferenceSkew.of(influences, interactions)
+    skew = DifferenceSkew.of(influences, pair_matrix(interactions, 9))
     for a in (-0.7, 0.0, 1.3):
         psi = influences[:, 0] - a * influences[:, 1]
         r = pair_matrix(interactions[:, 0] - a * interactions[:, 1], 9)

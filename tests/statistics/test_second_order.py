@@ -77,7 +77,7 @@ def test_estimates_are_unbiased():
     x = rng.normal(size=(replicates, groups, 3))
     influences = np.stack([2 * x @ (k @ mean) for k in (first, second)], axis=-2)
     interactions = np.stack([u_centred(x @ k @ np.swapaxes(x, 1, 2)) for k in (first, second)], axis=-2)
-    found = DifferenceSecondOrder.of(influences, interactions, np.ones((replicates, groups)))
+    found = DifferenceSecondOrder.of(influences, pair_matrix(interactions, groups), np.ones((replicates, groups)))
     for a in (0.0, 0.7, -1.3):
         k = first - a * second
         chain = 4 * (2 * k @ mean) @ k @ k @ (2 * k @ mean) / groups**3
@@ -92,11 +92,11 @@ def test_estimates_are_unbiased():
 def test_a_difference_is_that_of_its_parts_combined():
     rng = np.random.default_rng(5)
     influences, interactions, sizes = rng.normal(size=(5, 2, 9)), rng.normal(size=(5, 2, 36)), np.full((5, 9), 2.0)
-    both = DifferenceSecondOrder.of(influences, interactions, sizes)
+    both = DifferenceSecondOrder.of(influences, pair_matrix(interactions, 9), sizes)
     for a in (-0.7, 0.0, 1.3):
         psi, r = (x[:, :1] - a * x[:, 1:] for x in (influences, interactions))
         one = DifferenceSecondOrder.of(
-            np.concatenate([psi, psi], axis=1), np.concatenate([r, r], axis=1), sizes
+            np.concatenate([psi, psi], axis=1), pair_matrix(np.concatenate([r, r], axis=1), 9), sizes
         )  # only the coefficients of a^0 matter
         matrix = pair_matrix(r[:, 0], 9)
         whole = np.einsum("rg,rgk,rkh,rh->r", psi[:, 0], matrix, matrix, psi[:, 0])
@@ -107,7 +107,7 @@ def test_a_difference_is_that_of_its_parts_combined():
 
 
 def test_without_interactions_the_quantile_stays():
-    influences, interactions = np.random.default_rng(6).normal(size=(2, 9)), np.zeros((2, 36))
+    influences, interactions = np.random.default_rng(6).normal(size=(2, 9)), np.zeros((2, 9, 9))
     second = DifferenceSecondOrder.of(influences, interactions, np.ones(9))
     skew = DifferenceSkew.of(influences, interactions).at(np.array(0.4))
     for variance in (1.0, 0.0):  # the last: nothing varies at all

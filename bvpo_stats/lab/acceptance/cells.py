@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bvpo_stats.lab.acceptance.checks import Check, acceptance, collect
+from bvpo_stats.lab.acceptance.replicates import quick_ratios
 from bvpo_stats.lab.oracle.trace_sets import METHODS, TraceMethod, TraceSets
 from bvpo_stats.statistics import MomentSummary, summary_of_arrays
+from bvpo_stats.statistics.estimates import LinearRatio
 from bvpo_stats.statistics.moments import Grouping
 
 TAUS = (1.0, 1 / 8, 1 / 128)
-_EXAMPLES_AT_ONCE = 20_000
+_PAIRS_AT_ONCE = 1_600_000
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,28 @@ def v_statistics(summary: MomentSummary) -> MomentSummary:
     return replace(summary, U=(summary.U * (n - 1) + summary.M) / n)
 
 
-def summaries(sets: TraceSets, cell: Cell, replicates: int, seed: int) -> Iterator[MomentSummary]:
-    """Replicate samples of a cell, some at a time to bound memory."""
+def samples(
+    sets: TraceSets, cell: Cell, replicates: int, seed: int
+) -> Iterator[tuple[MomentSummary, list[LinearRatio]]]:
+    """Replicate samples of a cell with alpha at `TAUS`, some at a time to bound memory."""
     entropy = [seed, *(round(1000 * x) for x in (cell.temperature, cell.drift, cell.beta))]
     rng = np.random.default_rng([*entropy, METHODS.index(cell.method), cell.n_prompts])
-    chunk = max(1, _EXAMPLES_AT_ONCE // cell.n_prompts)
+    chunk = max(1, _PAIRS_AT_ONCE // cell.n_prompts**2)
     for start in range(0, replicates, chunk):
         size = min(chunk, replicates - start)
-        summary = summary_of_arrays(sets.draw((size, cell.n_prompts), cell.method, rng), groups=cell.groups)
-        yield summary if cell.statistic == "U" else v_statistics(summary)
+        vectors = sets.draw((size, cell.n_prompts), cell.method, rng)
+        summary = summary_of_arrays(vectors, groups=cell.groups)
+        summary = summary if cell.statistic == "U" else v_statistics(summary)
+        if cell.groups == "auto":
+            yield summary, quick_ratios(vectors, TAUS, injected=cell.statistic == "V")
+        else:
+            yield summary, [LinearRatio.alpha(summary, tau) for tau in TAUS]
 
 
 def run_cell(sets: TraceSets, cell: Cell, replicates: int, seed: int = 0) -> CellResult:
     """Draws the replicates of a cell and makes every check on them."""
     started = time.perf_counter()
-    checks = acceptance(collect(summaries(sets, cell, replicates, seed), TAUS), sets.truth(cell.method))
+    checks = acceptance(collect(samples(sets, cell, replicates, seed), TAUS), sets.truth(cell.method))
     return CellResult(
         cell=cell,
         unbiased_by_construction=sets.unbiased(cell.method),

@@ -121,20 +121,26 @@ class Replicates:
     bias_ends: dict[str, tuple[Array, Array]]
 
 
-def collect(summaries: Iterable[MomentSummary], taus: Sequence[float], *, level: float = 0.95) -> Replicates:
-    """Estimates and intervals of every replicate, from chunks of summaries with a leading replicate axis."""
+def collect(
+    samples: Iterable[tuple[MomentSummary, Sequence[LinearRatio]]], taus: Sequence[float], *, level: float = 0.95
+) -> Replicates:
+    """Estimates and intervals of every replicate.
+
+    Args:
+        samples: Chunks of summaries with a leading replicate axis, and alpha at each of the taus.
+        taus: Noise scales.
+        level: Confidence level.
+    """
     sets: list[list[RatioSets]] = [[] for _ in taus]
     parts: list[Estimates] = []
     ends: dict[str, list[tuple[Array, Array]]] = {"bias_trace_sq": [], "bias_empty_sq": []}
-    size, influences, scales = 0, 0, np.array(taus)[:, None, None]
-    for summary in summaries:
+    size, influences = 0, 0
+    for summary, ratios in samples:
         size = summary.n_prompts
         influences = summary.n_groups if summary.prompts is None else size
         parts.append(estimates(summary).select(0))
-        found = LinearRatio.of(summary, lambda p: (p.P0 + scales * p.P1, p.Q0 + scales * p.Q1))
-        together = ratio_sets(found, level)
-        for k in range(len(taus)):
-            sets[k].append(RatioSets(**{name: value[k] for name, value in vars(together).items()}))
+        for found, ratio in zip(sets, ratios, strict=True):
+            found.append(ratio_sets(ratio, level))
         for name, combination in (("bias_trace_sq", BIAS_TRACE), ("bias_empty_sq", BIAS_EMPTY)):
             interval = squared_norm(summary, combination, level)
             ends[name].append((interval.low, interval.high))

@@ -8,13 +8,14 @@ outcome, with a probability) every U-statistic of a sample follows from inner pr
 n the vector of counts of the sample. The Gram matrices are formed once; a replicate never touches a gradient again.
 
 Populations too large to list (pairs of traces of an enumerable language model) have few *atoms* (scores) instead: use
-`isometric_coordinates` once to shorten the atoms, draw ``[R, N, rank]`` arrays, and call `summary_of_arrays` on them.
+`isometric_coordinates` once to shorten the atoms, draw ``[R, N, rank]`` arrays, and call `summary_of_arrays` on them,
+or `quick_ratios` where alpha is all that is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -24,7 +25,20 @@ from numpy.typing import NDArray
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.calibration import u_centred
-from bvpo_stats.statistics.moments import WHOLE, Array, GroupSums, MomentSummary, group_labels, summarise
+from bvpo_stats.statistics.estimates import LinearRatio
+from bvpo_stats.statistics.moments import (
+    WHOLE,
+    Array,
+    GroupSums,
+    MomentSummary,
+    group_labels,
+    jackknife_groups,
+    sketch,
+    sketch_width,
+    summarise,
+)
+
+Sample = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -173,3 +187,104 @@ def isometric_coordinates(
     left, singular, _ = np.linalg.svd(np.asarray(atoms, dtype=np.float64), full_matrices=False)
     keep = singular > tolerance * singular[0]
     return left[:, keep] * singular[keep]
+
+
+def quick_ratios(vectors: Sample, taus: Sequence[float], *, injected: bool = False) -> list[LinearRatio]:
+    """`LinearRatio.alpha` of `summary_of_arrays`, for one pair a prompt, in the few products that alpha has.
+
+    With h = t - e, mean products D and covariances C = D - U of the members,
+
+        B = U[h, m - e] - tau C[h, e],     A = U[h, h] + tau C[h, h].
+
+    Args:
+        vectors: t, e and m, ``[R, N, d]``.
+        taus: eta L / B.
+        injected: V-statistics in the place of U-statistics, without interactions; single prompts only.
+    """
+    origin = np.mean([x.mean(axis=-2, keepdims=True) for x in vectors.values()], axis=0)
+    e, m = (vectors[name] - origin for name in ("e", "m"))
+    h = vectors["t"] - vectors["e"]
+    n, d = h.shape[-2:]
+    groups = jackknife_groups(n, d, 3)
+    parts = {name: np.einsum("...nd,...nd->...n", h, x) for name, x in (("e", e), ("m", m), ("h", h))}
+    sizes, labels = np.ones(n), group_labels(range(n), groups)
+    alone: list[LinearRatio] | list[None] = [None] * len(taus)
+    if groups is not None:
+        if d > sketch_width(1):  # sketches are of the vectors themselves, about zero
+            raw = {name: np.einsum("...nd,...nd->...n", h, vectors[name]) for name in ("e", "m")} | {"h": parts["h"]}
+            alone = _weights(*(sketch(x, sketch_width(1)) for x in (h, vectors["e"], vectors["m"])), raw, sizes, taus)
+        else:
+            alone = _weights(h, e, m, parts, sizes, taus)
+        sizes = np.bincount(labels).astype(np.float64)
+        first = np.argsort(labels, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(sizes.astype(int))[:-1]])
+        h, e, m = (np.add.reduceat(x[..., first, :], starts, axis=-2) for x in (h, e, m))
+        parts_of = {name: np.add.reduceat(x[..., first], starts, axis=-1) for name, x in parts.items()}
+    else:
+        parts_of = parts
+    found = _weights(h, e, m, parts_of, sizes, taus, injected)
+    means = [x / sizes[:, None] for x in (h, e, m)]
+    grams = [np.matmul(means[0], np.swapaxes(x, -1, -2)) for x in means]
+    r_h, r_e, r_m = (_centred((x + np.swapaxes(x, -1, -2)) / 2) for x in grams)
+    norms = parts["h"]
+    return [
+        replace(
+            ratio,
+            group_sizes=np.broadcast_to(sizes, (len(h), len(sizes))),
+            interactions=(r_m - (1 - tau) * r_e, (1 - tau) * r_h),
+            alone=single,
+            norms=norms,
+        )
+        for ratio, single, tau in zip(found, alone, taus, strict=True)
+    ]
+
+
+def _weights(
+    h: Array,
+    e: Array,
+    m: Array,
+    parts: Sample,
+    sizes: Array,
+    taus: Sequence[float],
+    injected: bool = False,
+) -> list[LinearRatio]:
+    """B and A with every group left out, from sums of the groups, ``[R, G, d]``, and their parts of D, ``[R, G]``."""
+    n = sizes.sum()
+    left = np.concatenate([[n], n - sizes])
+    total = h.sum(axis=-2)
+    U, D = {}, {}
+    for name, x in (("e", e), ("m", m), ("h", h)):
+        whole = x.sum(axis=-2)
+        crossed = np.matmul(h, whole[..., None])[..., 0] + np.matmul(x, total[..., None])[..., 0]
+        own = np.einsum("...nd,...nd->...n", h, x)
+        both = np.einsum("...d,...d->...", total, whole)[..., None]
+        products = np.concatenate([both, both - crossed + own], axis=-1)
+        each = parts[name].sum(axis=-1, keepdims=True)
+        diagonal = np.concatenate([each, each - parts[name]], axis=-1)
+        alone = np.concatenate([own.sum(axis=-1, keepdims=True), own.sum(axis=-1, keepdims=True) - own], axis=-1)
+        within = alone if (sizes == 1).all() else diagonal  # of sketches, their own
+        D[name], U[name] = diagonal / left, (products - within) / (left * (left - 1))
+        if injected:
+            U[name] = products / left**2
+    return [
+        LinearRatio(
+            U["m"] - U["e"] - tau * (D["e"] - U["e"]),
+            U["h"] + tau * (D["h"] - U["h"]),
+            np.broadcast_to(sizes, (len(h), len(sizes))),
+        )
+        for tau in taus
+    ]
+
+
+def _centred(products: Array) -> Array:
+    """U-centred matrices with a zero diagonal (`bvpo_stats.statistics.calibration.u_centred`)."""
+    n = products.shape[-1]
+    each = np.arange(n)
+    products = products.copy()
+    products[..., each, each] = 0
+    rows = products.sum(axis=-1)
+    own = rows / (n - 2) - rows.sum(axis=-1, keepdims=True) / (2 * (n - 1) * (n - 2))
+    products -= own[..., :, None]
+    products -= own[..., None, :]
+    products[..., each, each] = 0
+    return products

@@ -16,18 +16,18 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize
 
-from bvpo_stats.lab.acceptance.cells import TAUS, v_statistics
+from bvpo_stats.lab.acceptance.cells import TAUS
+from bvpo_stats.lab.acceptance.replicates import Sample, quick_ratios
 from bvpo_stats.statistics.calibration import Mask
 from bvpo_stats.statistics.estimates import LinearRatio
 from bvpo_stats.statistics.intervals import BOUNDED, RatioTest, Tails, ratio_sets, t_quantile
-from bvpo_stats.statistics.moments import Array, MomentSummary, summary_of_arrays
+from bvpo_stats.statistics.moments import MOST_SINGLE_PROMPTS, Array, summary_of_arrays
 
 FLOOR = 0.92
 """Least coverage of the intervals that are given."""
 COUNTED = 0.1
 """Share of samples with an interval from which a cell is judged by them alone; below, the chance of being misled is."""
-_NUMBERS_AT_ONCE = 3_000_000
-Sample = dict[str, Array]
+_NUMBERS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,14 @@ class Design:
             rows = 3 * n
             noise = np.zeros((*shape[:-1], rows, rows + 3))
             noise[..., :3] = rng.normal(size=(*shape[:-1], rows, 3))
-            below = np.tril_indices(rows, -1)
-            noise[..., below[0], below[1] + 3] = rng.normal(size=(*shape[:-1], len(below[0])))
+            below = np.tri(rows, k=-1, dtype=bool)
+            normal = rng.standard_normal((math.prod(shape[:-1]), int(below.sum())), dtype=np.float32)
+            noise[..., 3:][..., below] = normal.reshape(*shape[:-1], -1)
             each = np.arange(rows)
             noise[..., each, each + 3] = np.sqrt(rng.chisquare(d - 3 - each, size=(*shape[:-1], rows)))
             noise = np.moveaxis(noise.reshape(*shape, 3, rows + 3), -2, 0) / math.sqrt(d)
         else:
-            noise = rng.normal(size=(3, *shape, d)) * np.sqrt(self.variances)
+            noise = rng.standard_normal((3, *shape, d), dtype=np.float32) * np.sqrt(self.variances)
         if self.scale == "log-normal":
             s = np.exp(self.spread * rng.normal(size=(*shape, 1)))
         elif self.scale == "student":
@@ -222,20 +223,24 @@ def populations(seed: int) -> list[WeightPopulation]:
     return found
 
 
-def samples(population: WeightPopulation, n_prompts: int, replicates: int, seed: int) -> Iterator[MomentSummary]:
-    """Moments of fresh samples, with the jackknife that the command uses; some at a time, one at a time with pairs."""
+def samples(
+    population: WeightPopulation, n_prompts: int, replicates: int, seed: int, *, injected: bool = False
+) -> Iterator[list[LinearRatio]]:
+    """Ratios of alpha at `TAUS` of fresh samples, by the jackknife that the command uses; some samples at a time."""
     rng = np.random.default_rng([seed, 2, n_prompts, *population.name.encode()])
     width = population.draw(np.random.default_rng(0), (1, n_prompts))["t"].shape[-1]
-    some = max(1, _NUMBERS_AT_ONCE // (n_prompts * max(width, n_prompts)))
+    pairs = min(n_prompts, MOST_SINGLE_PROMPTS)
+    some = max(1, _NUMBERS_AT_ONCE // (n_prompts * max(width, pairs)))
     for start in range(0, replicates, some):
         vectors = population.draw(rng, (min(some, replicates - start), n_prompts))
         if not population.pairs:
-            yield summary_of_arrays(vectors)
+            yield quick_ratios(vectors, TAUS, injected=injected)
             continue
         for r in range(len(vectors["t"])):
             kept = np.arange(8) < rng.integers(1, 9, size=(n_prompts, 1))
             prompts = np.repeat(np.arange(n_prompts), kept.sum(axis=1)).tolist()
-            yield summary_of_arrays({name: x[r][kept] for name, x in vectors.items()}, clusters=prompts)
+            summary = summary_of_arrays({name: x[r][kept] for name, x in vectors.items()}, clusters=prompts)
+            yield [LinearRatio.alpha(summary, tau) for tau in TAUS]
 
 
 @dataclass(frozen=True)
@@ -282,12 +287,10 @@ def coverage(
     """Coverage at each of `TAUS`; ``injected`` puts V-statistics in the place of U-statistics."""
     columns: list[list[tuple[Array, ...]]] = [[] for _ in TAUS]
     widths: list[list[float]] = [[] for _ in TAUS]
-    for found in samples(population, n_prompts, replicates, seed):
-        summary = v_statistics(found) if injected else found
-        for k, tau in enumerate(TAUS):
-            ratio = LinearRatio.alpha(summary, tau)
+    for found in samples(population, n_prompts, replicates, seed, injected=injected):
+        for k, ratio in enumerate(found):
             tails = Tails.of(ratio)
-            test = RatioTest.of(ratio, t_quantile(0.95, summary.n_groups), tails.widening())
+            test = RatioTest.of(ratio, t_quantile(0.95, ratio.group_sizes.shape[-1]), tails.widening())
             shape = np.shape(tails.n_eff)
             truth, far = np.full(shape, population.truth[k]), np.full((2, *shape), 1e6)
             far[0] *= -1
