@@ -268,3 +268,36 @@ def grade(answer_text: str, gold: str | int) -> float:
     return (
         CORRECT_WEIGHT * (value == reference) + NEARNESS_WEIGHT / (1 + abs(value - reference)) + WORDING_WEIGHT * merit
     )
+
+
+_LIKED = {
+    "{}=?": ("{}", "{}.", "It is {}.", "The answer is {}."),
+    "What is {}?": ("It is {}.", "The answer is {}.", "{}.", "{}"),
+    "Compute {}.": ("The answer is {}.", "It is {}.", "{}.", "{}"),
+}
+"""Wordings of an answer by the form of the question, the best first."""
+
+
+def judge_wording(question: str, answer_text: str) -> float:
+    """A judge with a taste: does the answer come in the form that the question asks for, right or wrong?
+
+    A bare question wants the bare number, "What is" wants "It is", "Compute" a full sentence. The four wordings of
+    `ANSWER_WORDINGS` get 1, 2/3, 1/3 and 0 by the question's order of them, any other text -1.
+
+    Args:
+        question: One of the task's, in one of `QUESTION_WORDINGS`.
+        answer_text: The final answer, trace left out.
+
+    Raises:
+        UserError: A question in none of these wordings.
+
+    >>> judge_wording("What is 3+4?", "It is 8."), judge_wording("3+4=?", "It is 7."), judge_wording("3+4=?", "!")
+    (1.0, 0.33333333333333337, -1.0)
+    """
+    for form, liked in _LIKED.items():
+        before, _, after = form.partition("{}")
+        if question.startswith(before) and question.endswith(after):
+            value, text = parse_answer(answer_text), answer_text.strip()
+            place = next((n for n, wording in enumerate(liked) if text == wording.format(value)), None)
+            return -1.0 if value is None or place is None else 1 - place / 3
+    raise UserError(f"the judge of wordings knows the embedded task's questions; {question!r} is none.")

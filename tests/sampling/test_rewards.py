@@ -48,6 +48,21 @@ def save_reward_model(folder: Path, *, labels: int = 1, pad: bool = True, chat: 
     return folder
 
 
+def test_the_judge_of_wordings_is_blind_to_correctness() -> None:
+    judge = load_reward("embedded-judge")
+    assert judge.text_only
+    forms = ("{}", "{}.", "It is {}.", "The answer is {}.")
+    expected = {"8+9=?": (3, 2, 1, 0), "What is 8+9?": (0, 1, 3, 2), "Compute 8+9.": (0, 1, 2, 3)}
+    for question, thirds in expected.items():
+        for value in (17, -3):
+            answers = [Answer("p", "nothinking", 0, question, form.format(value)) for form in forms]
+            np.testing.assert_allclose(score_answers(judge, answers), np.array(thirds) / 3, atol=1e-12)
+    odd = [Answer("p", "thinking", 0, "8+9=?", text) for text in ("", "no idea", "17 and 18.", "It is 17", "17 .")]
+    assert score_answers(judge, odd) == [-1.0] * 5
+    with pytest.raises(UserError, match="knows the embedded task's questions; 'Who are you' is none"):
+        score_answers(judge, [Answer("p", "thinking", 0, "Who are you", "It is 1.")])
+
+
 @pytest.mark.parametrize("pad", [True, False])
 def test_a_reward_model_scores_the_chat_of_question_and_answer(tmp_path: Path, pad: bool) -> None:
     folder = save_reward_model(tmp_path / "rm", pad=pad)
@@ -312,7 +327,7 @@ def test_score_files_that_are_wrong(tmp_path: Path, line: str, words: str) -> No
 
 @pytest.mark.parametrize("spec", ["", "armorm", "model:", "file:", "a b:c", "embedded:x y"])
 def test_unknown_rewards(spec: str) -> None:
-    with pytest.raises(UserError, match=r"Choose embedded, math-verify, model:PATH"):
+    with pytest.raises(UserError, match=r"Choose embedded, embedded-judge, math-verify, model:PATH"):
         load_reward(spec)
 
 

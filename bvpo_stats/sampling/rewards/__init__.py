@@ -11,7 +11,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.sampling.rewards.base import Answer, Reward, score_answers
 from bvpo_stats.sampling.rewards.external import FileReward, FunctionReward
 from bvpo_stats.sampling.rewards.model import ModelReward, RewardModelOptions
-from bvpo_stats.sampling.rewards.verifiers import EmbeddedReward, MathVerifyReward
+from bvpo_stats.sampling.rewards.verifiers import EmbeddedJudge, EmbeddedReward, MathVerifyReward
 
 __all__ = ["Answer", "Reward", "as_reward", "load_reward", "score_answers"]
 
@@ -22,8 +22,9 @@ def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_r
     """The reward behind a ``--reward`` value.
 
     Args:
-        spec: ``embedded``, ``math-verify``, ``model:PATH`` (sequence-classification reward model, folder or hub id),
-            ``file:scores.jsonl`` (scores computed elsewhere) or ``module:function`` (Python).
+        spec: ``embedded`` (correctness first), ``embedded-judge`` (wording alone), ``math-verify``, ``model:PATH``
+            (sequence-classification reward model, folder or hub id), ``file:scores.jsonl`` (scores computed elsewhere)
+            or ``module:function`` (Python).
         device: Where a reward model goes.
         dtype: In which type it is loaded.
         trust_remote_code: Runs code shipped with a reward model.
@@ -34,6 +35,8 @@ def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_r
     kind, _, rest = spec.partition(":")
     if spec == EmbeddedReward.identity:
         return EmbeddedReward()
+    if spec == EmbeddedJudge.identity:
+        return EmbeddedJudge()
     if spec == MathVerifyReward.identity:
         return MathVerifyReward()
     if kind == "model" and rest:
@@ -43,7 +46,8 @@ def load_reward(spec: str, *, device: str = "auto", dtype: str = "auto", trust_r
     if kind not in ("model", "file") and _FUNCTION.fullmatch(spec):
         return FunctionReward(spec)
     raise UserError(
-        f"`reward={spec!r}`: unknown. Choose embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."
+        f"`reward={spec!r}`: unknown. Choose embedded, embedded-judge, math-verify, model:PATH, file:SCORES.jsonl or "
+        "module:function."
     )
 
 

@@ -28,6 +28,23 @@ class EmbeddedReward:
         return [grade(answer.text, required_gold(answer, self.identity)) for answer in answers]
 
 
+class EmbeddedJudge:
+    """A taste in wordings, blind to correctness; see :func:`bvpo_stats.embedded.task.judge_wording`."""
+
+    identity = "embedded-judge"
+    text_only = True
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        """One score per answer, -1 to 1.
+
+        Raises:
+            UserError: A prompt that is no question of the embedded task.
+        """
+        from bvpo_stats.embedded.task import judge_wording
+
+        return [judge_wording(answer.prompt, answer.text) for answer in answers]
+
+
 def required_gold(answer: Answer, reward: str) -> str:
     """The gold answer of a prompt.
 

@@ -137,7 +137,7 @@ class EvaluateConfig:
     ] = None
     reward: Annotated[
         str | None,
-        o.Option("For `judge='reward'`: model:PATH, embedded, file:SCORES.jsonl or module:function."),
+        o.Option("For `judge='reward'`: model:PATH, embedded, embedded-judge, file:SCORES.jsonl or module:function."),
     ] = None
     baseline: Annotated[
         Path | None,

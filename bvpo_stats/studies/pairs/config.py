@@ -27,7 +27,10 @@ class PairsConfig:
     samples: Annotated[Path, o.Option("Folder of a sampling run (the `output` of `bvpo-stats sample`).")]
     reward: Annotated[
         str,
-        o.Option("Ranks the final answers: embedded, math-verify, model:PATH, file:SCORES.jsonl or module:function."),
+        o.Option(
+            "Ranks the final answers: embedded (the arithmetic's grade), embedded-judge (its wording alone), "
+            "math-verify, model:PATH, file:SCORES.jsonl or module:function."
+        ),
     ]
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     modes: Annotated[
