@@ -15,6 +15,8 @@ A cell (one training run and its answers) depends on its name alone, so any can 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -31,6 +33,7 @@ from jaxtyping import Float
 from measure import machine
 from scipy import stats
 
+from bvpo_stats.cli.main import main as cli
 from bvpo_stats.embedded.task import generate_prompts, parse_answer
 from bvpo_stats.records import MODES, Completion, Mode, Prompt
 from bvpo_stats.store.jsonl import write_atomic
@@ -165,7 +168,7 @@ class Workplace:
         prompts = self.prompts(cell.asked)
         policy = load_policy(PolicyOptions(adapter=None if adapter is None else str(adapter), device="cpu"))
         samples = sample(policy, prompts, DRAWS, temperature=0.6, seed=7)
-        drawn = {(c.prompt_id, c.mode, c.sample_index): c for c in samples.completions}
+        drawn = {(c.prompt_id, c.mode, c.sample_index): c for c in samples}
         judge = load_reward("embedded-judge")
 
         def measured(prompt: Prompt, completion: Completion) -> tuple[float, float, float]:
@@ -197,10 +200,12 @@ _STATISTICS = ("alpha/h_sq", "alpha/P1", "alpha/Q1", "alpha/eta_l")
 
 def command(*words: object) -> None:
     """``bvpo-stats`` with these words; the same folder again resumes."""
-    line = [sys.executable, "-m", "bvpo_stats.cli.main", *map(str, words)]
-    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(line)}: {done.stderr.strip().splitlines()[-1]}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli([str(word) for word in words])
+        except SystemExit as done:  # what was wrong stands on stderr
+            if done.code:
+                raise
 
 
 def searched(method: Method) -> list[Cell]:
