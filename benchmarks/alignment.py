@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bvpo_stats.cli.main import main as cli
 from jaxtyping import Float
 from measure import machine
 from scipy import stats
 
-from bvpo_stats.cli.main import main as cli
 from bvpo_stats.embedded.task import generate_prompts, parse_answer
 from bvpo_stats.records import MODES, Completion, Mode, Prompt
 from bvpo_stats.store.jsonl import write_atomic
