@@ -218,7 +218,7 @@ class RatioSets:
         return low, high, bounded & ((low > 0) | (high < 1))
 
 
-def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: float) -> RatioSets:
+def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: Array | float) -> RatioSets:
     """Fieller's set ``{a : (B - a A)^2 <= q^2 (v_BB - 2 a v_AB + a^2 v_AA)}`` for the ratio B / A, ``E A >= 0``.
 
     It inverts a test of ``E B = a E A``, which needs no linearisation. Where A is not significantly above zero the set
@@ -229,7 +229,7 @@ def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: flo
         numerator: B, ``[...]``.
         denominator: A, ``[...]``.
         covariance: ``[..., 2, 2]`` of (B, A).
-        q: Quantile of the studentised difference.
+        q: Quantile of the studentised difference, ``[...]`` or one for all.
     """
     v_bb, v_ab, v_aa = (q**2 * covariance[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
     c2 = denominator**2 - v_aa
@@ -277,12 +277,26 @@ class Tails:
             estimate = ratio.numerator[..., 0] / ratio.denominator[..., 0]
             values = np.stack(np.broadcast_arrays(alone.numerator, alone.denominator), axis=-2)
             b, a = np.moveaxis(jackknife_influences(values, alone.group_sizes), -2, 0)
+        return cls.of_influences(b, a, estimate, b.shape[-1], ratio.norms)
+
+    @classmethod
+    def of_influences(cls, b: Array, a: Array, estimate: Array, count: int, norms: Array | None = None) -> Tails:
+        """Of the influences ``[..., P]`` on B and A.
+
+        Args:
+            b: On B.
+            a: On A.
+            estimate: B / A, ``[...]``.
+            count: Prompts (steps, groups), in effect: P, or fewer where some are meant to weigh less.
+            norms: Sizes of the prompts' gradients.
+        """
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             psi = b - estimate[..., None] * a
             scale = np.abs(b).max(axis=-1, keepdims=True) + np.abs(estimate[..., None] * a).max(axis=-1, keepdims=True)
             psi = np.where(np.abs(psi) <= 1e-12 * scale, 0.0, psi)  # B and A in a fixed ratio leave rounding
         n_eff, largest = effective_number(psi**2)
-        slope = np.zeros(np.shape(n_eff)) if ratio.norms is None else size_slope(psi, ratio.norms)
-        return cls(n_eff, largest, slope, psi.shape[-1])
+        slope = np.zeros(np.shape(n_eff)) if norms is None else size_slope(psi, norms)
+        return cls(n_eff, largest, slope, count)
 
     def widening(self, growth: Array | float = 1.0) -> Array:
         """Factor of the quantile, for so many times the prompts."""

@@ -22,7 +22,7 @@ from bvpo_stats.training import (
     make_controller,
 )
 from bvpo_stats.training.alpha import RULES, AlphaStream, Lag, StepMeans
-from bvpo_stats.training.alpha.lagged import ProductAverages
+from bvpo_stats.training.alpha.lagged import KEPT_STEPS, ProductAverages
 from bvpo_stats.training.alpha.rules.base import Parts, Seen
 
 D, B = 6, 8
@@ -130,6 +130,38 @@ def test_noise_moves_alpha_a_little_and_signal_all_the_way() -> None:
         inside = (decision.estimate > 0) & (decision.estimate < 1)
         moved = np.median((decision.alpha[inside] - 0.5) / (decision.estimate[inside] - 0.5))
         assert least < moved <= most + 1e-9, moved
+
+
+def test_influences_of_steps_are_the_spread_that_the_covariance_has() -> None:
+    averages = stream(np.random.default_rng(12), 40).controller.averages
+    share = averages.squares[3, 3] / averages.weights[3] ** 2
+    psi = averages.influences
+    assert psi.shape == (40, 6)
+    np.testing.assert_allclose(psi.T @ psi / (1 - share), averages.covariance(1.0), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(psi.sum(axis=0), 0, atol=1e-12)
+    long = stream(np.random.default_rng(12), KEPT_STEPS + 5).controller.averages
+    assert long.influences.shape == (KEPT_STEPS, 6)
+    assert json.loads(json.dumps(long.to_state()))["recent"] == long.recent.tolist()
+
+
+def test_too_few_effective_steps_give_no_interval() -> None:
+    """The same refusal as of single prompts: one loud step, or only three steps."""
+    running = stream(np.random.default_rng(13), 60)
+    decision = running.controller.decision
+    assert decision.n_eff > 8
+    assert decision.largest < 0.3
+    assert 0 < decision.low < decision.high < 1
+    t, e = means(np.random.default_rng(14))
+    running.observe(StepMeans(60, B, 400 * (t - e), 400 * e), None, 1.0, progress=1.0)
+    loud = running.controller.decision
+    assert loud.n_eff < 4 < decision.n_eff
+    assert loud.largest > 0.5 > decision.largest
+    assert (loud.low, loud.high) == (0.0, 1.0)
+    assert running.controller.record.n_eff == pytest.approx(float(loud.n_eff))
+    early = stream(np.random.default_rng(13), 4).controller.decision
+    assert early.known
+    assert early.n_eff < 4
+    assert (early.low, early.high) == (0.0, 1.0)
 
 
 def test_metric_weighs_the_products() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bvpo_stats.statistics.intervals import FEWEST
 from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, counted, number
 
 _METHODS = {"dpo": "DPO on D_t", "simpo": "SimPO on D_t", "bvpo": "BVPO"}
@@ -130,11 +133,11 @@ class TrainReport(Report):
         words += f"{number(peak['eta_l'])})"
         if known:
             what = "estimated start" if rule == "rising" else "estimate"
-            words += f": {what} {number(peak['estimate'])}, {alpha['level']:.0%} interval {number(peak['low'])} to "
             unbiased = (
                 "" if peak["bias_prompts"] else " if the trace gradient's bias is 0, at which no trace bank looked"
             )
-            words += f"{number(peak['high'])}{unbiased}, from {int(peak['prompts'])} prompts"
+            words += f": {what} {number(peak['estimate'])}, {_interval(peak, alpha['level'])}{unbiased}, "
+            words += f"from {int(peak['prompts'])} prompts"
         return Finding(f"{words}; it ended at {number(alpha['trajectory'][-1]['alpha'])}.")
 
     def _same_pairs(self) -> ResultTable:
@@ -166,14 +169,18 @@ class TrainReport(Report):
                 "start" if update["step"] < 0 else str(update["step"] + 1),
                 number(update["alpha"]),
                 number(update["estimate"]),
-                "-" if update["low"] is None else f"{number(update['low'])} to {number(update['high'])}",
+                "-"
+                if update["low"] is None or _few(update)
+                else f"{number(update['low'])} to {number(update['high'])}",
+                "-" if update.get("n_eff") is None else f"{update['n_eff']:.1f} ({update['largest']:.0%})",
                 number(update["eta_l"]),
                 update["why"],
             )
             for update in shown
         )
-        head = ("After step", "alpha", "Estimate", f"{alpha['level']:.0%} interval", "eta L", "Rule")
-        return ResultTable("alpha along the way", head, rows, text_columns=(5,))
+        interval = f"{alpha['level']:.0%} interval"
+        head = ("After step", "alpha", "Estimate", interval, "Effective steps (largest)", "eta L", "Rule")
+        return ResultTable("alpha along the way", head, rows, text_columns=(6,))
 
     def _notes(self) -> list[str]:
         loss = ", ".join(f"{name} {value}" for name, value in self.loss.items())
@@ -210,3 +217,22 @@ class TrainReport(Report):
         if prompts["unmatched"]:
             lines.append(f"{prompts['unmatched']} prompts were set aside: only one of D_t and D_e has them.")
         return lines
+
+
+def _few(point: Mapping[str, Any]) -> bool:
+    """Whether too few steps rule the estimate for an interval."""
+    n_eff = point.get("n_eff")
+    return n_eff is not None and n_eff < FEWEST
+
+
+def _ends(point: Mapping[str, Any]) -> str:
+    if point["low"] is None or _few(point):
+        return "-"
+    return f"{number(point['low'])} to {number(point['high'])}"
+
+
+def _interval(point: Mapping[str, Any], level: float) -> str:
+    """Interval of the estimate, or why there is none."""
+    if _few(point):
+        return f"not identified ({math.floor(10 * point['n_eff']) / 10:g} effective steps)"
+    return f"{level:.0%} interval {_ends(point)}"

@@ -267,6 +267,8 @@ def _alpha(trainer: BVPOTrainer, history: list[dict[str, Any]]) -> dict[str, Any
                 "alpha": entry["alpha"],
                 "estimate": entry.get("alpha/estimate"),
                 "low": entry.get("alpha/low"),
+                "n_eff": entry.get("alpha/n_eff"),
+                "largest": entry.get("alpha/largest"),
                 "high": entry.get("alpha/high"),
                 "eta_l": entry.get("alpha/eta_l"),
                 "prompts": entry.get("alpha/prompts"),

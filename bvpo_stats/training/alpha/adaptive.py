@@ -124,6 +124,7 @@ class AdaptiveController:
             prior=self.options.prior,
             alpha=self.decision.alpha,
             latest=np.concatenate([products.within, products.lagged], axis=-1) if lagged and products else None,
+            influences=averages.influences,
         )
         return self.rule.decide(seen, self.options.level)
 
@@ -147,6 +148,8 @@ class AdaptiveController:
             low=_number(decision.low),
             high=_number(decision.high),
             level=self.options.level,
+            n_eff=_number(decision.n_eff),
+            largest=_number(decision.largest),
             **numbers,
             batch_size=seen.batch_size,
             eta_l=float(seen.eta_l),

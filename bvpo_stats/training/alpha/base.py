@@ -128,6 +128,8 @@ class AlphaRecord:
         low: Lower end of its confidence interval, clipped to [0, 1].
         high: Upper end.
         level: Level of that interval.
+        n_eff: Effective steps behind the estimate; below 4 the interval is all of [0, 1].
+        largest: The largest step's share of its variance.
         h_sq: ``norm(E g_t - E g_e)^2`` in the optimizer's metric, as all that follow.
         e_h: ``E g_e . h``.
         P1: ``tr(Sigma_e - Sigma_te)`` of single examples.
@@ -147,6 +149,8 @@ class AlphaRecord:
     low: float | None = None
     high: float | None = None
     level: float | None = None
+    n_eff: float | None = None
+    largest: float | None = None
     h_sq: float | None = None
     e_h: float | None = None
     P1: float | None = None

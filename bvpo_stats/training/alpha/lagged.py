@@ -33,6 +33,9 @@ from bvpo_stats.statistics.moments import Array
 DECAY = 0.98
 """What averages over steps keep from one step to the next."""
 
+KEPT_STEPS = 200
+"""Steps whose own products are kept, to see how few rule an average: older ones weigh less than 2% each."""
+
 WITHIN, LAGGED = ("hh", "eh", "ee"), ("lag_hh", "lag_eh", "lag_ee")
 
 
@@ -144,6 +147,8 @@ class ProductAverages:
         squares: ``[6, 6]``, sums of u u'.
         steps: Sum of the weights of steps, for the mean batch.
         products: Steps with lagged products so far.
+        recent: ``[..., K, 6]``, products of the last K steps, at most `KEPT_STEPS`.
+        recent_weights: ``[K, 6]``, their weights when they came.
     """
 
     weights: Array
@@ -153,6 +158,8 @@ class ProductAverages:
     squares: Array
     steps: float = 0.0
     products: int = 0
+    recent: Array | None = None
+    recent_weights: Array | None = None
 
     @classmethod
     def empty(cls, shape: tuple[int, ...] = ()) -> ProductAverages:
@@ -165,7 +172,12 @@ class ProductAverages:
         """One more step."""
         within, lagged = step.prompts, step.prompts * step.behind
         u = np.array([within] * 3 + [lagged] * 3)
-        y = np.concatenate([step.within, step.lagged], axis=-1) * u
+        products = np.concatenate([step.within, step.lagged], axis=-1)
+        y = products * u
+        recent, weights = products[..., None, :], u[None]
+        if self.recent is not None and self.recent_weights is not None:
+            recent = np.concatenate([self.recent, recent], axis=-2)[..., -KEPT_STEPS:, :]
+            weights = np.concatenate([self.recent_weights, weights])[-KEPT_STEPS:]
         return ProductAverages(
             DECAY * self.weights + u,
             DECAY * self.sums + y,
@@ -174,7 +186,18 @@ class ProductAverages:
             DECAY**2 * self.squares + u[:, None] * u,
             DECAY * self.steps + 1.0,
             self.products + (step.behind > 0),
+            recent,
+            weights,
         )
+
+    @property
+    def influences(self) -> Array | None:
+        """Of the last K steps on `mean`, ``[..., K, 6]``: ``u_k (y_k - y) / U``; None where nothing was seen."""
+        if self.recent is None or self.recent_weights is None:
+            return None
+        age = np.arange(len(self.recent_weights))[::-1, None]
+        share = DECAY**age * self.recent_weights / np.where(self.weights > 0, self.weights, 1.0)
+        return np.asarray(share * (self.recent - self.mean[..., None, :]))
 
     @property
     def batch(self) -> float:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from scipy import stats
 
-from bvpo_stats.statistics.intervals import fieller_sets
+from bvpo_stats.statistics.intervals import Tails, fieller_sets
 from bvpo_stats.statistics.moments import Array
 
 SPREAD = 0.25
@@ -73,6 +73,7 @@ class Seen:
         prior: alpha before anything is known.
         alpha: The alpha of the step just done, ``[...]``.
         latest: ``[..., 6]``, products of the step just done; None where it had no lagged ones.
+        influences: ``[..., K, 6]``, of the last steps on the first six statistics; None where they are not known.
     """
 
     statistics: Array
@@ -87,6 +88,7 @@ class Seen:
     prior: float
     alpha: Array
     latest: Array | None
+    influences: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Decision:
         low: Lower end of its interval, clipped to [0, 1].
         high: Upper end.
         known: Whether anything was estimated.
+        n_eff: Effective steps behind the estimate, as effective prompts are of `bvpo_stats.statistics.intervals`.
+        largest: The largest step's share of its variance.
     """
 
     alpha: Array
@@ -106,6 +110,8 @@ class Decision:
     low: Array | None = None
     high: Array | None = None
     known: bool = True
+    n_eff: Array | None = None
+    largest: Array | None = None
 
 
 @runtime_checkable
@@ -133,6 +139,11 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
 
     so a noisy estimate moves alpha a little and a sharp one all the way: there is no threshold. norm(h)^2 is not let
     below 0 in A. v is that of few steps too often, so it grows by (n + 1) / (n - 1) with n the effective steps.
+
+    The set is that of every other alpha (`bvpo_stats.statistics.intervals`) with steps in the place of prompts: wider
+    for tails, and no interval where fewer than four effective steps rule. What it lacks: the corrections for
+    interactions and skewness, which need single prompts, and the refusal by their sizes. Instead the spread of the
+    lagged products, which share an average, is taken `SHARED_AT_MOST` times.
     """
     if seen.products < MIN_PRODUCTS:
         return Decision(np.full(np.shape(seen.alpha), prior), known=False)
@@ -159,6 +170,25 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         moved = d * SPREAD**2 * A / (SPREAD**2 * A**2 + np.maximum(v, 0.0))
         alpha = np.where((A > 0) & np.isfinite(moved), np.clip(prior + moved, 0.0, 1.0), prior)
-    sets = fieller_sets(numerator, denominator, widest, float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0))))
-    low, high, _ = sets.clipped()
-    return Decision(alpha, np.asarray(sets.ratio), low, high)
+    q: Array = np.asarray(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0)))
+    if seen.influences is None:
+        low, high, _ = fieller_sets(numerator, denominator, widest, q).clipped()
+        return Decision(alpha, _ratio(numerator, denominator), low, high)
+    psi = np.einsum("...kp,...pq->...kq", seen.influences, slopes[..., :6, :])
+    tails = Tails.of_influences(psi[..., 0], psi[..., 1], _ratio(numerator, denominator), round(n))
+    low, high, _ = fieller_sets(numerator, denominator, widest, q * tails.widening()).clipped()
+    enough = tails.enough()
+    low, high = np.where(enough, low, 0.0), np.where(enough, high, 1.0)
+    return Decision(
+        alpha,
+        _ratio(numerator, denominator),
+        low,
+        high,
+        n_eff=np.asarray(tails.n_eff),
+        largest=np.asarray(tails.largest),
+    )
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(numerator / denominator)

@@ -41,7 +41,7 @@ class Rising:
         start, progress = SHARE * direction.alpha, min(max(seen.progress or 0.0, 0.0), 1.0)
         alpha = start + (1 - start) * progress
         estimate, low, high = map(_start_of, (direction.estimate, direction.low, direction.high))
-        return Decision(alpha, estimate, low, high, direction.known)
+        return Decision(alpha, estimate, low, high, direction.known, direction.n_eff, direction.largest)
 
 
 def _start_of(direction: Array | None) -> Array | None:
