@@ -111,10 +111,11 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
     from bvpo_stats.gradients import engine, reference, stream
     from bvpo_stats.gradients.options import StreamOptions
+    from bvpo_stats.gradients.moments import DeviceMoments
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star.config import AlphaInputs
-    from bvpo_stats.studies.alpha_star.run import PassState, alpha_star, load_examples, prepare_subset
+    from bvpo_stats.studies.alpha_star.run import alpha_star, load_examples, prepare_subset
 
     torch.set_num_threads(1)
     inputs = AlphaInputs(limit=prompts)
@@ -131,15 +132,16 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
                             (reference, "completion_logprobs")):  # fmt: skip
         watch.watch(owner, function, "model")
     watch.watch(Tape, "_emit", "combining")
-    watch.watch(PassState, "add", "moments")
-    kept: list[PassState] = []
-    add = PassState.add
+    for function in ("add", "reduce"):
+        watch.watch(DeviceMoments, function, "moments")
+    kept: list[DeviceMoments] = []
+    add = DeviceMoments.add
 
-    def keep(self: PassState, *arguments: Any) -> PassState:
-        kept[:] = [add(self, *arguments)]
-        return kept[0]
+    def keep(self: DeviceMoments, *arguments: Any) -> None:
+        kept[:] = [self]
+        add(self, *arguments)
 
-    PassState.add = keep  # type: ignore[method-assign]
+    DeviceMoments.add = keep  # type: ignore[method-assign]
     scores = engine.score_pass
 
     def counted(model: Any, theta: Any, batch: Any, *arguments: Any) -> Any:
@@ -152,13 +154,12 @@ def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     loading, before = time.process_time(), _peak_resident()
     report = alpha_star(policy, pairs, traces=traces, subset=subset, groups=GROUPS, stream=stream_options)
     seconds, growth = time.process_time() - loading, _peak_resident() - before
-    spent, state = watch.seconds, kept[0]
-    vectors = (2 if drift == 0 else 3) * GROUPS + (0 if drift == 0 else 2 * 5)
-    held = [moments.nbytes for moments in (state.moments, state.halves) if moments is not None]
+    spent, plan = watch.seconds, kept[0].plan
+    closed = len(plan.cells) * len(plan.rows) * plan.layout.size * plan.stored.itemsize
     model = spent["model"] - spent["combining"]
     return Case(name, report.n_prompts, budget, *count, report.marginal.method, seconds, model, spent["combining"],
                 spent["moments"], seconds - spent["model"] - spent["moments"], loading, subset.size,
-                8 * vectors * subset.size, sum(held), growth)  # fmt: skip
+                closed, plan.open_bytes, growth)  # fmt: skip
 
 
 def _peak_resident() -> int:
@@ -175,7 +176,6 @@ def larger_model() -> dict[str, float]:
     one, two = (_layer_peak(layers, tokens) for layers in (1, 2))
     per_token = (two - one) / tokens
     budget = 16_384
-    vector = 8 * parameters
     return {
         "lora_parameters": parameters,
         "model_parameters": weights,
@@ -183,9 +183,6 @@ def larger_model() -> dict[str, float]:
         "activation_bytes_per_token_and_layer": per_token,
         "activations_gb_at_16384_tokens": per_token * LAYERS * budget / 1e9,
         "activations_gb_at_4096_tokens": per_token * LAYERS * 4096 / 1e9,
-        "moments_gb_with_traces": (3 * GROUPS + 10) * vector / 1e9,
-        "moments_gb_at_theta_ref": 2 * GROUPS * vector / 1e9,
-        "cpu_seconds_per_prompt_in_moments": _moment_seconds(parameters),
     }
 
 
@@ -202,17 +199,6 @@ def _layer_peak(layers: int, tokens: int) -> int:
     subset = lora_subset(model)
     batch = collate([TokenSequence((1,), tuple(2 + number % 60 for number in range(tokens - 1)))])
     return peak_bytes(lambda: score_pass(model, subset, batch, [lambda name, scores: None]))
-
-
-def _moment_seconds(parameters: int) -> float:
-    """CPU seconds to add one prompt's t, e and m to moments of that many parameters."""
-    from bvpo_stats.statistics.moments import Moments
-
-    vectors = {name: np.ones((1, parameters), dtype=np.float32) for name in ("t", "e", "m")}
-    moments = Moments.init(groups=2).update(vectors, ["a"]).update(vectors, ["b"])
-    begin = time.process_time()
-    moments.update(vectors, ["c"])
-    return time.process_time() - begin
 
 
 def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any]) -> str:
@@ -233,14 +219,15 @@ def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any
     lines += [
         "", f"Target: {TARGET:.0%} in forward and backward passes at 256 prompts; {'met' if met else 'MISSED'}. "
         f"Import, records and model take {cases[0].loading:.1f} s before.", "",
-        "| case | prompts | budget | d | moments by formula | moments held | growth of the peak |",
+        "| case | prompts | budget | d | closed groups | open group | growth of the peak |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for case in cases:
         sizes = " | ".join(f"{x / 1e6:.0f} MB" for x in (case.computed_bytes, case.moment_bytes, case.growth_bytes))
         lines.append(f"| {case.name} | {case.prompts} | {case.budget:,} | {case.parameters:,} | {sizes} |")
     lines += [
-        "", "By formula: 8 bytes x d x (3 G with traces, 2 G at theta_ref, and 10 for the half-split test), G = 20.",
+        "", "Closed groups: on disk, or here (from Python) in memory; d counts the A of LoRA, which has no gradient at theta_ref and "
+        "is not kept.",
         "", "## A 1.5B model on one GPU: computed, not measured", "",
         f"- theta, rank-{RANK} LoRA on all linear layers: {larger['lora_parameters']:,.0f} parameters.",
         f"- GPU: weights in bfloat16 {larger['weights_gb']:.1f} GB, activations "
@@ -248,10 +235,6 @@ def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any
         f"{larger['activations_gb_at_4096_tokens']:.1f} GB at 4,096 "
         f"({larger['activation_bytes_per_token_and_layer'] / 1e3:.0f} kB per token and layer, by the allocator's "
         "account of one such layer on this machine); less with gradient checkpointing.",
-        f"- Main memory: moments {larger['moments_gb_with_traces']:.1f} GB with traces, "
-        f"{larger['moments_gb_at_theta_ref']:.1f} GB at theta_ref, whatever the number of prompts, and at most 1 GB "
-        "for the gradients of one microbatch, some copies of it in float64 besides.",
-        f"- Adding a prompt to the moments takes {larger['cpu_seconds_per_prompt_in_moments']:.1f} CPU seconds.",
         "", "Setting: " + ", ".join(f"{key} {value}" for key, value in setting.items()) + ".", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Several processes on one study, as ``torchrun`` or ``accelerate launch`` start them; nothing at all in a single one.
 
-Only small or already reduced things travel (moments, a report), over gloo and CPU memory, so GPUs are left to the
-model.
+What travels (sums of a share of the coordinates, small matrices, a report) goes over gloo and CPU memory, so GPUs are
+left to the model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -46,6 +48,17 @@ class World:
         found: list[Any] | None = [None] * self.size if self.leads else None
         dist.gather_object(value, found, dst=0)
         return found or []
+
+    def sum_to(self, values: NDArray[Any], rank: int) -> NDArray[Any]:
+        """The sum over processes, at one of them; elsewhere what is returned means nothing."""
+        if self.size == 1:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(values)
+        dist.reduce(total, dst=rank)
+        return total.numpy()
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, everywhere."""

@@ -95,18 +95,23 @@ class BlockLayout:
 
 
 class BlockRows:
-    """A sink that adds up mixed scores by block, on the CPU: rows x parameters numbers of memory."""
+    """A sink that adds up mixed scores by block, on the model's device: rows x parameters numbers of memory."""
 
-    def __init__(self, layout: BlockLayout, rows: int) -> None:
+    def __init__(self, layout: BlockLayout, rows: int, device: torch.device | str = "cpu") -> None:
         self._layout = layout
-        self.blocks = {block: np.zeros((rows, size), dtype=layout.dtype) for block, size in layout.sizes.items()}
+        dtype = torch.float64 if layout.dtype is np.float64 else torch.float32
+        where = "cpu" if torch.device(device).type == "mps" else device  # which has no float64 for their products
+        self.blocks = {
+            block: torch.zeros((rows, size), dtype=dtype, device=where) for block, size in layout.sizes.items()
+        }
 
     def __call__(self, name: str, scores: Float[Tensor, "rows ..."]) -> None:
         """Adds one weight's rows."""
         block, offset, size = self._layout.places[name]
-        self.blocks[block][:, offset : offset + size] += scores.flatten(1).cpu().numpy()
+        rows = self.blocks[block]
+        rows[:, offset : offset + size] += scores.flatten(1).to(rows)
 
-    def take(self, rows: list[int]) -> dict[str, Float[np.ndarray, "rows parameters"]]:
+    def take(self, rows: list[int]) -> dict[str, Float[Tensor, "rows parameters"]]:
         """Some rows of every block; a view where they follow each other."""
         chosen = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
         return {block: values[chosen] for block, values in self.blocks.items()}

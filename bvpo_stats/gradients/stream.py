@@ -6,8 +6,9 @@ What is ever held is the model, one microbatch, and one vector for each gradient
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,31 @@ class GradientBatch:
     Attributes:
         prompt_ids: Prompt of each row.
         keys: Example of each row.
-        vectors: Member (``t``, ``e``; ``m`` unless the method needs none; ``m1``, ``m2`` on request) to parameter block
-            (decoder layer) to gradients ``[rows, parameters of the block]``.
-        trace2: Block to g_t on a second, independent trace draw, for all rows or (None) for none of them.
+        rows: Member (``t``, ``e``; ``m`` unless the method needs none; ``m1``, ``m2`` on request) to parameter block
+            (decoder layer) to gradients ``[rows, parameters of the block]``, on the model's device.
+        second: Block to g_t on a second, independent trace draw, for all rows or (None) for none of them.
         diagnostics: Trace weights of both sides of each row; empty where the method uses no bank.
     """
 
     prompt_ids: list[str]
     keys: list[str]
-    vectors: dict[str, dict[str, Float[np.ndarray, "rows parameters"]]]
-    trace2: dict[str, Float[np.ndarray, "rows parameters"]] | None
+    rows: dict[str, dict[str, Float[Tensor, "rows parameters"]]]
+    second: dict[str, Float[Tensor, "rows parameters"]] | None
     diagnostics: list[SideDiagnostics]
+
+    @cached_property
+    def vectors(self) -> dict[str, dict[str, Float[np.ndarray, "rows parameters"]]]:
+        """``rows`` as arrays in main memory."""
+        return {member: _arrays(blocks) for member, blocks in self.rows.items()}
+
+    @cached_property
+    def trace2(self) -> dict[str, Float[np.ndarray, "rows parameters"]] | None:
+        """``second`` likewise."""
+        return None if self.second is None else _arrays(self.second)
+
+
+def _arrays(blocks: Mapping[str, Tensor]) -> dict[str, Float[np.ndarray, "rows parameters"]]:
+    return {block: values.cpu().numpy() for block, values in blocks.items()}
 
 
 def gradient_batches(
@@ -73,12 +88,13 @@ def gradient_batches(
     subset: Subset,
     examples: Sequence[Example],
     options: StreamOptions,
-    done: frozenset[str] = frozenset(),
+    done: Collection[str] = frozenset(),
+    groups: Mapping[str, Hashable] | None = None,
 ) -> Iterator[GradientBatch]:
     """Streams the gradients of all examples, longest first; those of one prompt share a batch.
 
-    An example's gradients do not depend on the batch it is in, up to rounding. On the first batch captured scores are
-    compared with autograd.
+    An example's gradients do not depend on the batch it is in, up to rounding, and its batch not on what is done
+    already. On the first batch captured scores are compared with autograd.
 
     Args:
         policy: The policy at theta, dropout off.
@@ -87,6 +103,7 @@ def gradient_batches(
         options: How. With the method ``auto`` the ladder decides first (see `choose_marginal`), on the given records;
             where it finds mu not estimable no m is formed. Processes that share the prompts should name the method.
         done: Prompts to leave out because an earlier run has them.
+        groups: Prompt to its group, where groups shall come one after the other.
 
     Yields:
         Batches; every prompt is in exactly one of them.
@@ -102,11 +119,14 @@ def gradient_batches(
         check_stored_log_probs(policy, examples, options.checked_records)
     rules = row_rules(policy, examples, options)
     passes = Passes(reference_of(policy, options), subset, BlockLayout.of(subset))
-    todo = [example for example in examples if example.prompt_id not in done]
-    for number, members in enumerate(_microbatches(todo, rules, passes)):
-        some = [todo[i] for i in members]
+    done, check = frozenset(done), True
+    for members in _microbatches(examples, rules, passes, groups or {}):
+        some = [examples[i] for i in members]
+        if all(example.prompt_id in done for example in some):
+            continue
         with in_hand(len({example.prompt_id for example in some})):
-            found = list(_microbatch(some, rules, passes, check=number == 0))
+            found = list(_microbatch(some, rules, passes, done, check=check))
+        check = False
         yield from found
 
 
@@ -133,8 +153,12 @@ def row_rules(policy: Policy, examples: Sequence[Example], options: StreamOption
     )
 
 
-def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) -> Iterator[list[int]]:
+def _microbatches(
+    examples: Sequence[Example], rules: RowRules, passes: Passes, groups: Mapping[str, Hashable]
+) -> Iterator[list[int]]:
     """Examples whose gradients are formed together, longest first: as many as the budget of tokens holds.
+
+    Groups follow each other, that of the longest example first, and may meet in one microbatch.
 
     The moments need all examples of a prompt in one batch, so a prompt is not split. Sequences need not share a
     rectangle (`Passes.run` sorts them by length), so padding is no concern here; the memory for the gradients is.
@@ -152,7 +176,12 @@ def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) 
         units.append((members, [len(sequence) for sequence in planner.sequences().sequences]))
     batch: list[int] = []
     tokens = 0
-    for members, lengths in sorted(units, key=lambda unit: (-max(unit[1]), unit[0])):
+    longest: dict[Hashable, tuple[int, list[int]]] = {}  # of each group: where it stands
+    where = [groups.get(examples[members[0]].prompt_id) for members, _ in units]
+    for group, (members, lengths) in zip(where, units, strict=True):
+        longest[group] = min(longest.get(group, (1, members)), (-max(lengths), members))
+    order = sorted(range(len(units)), key=lambda i: (longest[where[i]], -max(units[i][1]), units[i][0]))
+    for members, lengths in (units[i] for i in order):
         if batch and (len(batch) + len(members) > most or tokens + sum(lengths) > passes.reference.max_tokens):
             yield batch
             batch, tokens = [], 0
@@ -163,7 +192,7 @@ def _microbatches(examples: Sequence[Example], rules: RowRules, passes: Passes) 
 
 
 def _microbatch(
-    examples: Sequence[Example], rules: RowRules, passes: Passes, *, check: bool
+    examples: Sequence[Example], rules: RowRules, passes: Passes, done: frozenset[str], *, check: bool
 ) -> Iterator[GradientBatch]:
     reference, planner = passes.reference, Planner(rules)
     plans = [planner.add(example) for example in examples]
@@ -192,18 +221,22 @@ def _microbatch(
     known = None
     if not rules.weights_need_model and reference.stored and not unknown.any():
         known = stored_log_probs(reference, sequences)
-    gradients = BlockRows(passes.layout, len(places))
+    gradients = BlockRows(passes.layout, len(places), reference.policy.device)
     passes.run(sequences, mixing, gradients, known)
     row_of = {place: row for row, place in enumerate(places)}
     lacking = {plan.example.prompt_id for plan in plans if plan.second is None}
     for has_second in (True, False):  # prompts whose examples all have a second trace draw, and the others
-        some = [number for number, plan in enumerate(plans) if (plan.example.prompt_id in lacking) != has_second]
+        some = [
+            number
+            for number, plan in enumerate(plans)
+            if (plan.example.prompt_id in lacking) != has_second and plan.example.prompt_id not in done
+        ]
         if some:
             yield GradientBatch(
                 prompt_ids=[plans[number].example.prompt_id for number in some],
                 keys=[plans[number].example.key for number in some],
-                vectors={m: gradients.take([row_of[number, m] for number in some]) for m in rules.members},
-                trace2=gradients.take([row_of[number, "t2"] for number in some]) if has_second else None,
+                rows={m: gradients.take([row_of[number, m] for number in some]) for m in rules.members},
+                second=gradients.take([row_of[number, "t2"] for number in some]) if has_second else None,
                 diagnostics=[found for number in some for found in diagnostics[number]],
             )
 

@@ -8,7 +8,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -69,6 +69,23 @@ class Subset:
     def size(self) -> int:
         """Dimension of theta."""
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def carried(self) -> Subset:
+        """Without the A of LoRA layers whose B is zero: its gradient is B' times something, so zero exactly."""
+        still = {
+            site.name_a
+            for site in self.sites
+            if isinstance(site, LoraSite) and site.name_a and not bool(site.layer.lora_B[site.adapter].weight.any())
+        }
+        parameters = {name: weight for name, weight in self.parameters.items() if name not in still}
+        if not still or not parameters:  # nothing but zeros: no reason to look for another form
+            return self
+        sites = [
+            replace(site, name_a=None) if isinstance(site, LoraSite) and site.name_a in still else site
+            for site in self.sites
+        ]
+        return Subset(parameters, tuple(s for s in sites if isinstance(s, LinearSite) or s.name_a or s.name_b))
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,7 @@ SKETCH = 256
 
 
 @lru_cache(maxsize=256)
-def _signs(dimension: int) -> NDArray[np.float32]:
+def signs(dimension: int) -> NDArray[np.float32]:
     """Signs of the coordinates, the same in every process and in every run."""
     bits = np.unpackbits(np.frombuffer(np.random.default_rng(dimension).bytes(-(-dimension // 8)), dtype=np.uint8))
     return (2.0 * bits[:dimension] - 1).astype(np.float32)
@@ -416,7 +416,7 @@ def sketch(vectors: NDArray[Any], width: int) -> Array:
     if d <= width:
         return np.asarray(vectors, dtype=np.float64)
     whole = d // width * width
-    signed = vectors * _signs(d)
+    signed = vectors * signs(d)
     folded = signed[..., :whole].reshape(*vectors.shape[:-1], -1, width).sum(axis=-2, dtype=np.float64)
     folded[..., : d - whole] += signed[..., whole:]
     return np.asarray(folded, dtype=np.float64)
@@ -1060,13 +1060,23 @@ def group_interactions(means: Sequence[Array]) -> Array | None:
 
     The kernel of ``U_ab`` is ``(a_g . b_h + b_g . a_h) / 2``. None for fewer than four groups.
     """
-    p, n_groups = len(means), means[0].shape[-2]
-    if n_groups < 4:
+    if means[0].shape[-2] < 4:
         return None
-    # In memory pairs come last, so that every statistic made of this reads its members in one piece.
-    out = np.empty((*means[0].shape[:-2], p, p, n_groups * (n_groups - 1) // 2))
+    return _interactions(len(means), lambda a, b: np.matmul(means[a], np.swapaxes(means[b], -1, -2)))
+
+
+def interactions_of(grams: Array) -> Array | None:
+    """The same from the inner products of group means, ``[..., p, p, G, G]``."""
+    return None if grams.shape[-1] < 4 else _interactions(grams.shape[-3], lambda a, b: grams[..., a, b, :, :])
+
+
+def _interactions(p: int, grams: Callable[[int, int], Array]) -> Array:
+    out: Array | None = None
     for a, b in combinations_with_replacement(range(p), 2):
-        gram = np.matmul(means[a], np.swapaxes(means[b], -1, -2))
-        symmetric = gram if a == b else (gram + np.swapaxes(gram, -1, -2)) / 2
-        out[..., a, b, :] = out[..., b, a, :] = u_centred(symmetric)
+        gram = grams(a, b)
+        found = u_centred(gram if a == b else (gram + np.swapaxes(gram, -1, -2)) / 2)
+        if out is None:  # in memory pairs come last: every statistic made of this reads its members in one piece
+            out = np.empty((*found.shape[:-1], p, p, found.shape[-1]))
+        out[..., a, b, :] = out[..., b, a, :] = found
+    assert out is not None  # p > 0
     return np.moveaxis(out, -1, -3)

@@ -21,10 +21,7 @@ from bvpo_stats.studies.alpha_star import run as study
 from bvpo_stats.studies.alpha_star.report import AlphaReport, AlphaSettings, Weight
 from bvpo_stats.studies.alpha_star.run import (
     AlphaOptions,
-    Checkpoint,
-    PassState,
     alpha_star,
-    merge_states,
 )
 from tests.studies.alpha_inputs import estimate, records, small_oracle
 
@@ -185,8 +182,8 @@ def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
     pairs, _ = records(oracle, 40)
     stream = StreamOptions(max_tokens=400, method="reference-point")
     subset = lora_subset(oracle.policy.model)
-    options = AlphaOptions(stream=stream)
-    whole = estimate(oracle.policy, pairs, options=options)
+    options = AlphaOptions(stream=stream, groups=4)
+    whole = study._estimate(oracle.policy, subset, join(pairs), options, "LoRA adapter")
     real, seen = study.gradient_batches, []
 
     def one_batch_then_killed(*arguments, **keywords):
@@ -208,15 +205,15 @@ def test_resumed_pass_gives_the_same_moments(oracle, tmp_path, monkeypatch):
             assert runs < 50
     assert runs > 3
     assert len(seen) == len(set(seen)) == 40
-    found, expected = (np.array([r.alpha_star.unclipped, *r.mse.values()]) for r in (resumed, whole))
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert resumed == whole  # to the last bit: a batch does not depend on what is done already
 
 
-def test_damaged_checkpoint_is_named(tmp_path):
-    path = tmp_path / "moments.npz"
-    path.write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(UserError, match=r"moments\.npz"):
-        Checkpoint(path)
+def test_damaged_checkpoint_is_named(oracle, tmp_path):
+    pairs, _ = records(oracle, 12)
+    joined, subset = join(pairs), lora_subset(oracle.policy.model)
+    (tmp_path / "moments.npz").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(UserError, match=r"moments\.npz .*Delete it"):
+        study._estimate(oracle.policy, subset, joined, AlphaOptions(), "LoRA adapter", tmp_path)
 
 
 def test_rows_as_arrays_give_the_same_alpha_and_interval(drifted):
@@ -234,20 +231,6 @@ def test_rows_as_arrays_give_the_same_alpha_and_interval(drifted):
             assert getattr(found, name) == pytest.approx(getattr(report.alpha_star, name), rel=1e-8), name
         assert found.identified == report.alpha_star.identified
         assert found.n_eff == pytest.approx(report.alpha_star.n_eff, rel=1e-8)
-
-
-def test_state_survives_its_file_and_merges(drifted):
-    pairs, traces = records(drifted, 12)
-    subset, stream = lora_subset(drifted.policy.model), StreamOptions(method="posterior")
-    state = PassState()
-    for batch in study.gradient_batches(drifted.policy, subset, join(pairs, traces).examples, stream):
-        state = state.add(batch, 12, 5)
-    again = PassState.from_arrays(state.to_arrays())
-    assert again.done == state.done
-    assert again.diagnostics == state.diagnostics
-    np.testing.assert_array_equal(again.moments.finalize().U, state.moments.finalize().U)
-    merged = merge_states([PassState(), again])
-    assert len(merged.diagnostics) == 24
 
 
 def test_adam_metric_is_that_of_the_exact_covariances(oracle):

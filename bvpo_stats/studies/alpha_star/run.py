@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,18 +14,20 @@ from statistics import median
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bvpo_stats.distributed import World, joined_world
 from bvpo_stats.errors import UserError, check_choice, check_kind, check_positive, check_whole
 from bvpo_stats.gradients.curvature import CurvatureOptions, measure_curvature, noise_curvature
-from bvpo_stats.gradients.engine import BlockLayout
+from bvpo_stats.gradients.engine import BlockLayout, RowRules
 from bvpo_stats.gradients.examples import Example, Joined, join
 from bvpo_stats.gradients.ladder import MarginalChoice, choose_marginal
 from bvpo_stats.gradients.marginal import SideDiagnostics, WeightDiagnostics
+from bvpo_stats.gradients.moments import DeviceMoments, MomentPlan, PassMoments
 from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
-from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides
+from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides, row_rules
 from bvpo_stats.model.metric import UnreadableMetricError, read_second_moments
 from bvpo_stats.model.policy import (
     Policy,
@@ -40,11 +43,11 @@ from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
-from bvpo_stats.statistics.alpha import adam_metric, in_metric
+from bvpo_stats.statistics.alpha import adam_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.moments import Grouping, Moments, MomentSummary, group_of, jackknife_groups
-from bvpo_stats.store.jsonl import replacing
-from bvpo_stats.store.run_folder import Shard, check_room, open_run
+from bvpo_stats.statistics.moments import jackknife_groups
+from bvpo_stats.store.jsonl import replacing, sha256_of
+from bvpo_stats.store.run_folder import RUN_FILE, Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
 from bvpo_stats.studies.alpha_star.report import (
@@ -57,9 +60,9 @@ from bvpo_stats.studies.alpha_star.report import (
 )
 
 MOMENTS_FILE = "moments.npz"
+SUMS_FILE = "moments.bin"
 METRIC_FILE = "second_moments.npz"
 _SAVE_EVERY_SECONDS = 30.0
-_HALVES_GROUPS = 5  # enough for a test of one number, at a quarter of the memory
 _MANY_COPIES = 0.5  # share of answers with copies of one trace only beyond which the report warns
 _SAVE_SHARE = 20.0  # a save may take one part in so many of the time
 
@@ -291,11 +294,15 @@ def _estimate(
         metric = f"1 / (sqrt(v) + eps) of these gradients' second moments at batch size {options.settings.batch_size:g}"
         options = replace(options, second_moments=found, metric=metric)
     state = _stream(policy, subset, examples, options, choice, folder, world)
-    states = world.gather(state.to_arrays())
+    moments = state.moments.reduce(world)
+    noise = {}
+    if choice.rung == "small drift" or options.optimizer is not None:
+        noise = state.moments.contrasts(world, by_group=options.optimizer is not None)
+    diagnostics = [entry for part in world.gather(state.diagnostics) for entry in part]
     report = None
-    if world.leads:
-        merged = merge_states(PassState.from_arrays(arrays) for arrays in states)
-        report = _report(policy, subset, joined, options, words, choice, merged)
+    if moments is not None:
+        found = Found(moments, state.moments.plan, noise, sorted(diagnostics, key=lambda d: (d.prompt_id, d.side)))
+        report = _report(policy, subset, joined, options, words, choice, found)
     sent = world.broadcast(report)
     assert sent is not None
     return sent
@@ -309,28 +316,64 @@ def _stream(
     choice: MarginalChoice,
     folder: Path | None,
     world: World,
-) -> PassState:
+) -> Checkpoint:
     """Gradients of this process's prompts into moments, from where an earlier run stopped."""
     order = list(dict.fromkeys(example.prompt_id for example in examples))
-    mine = set(order[world.rank :: world.size])
-    shard = Shard(world.rank + 1, world.size)
-    checkpoint = Checkpoint(None if folder is None else shard.file(folder, MOMENTS_FILE))
-    metric = None
-    if options.second_moments is not None:
-        metric = block_metric(subset, options.second_moments, options.epsilon)
+    mine = order[world.rank :: world.size]
+    file = Shard(world.rank + 1, world.size).file
     stream = replace(options.stream, method=choice.method)
-    own = [example for example in examples if example.prompt_id in mine]
-    if folder is not None and mine - checkpoint.state.done:
-        say(_estimated(subset, own, len(order), options, choice, folder))
+    plan = moment_plan(policy, subset, examples, options, row_rules(policy, examples, stream))
+    carried = subset.carried
+    path = None if folder is None else file(folder, MOMENTS_FILE)
+    sums = DeviceMoments(plan, mine, None if folder is None else file(folder, SUMS_FILE), _run_key(folder))
+    checkpoint = Checkpoint(path, sums, policy.device)
+    chosen = set(mine)
+    own = [example for example in examples if example.prompt_id in chosen]
+    if folder is not None and chosen - sums.done:
+        say(_estimated(subset, plan, own, mine, choice, folder))
     try:
-        with progress("Gradients", len(mine), "prompts", done=len(checkpoint.state.done)) as advance:
-            if mine - checkpoint.state.done:
-                for batch in gradient_batches(policy, subset, own, stream, checkpoint.state.done):
-                    checkpoint.update(checkpoint.state.add(batch, len(order), options.groups, metric))
+        with progress("Gradients", len(mine), "prompts", done=len(sums.done)) as advance:
+            if chosen - sums.done:
+                for batch in gradient_batches(policy, carried, own, stream, sums.done, plan.place):
+                    checkpoint.add(batch)
                     advance(len(set(batch.prompt_ids)))
     finally:
         checkpoint.save()
-    return checkpoint.state
+    return checkpoint
+
+
+def moment_plan(
+    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, rules: RowRules
+) -> MomentPlan:
+    """What the pass over some examples sums up.
+
+    Args:
+        policy: The policy.
+        subset: The parameters theta.
+        examples: Those of all processes.
+        options: Groups, and the metric.
+        rules: Which gradients are formed.
+    """
+    members = tuple(name for name in rules.members if name not in ("m1", "m2"))
+    counts = Counter(example.prompt_id for example in examples)
+    carried, metric = subset.carried, None
+    if options.second_moments is not None:
+        metric = block_metric(carried, options.second_moments, options.epsilon)
+    return MomentPlan(
+        members=members,
+        contrast="m1" in rules.members,
+        counts=dict(counts),
+        n_groups=jackknife_groups(len(counts), subset.size, len(members), options.groups),
+        layout=BlockLayout.of(carried),
+        whole=BlockLayout.of(subset),
+        metric=metric,
+    )
+
+
+def _run_key(folder: Path | None) -> str:
+    """What tells a run's files from those of others."""
+    path = None if folder is None else folder / RUN_FILE
+    return "" if path is None or not path.exists() else sha256_of(path)
 
 
 METRIC_PROMPTS = 128
@@ -355,7 +398,7 @@ def _own_second_moments(
     stream = replace(options.stream, method="none", half_splits=False, second_traces=False)
     count, sums, squares = 0, dict[str, NDArray[Any]](), dict[str, NDArray[Any]]()
     with progress("The optimizer's metric", len(chosen), "prompts") as advance:
-        for batch in gradient_batches(policy, subset, some, stream):
+        for batch in gradient_batches(policy, subset.carried, some, stream):
             for block, t in batch.vectors["t"].items():
                 mixed = (t.astype(np.float64) + batch.vectors["e"][block]) / 2
                 sums[block] = sums.get(block, 0.0) + mixed.sum(axis=0)
@@ -363,7 +406,7 @@ def _own_second_moments(
             count += len(batch.prompt_ids)
             advance(len(set(batch.prompt_ids)))
     found = {}
-    for name, (block, offset, size) in BlockLayout.of(subset).places.items():
+    for name, (block, offset, size) in BlockLayout.of(subset.carried).places.items():
         mean, square = (total[block][offset : offset + size] / count for total in (sums, squares))
         variance = np.maximum(square - mean**2, 0.0) * count / (count - 1)
         found[name] = np.maximum(mean**2 - variance / count, 0.0) + variance / options.settings.batch_size
@@ -375,9 +418,9 @@ def _own_second_moments(
 
 def _estimated(
     subset: Subset,
+    plan: MomentPlan,
     examples: Sequence[Example],
-    n_prompts: int,
-    options: AlphaOptions,
+    prompts: Sequence[str],
     choice: MarginalChoice,
     folder: Path,
 ) -> str:
@@ -387,17 +430,14 @@ def _estimated(
         UserError: Its moments do not fit the disk.
     """
     tokens = sum(pair.tokens for example in examples for pair in example.pairs)
-    plain = choice.method == "reference-point"
-    members = 2 if plain else 3
-    groups = jackknife_groups(n_prompts, subset.size, members, options.groups) or n_prompts
-    vectors = members * min(groups, n_prompts) * (1 if options.second_moments is None else 2)
-    vectors += 0 if plain or not options.stream.half_splits else 2 * _HALVES_GROUPS
-    size = 8 * subset.size * vectors
-    banks = "" if plain else ", those of traces apart"
+    banks = "" if choice.method == "reference-point" else ", those of traces apart"
+    still = subset.size - plan.layout.size
+    zero = f" ({still:,} of them, the A of LoRA where B = 0, have no gradient and take no room)" if still else ""
     return (
-        f"Gradients: {len(examples):,} pairs of pairs, {tokens:,} tokens{banks}, by {subset.size:,} parameters. Their "
-        f"moments take about {spoken_bytes(size)} of memory, and as {MOMENTS_FILE} {check_room(folder, size)}: it "
-        "answers for other batch and step sizes without the model; delete it when you need no more of these."
+        f"Gradients: {len(examples):,} pairs of pairs, {tokens:,} tokens{banks}, by {subset.size:,} parameters{zero}. "
+        f"Their moments take about {spoken_bytes(plan.open_bytes)} beside the model, and as {SUMS_FILE} and "
+        f"{MOMENTS_FILE} {check_room(folder, plan.file_bytes(prompts))}: they answer for other batch and step sizes "
+        "without the model; delete them when you need no more of these."
     )
 
 
@@ -408,90 +448,72 @@ def _report(
     options: AlphaOptions,
     words: str,
     choice: MarginalChoice,
-    state: PassState,
+    found: Found,
 ) -> AlphaReport:
-    if state.moments is None:
-        raise UserError("No prompt gave gradients; check the pairs.")
     settings, measured, drift, examples = options.settings, None, None, joined.examples
     if options.curvature is not None:
         pairs = [example.both[0] for example in examples]
         curvature = measure_curvature(policy, subset, pairs, options.stream.objective, options.curvature)
         settings = replace(settings, eta_l=curvature.eta_l)
         measured = asdict(curvature)
-    adam = None if state.adam is None else state.adam.finalize()
-    step = None
+    moments, step = found.moments, None
     if options.optimizer is not None:
-        step = _optimizer_step(policy, subset, examples, options, state, adam)
+        step = _optimizer_step(policy, subset, examples, options, found)
         if options.measured_eta_l:
             settings = replace(settings, eta_l=step.eta_l)
     if choice.rung == "small drift":
-        drift = _drift_bound(policy, subset, examples, options, state.moments)
+        drift = _drift_bound(policy, subset, examples, options, found)
     return AlphaReport.of(
-        state.moments.finalize(),
-        marginal_entry(choice, state.diagnostics),
+        moments.moments,
+        marginal_entry(choice, found.diagnostics),
         settings,
-        adam=adam,
+        adam=moments.adam,
         step=step,
         tokens=_pair_tokens(examples),
-        halves=None if state.halves is None else state.halves.finalize(),
+        halves=moments.halves,
         drift=drift,
         warnings=(
             *_metric_warnings(step),
             *bias_warnings(choice, examples),
-            *bank_warnings(joined, choice, state.diagnostics),
+            *bank_warnings(joined, choice, found.diagnostics),
         ),
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
         subset=theta_words(policy, subset, words),
         n_parameters=subset.size,
-        n_second_draws=state.moments.n_second_draws,
-        n_drawn_prompts=state.moments.n_drawn_prompts,
+        n_second_draws=moments.second_draws,
+        n_drawn_prompts=moments.drawn_prompts,
         seed=options.stream.seed,
         curvature=measured,
     )
 
 
 def _drift_bound(
-    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, moments: Moments
+    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, found: Found
 ) -> DriftBound:
     """Bounds g_t's bias along h = E g_t - E g_e, by a second pass over the D_t pairs now that h is known."""
-    t, e = (moments.mean(name) for name in ("t", "e"))
-    direction = {block: (t[block] - e[block])[None] for block in t}
-    sides = project_sides(policy, subset, examples, direction, options.stream)
+    sizes = found.moments.moments.group_sizes if len(next(iter(found.noise.values()))) > 1 else np.ones(1)
+    direction = {block: (sizes @ rows / sizes.sum())[None] for block, rows in found.noise.items()}
+    sides = project_sides(policy, subset.carried, examples, direction, options.stream)
     level = (1 + options.settings.level) / 2
     return drift_bound(sides.log_ratios, sides.projections[..., 0], options.stream.objective.beta, level)
 
 
 def _optimizer_step(
-    policy: Policy,
-    subset: Subset,
-    examples: Sequence[Example],
-    options: AlphaOptions,
-    state: PassState,
-    adam: MomentSummary | None,
+    policy: Policy, subset: Subset, examples: Sequence[Example], options: AlphaOptions, found: Found
 ) -> OptimizerStep:
     """Eta L of the optimizer's steps, by a second pass over D_t pairs along the noise of the groups' means."""
-    moments = state.moments
-    assert moments is not None  # or there would be no report
     assert options.optimizer is not None
     assert options.learning_rate is not None
-    names = sorted(moments.groups, key=lambda g: (str(type(g)), g))  # the order of the summary
-    metric = None
-    if options.second_moments is not None:
-        metric = block_metric(subset, options.second_moments, options.epsilon)
-    t, e = (moments.members.index(name) for name in ("t", "e"))
-    noise = {}
-    for k, block in enumerate(moments.blocks):
-        means = np.stack([moments.groups[g].means[k][t] - moments.groups[g].means[k][e] for g in names])
-        noise[block] = means if metric is None else means * metric[block]
-    sides = project_sides(policy, subset, examples, noise, options.stream, "Measuring eta L")
-    column = {name: number for number, name in enumerate(names)}
-    own = [column[group_of(p, moments.n_groups) if moments.n_groups else p] for p in sides.prompt_ids]
-    sizes = np.array([moments.groups[g].size for g in names])
-    curved = noise_curvature(sides.slopes(options.stream.objective), np.array(own), sizes)
+    plan, noise = found.plan, found.noise
+    if plan.metric is not None:
+        noise = {block: rows * plan.metric[block] for block, rows in noise.items()}
+    sides = project_sides(policy, subset.carried, examples, noise, options.stream, "Measuring eta L")
+    own = plan.group_labels[[plan.place[prompt] for prompt in sides.prompt_ids]]
+    curved = noise_curvature(sides.slopes(options.stream.objective), own, found.moments.moments.group_sizes)
     return OptimizerStep.of(
-        adam or moments.finalize(),
+        found.moments.adam or found.moments.moments,
         curved,
         len(own),
         name=options.optimizer,
@@ -765,142 +787,82 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True)
-class PassState:
-    """What is known after some of the prompts.
+class Found:
+    """What a pass found, at the first process.
 
     Attributes:
-        moments: Moments of the gradients; None before the first batch.
-        adam: The same in Adam's metric, where there is one.
-        halves: Moments of ``h = t - e`` and ``d = m1 - m2``, m from either half of the traces, where there are halves.
-        done: Prompts that are in them.
-        diagnostics: Trace weights of those prompts.
+        moments: U, M and shift.
+        plan: What was summed.
+        noise: Block to t - e of all examples ``[1, d]`` or of each group ``[G, d]``, where something needs it.
+        diagnostics: Trace weights of all answers.
     """
 
-    moments: Moments | None = None
-    adam: Moments | None = None
-    halves: Moments | None = None
-    done: frozenset[str] = frozenset()
-    diagnostics: tuple[SideDiagnostics, ...] = ()
+    moments: PassMoments
+    plan: MomentPlan
+    noise: dict[str, NDArray[Any]]
+    diagnostics: list[SideDiagnostics]
 
-    def add(
-        self, batch: GradientBatch, n_prompts: int, groups: Grouping, metric: dict[str, NDArray[Any]] | None = None
-    ) -> PassState:
-        """The state after one more batch.
+
+class Checkpoint:
+    """The files of a pass: saved now and then, so that a kill costs little and saving even less.
+
+    Closed groups lie in a file of their own; what is known besides, and the open group, is in a small one.
+    """
+
+    def __init__(self, path: Path | None, moments: DeviceMoments, device: torch.device) -> None:
+        """Goes on from the files, where there are any.
 
         Args:
-            batch: Gradients of prompts that are not in yet.
-            n_prompts: Prompts of the whole pass, in all processes.
-            groups: Jackknife groups asked for.
-            metric: Block to the diagonal of Adam's metric.
+            path: The small file; None to keep nothing.
+            moments: Of this pass.
+            device: Where its open group belongs.
+
+        Raises:
+            UserError: The files are damaged or another run's.
         """
-        vectors = batch.vectors
-        members, blocks = tuple(name for name in vectors if name not in ("m1", "m2")), tuple(vectors["t"])
-        found = jackknife_groups(n_prompts, sum(x.shape[1] for x in vectors["t"].values()), len(members), groups)
-        moments = self.moments or Moments.init(members, blocks, found)
-        adam = self.adam
-        if metric is not None:
-            scaled = {name: _scaled(vectors[name], metric) for name in members}
-            adam = (adam or Moments.init(members, blocks, found)).update(scaled, batch.prompt_ids)
-        halves = self.halves
-        if "m1" in vectors:
-            contrasts = {"h": _difference(vectors["t"], vectors["e"]), "d": _difference(vectors["m1"], vectors["m2"])}
-            halves = halves or Moments.init(("h", "d"), blocks, _HALVES_GROUPS)
-            halves = halves.update(contrasts, batch.prompt_ids)
-        return PassState(
-            moments=moments.update(vectors, batch.prompt_ids, trace2=batch.trace2),
-            adam=adam,
-            halves=halves,
-            done=self.done | set(batch.prompt_ids),
-            diagnostics=(*self.diagnostics, *batch.diagnostics),
-        )
-
-    def merge(self, other: PassState) -> PassState:
-        """The state of two passes over different prompts."""
-        return PassState(
-            moments=_merged(self.moments, other.moments),
-            adam=_merged(self.adam, other.adam),
-            halves=_merged(self.halves, other.halves),
-            done=self.done | other.done,
-            diagnostics=(*self.diagnostics, *other.diagnostics),
-        )
-
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Plain arrays; `from_arrays` reads them."""
-        arrays: dict[str, NDArray[Any]] = {
-            "done": np.array(json.dumps(sorted(self.done))),
-            "diagnostics": np.array(json.dumps([asdict(entry) for entry in self.diagnostics])),
-        }
-        for name, moments in (("moments", self.moments), ("adam", self.adam), ("halves", self.halves)):
-            if moments is not None:
-                arrays |= {f"{name}:{key}": value for key, value in moments.to_arrays().items()}
-        return arrays
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> PassState:
-        """Reads what `to_arrays` wrote."""
-        parts: dict[str, dict[str, NDArray[Any]]] = {"moments": {}, "adam": {}, "halves": {}}
-        for key, value in arrays.items():
-            name, separator, rest = key.partition(":")
-            if separator:
-                parts[name][rest] = value
-        rows = json.loads(str(arrays["diagnostics"]))
-        return cls(
-            **{name: Moments.from_arrays(part) for name, part in parts.items() if part},
-            done=frozenset(json.loads(str(arrays["done"]))),
-            diagnostics=tuple(
-                SideDiagnostics(**{**row, "weights": WeightDiagnostics(**row["weights"])}) for row in rows
-            ),
-        )
-
-
-@dataclass
-class Checkpoint:
-    """The file of a pass: saved now and then, so that a kill costs little and saving even less.
-
-    Attributes:
-        path: The file; None to keep nothing.
-        state: What was restored, then what is known.
-    """
-
-    path: Path | None
-    state: PassState = field(default_factory=PassState)
-    _saved: PassState | None = None
-    _next_save: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.path is not None and self.path.exists():
+        self._path, self.moments, self.diagnostics = path, moments, list[SideDiagnostics]()
+        if path is not None and path.exists():
             try:
-                with np.load(self.path, allow_pickle=False) as stored:
-                    self.state = PassState.from_arrays(dict(stored))
+                with np.load(path, allow_pickle=False) as stored:
+                    arrays = dict(stored)
+                rows = json.loads(str(arrays.pop("diagnostics")))
+                moments.restore(arrays, device)
             except Exception as error:  # numpy raises many kinds for damaged files
-                raise UserError(f"Cannot read {self.path} ({error}). Delete it to start over.") from error
-        self._saved = self.state
+                raise UserError(f"Cannot go on from {path} ({error}). Delete it to start over.") from error
+            self.diagnostics = [
+                SideDiagnostics(**{**row, "weights": WeightDiagnostics(**row["weights"])}) for row in rows
+            ]
+        self._saved, self._whole = len(moments.done), True
         self._next_save = time.monotonic() + _SAVE_EVERY_SECONDS
 
-    def update(self, state: PassState) -> None:
-        """Takes the state after a batch, and saves it if the last save is long enough ago."""
-        self.state = state
+    def add(self, batch: GradientBatch) -> None:
+        """Adds a batch, and saves what is known if the last save is long enough ago.
+
+        Raises:
+            UserError: As in `DeviceMoments.add`.
+        """
+        self._whole = False  # until all of it is in: nothing else is to be saved
+        self.moments.add(batch)
+        self.diagnostics += batch.diagnostics
+        self._whole = True
         if time.monotonic() >= self._next_save:
             self.save()
 
     def save(self) -> None:
-        """Writes the state, unless it is on disk already."""
-        if self.path is None or self._saved is self.state:
+        """Writes what is known, unless it is on disk already.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        if self._path is None or not self._whole or self._saved == len(self.moments.done):
             return
         started = time.monotonic()
-        with replacing(self.path) as handle:  # straight to disk: a copy in memory would double what the moments take
-            np.savez(handle, **self.state.to_arrays())  # type: ignore[arg-type]
-        self._saved = self.state
+        rows = np.array(json.dumps([asdict(entry) for entry in self.diagnostics]))
+        with replacing(self._path) as handle:
+            np.savez(handle, diagnostics=rows, **self.moments.to_arrays())  # type: ignore[arg-type]
+        self._saved = len(self.moments.done)
         now = time.monotonic()
         self._next_save = now + max(_SAVE_EVERY_SECONDS, _SAVE_SHARE * (now - started))
-
-
-def merge_states(states: Iterable[PassState]) -> PassState:
-    """All passes together, diagnostics in the order of prompts."""
-    total = PassState()
-    for state in states:
-        total = total.merge(state)
-    return replace(total, diagnostics=tuple(sorted(total.diagnostics, key=lambda d: (d.prompt_id, d.side))))
 
 
 def block_metric(
@@ -918,17 +880,3 @@ def block_metric(
     if lacking:
         raise UserError(f"`second_moments` lacks {len(lacking)} of theta's parameters, e.g. {lacking[0]}.")
     return layout.strung(adam_metric(second_moments[name], epsilon) for name in layout.places)
-
-
-def _difference(first: dict[str, NDArray[Any]], second: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {block: first[block] - second[block] for block in first}
-
-
-def _scaled(vectors: dict[str, NDArray[Any]], metric: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {block: in_metric({"v": values}, metric[block])["v"] for block, values in vectors.items()}
-
-
-def _merged(first: Moments | None, second: Moments | None) -> Moments | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first.merge(second)
