@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measure import machine, peak_bytes
 
@@ -58,8 +57,8 @@ class Case:
         rest: Everything else: planning, weights, the report.
         loading: CPU seconds to import, read the records and load the model, not in ``seconds``.
         parameters: d.
-        computed_bytes: What moments take by formula.
-        moment_bytes: What they took.
+        closed_bytes: What the sums of closed groups take, on disk or in memory.
+        open_bytes: What those of the open group take, on the device.
         growth_bytes: Growth of the peak resident memory.
     """
 
@@ -76,8 +75,8 @@ class Case:
     rest: float
     loading: float
     parameters: int
-    computed_bytes: int
-    moment_bytes: int
+    closed_bytes: int
+    open_bytes: int
     growth_bytes: int
 
     @property
@@ -110,8 +109,8 @@ class Stopwatch:
 def run_case(name: str, prompts: int, drift: float, budget: int) -> Case:
     """One estimate in this process."""
     from bvpo_stats.gradients import engine, reference, stream
-    from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.gradients.moments import DeviceMoments
+    from bvpo_stats.gradients.options import StreamOptions
     from bvpo_stats.model.capture import Tape
     from bvpo_stats.model.policy import PolicyOptions, load_policy
     from bvpo_stats.studies.alpha_star.config import AlphaInputs
@@ -223,11 +222,11 @@ def markdown(cases: list[Case], larger: dict[str, float], setting: dict[str, Any
         "|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for case in cases:
-        sizes = " | ".join(f"{x / 1e6:.0f} MB" for x in (case.computed_bytes, case.moment_bytes, case.growth_bytes))
+        sizes = " | ".join(f"{x / 1e6:.0f} MB" for x in (case.closed_bytes, case.open_bytes, case.growth_bytes))
         lines.append(f"| {case.name} | {case.prompts} | {case.budget:,} | {case.parameters:,} | {sizes} |")
     lines += [
-        "", "Closed groups: on disk, or here (from Python) in memory; d counts the A of LoRA, which has no gradient at theta_ref and "
-        "is not kept.",
+        "", "Closed groups: on disk, or here (from Python) in memory; d counts the A of LoRA, which has no gradient at "
+        "theta_ref and is not kept.",
         "", "## A 1.5B model on one GPU: computed, not measured", "",
         f"- theta, rank-{RANK} LoRA on all linear layers: {larger['lora_parameters']:,.0f} parameters.",
         f"- GPU: weights in bfloat16 {larger['weights_gb']:.1f} GB, activations "

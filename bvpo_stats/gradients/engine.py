@@ -74,10 +74,11 @@ class BlockLayout:
         """Layout of a subset."""
         sizes: dict[str, int] = {}
         places = {}
-        for name, weight in subset.parameters.items():
+        for name in subset.parameters:
             block = block_of(name)
-            places[name] = (block, sizes.get(block, 0), weight.numel())
-            sizes[block] = sizes.get(block, 0) + weight.numel()
+            size = math.prod(subset.shapes[name])
+            places[name] = (block, sizes.get(block, 0), size)
+            sizes[block] = sizes.get(block, 0) + size
         wide = all(weight.dtype == torch.float64 for weight in subset.parameters.values())
         return cls(sizes, places, np.float64 if wide else np.float32)
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.sinks import Mixture, Sink
-from bvpo_stats.model.subset import LinearSite, LoraSite, Subset, attention_advice
+from bvpo_stats.model.subset import LinearSite, LoraSite, Probe, Subset, attention_advice
 
 _BMM_WITH_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 
@@ -93,8 +93,12 @@ def captured(subset: Subset, tape: Tape) -> Iterator[None]:
     try:
         for site in subset.sites:
             replaced.append((site.layer, site.layer.__dict__.get("forward")))
-            make = _lora_forward if isinstance(site, LoraSite) else _linear_forward
-            site.layer.forward = make(site, tape)
+            if isinstance(site, LoraSite):
+                site.layer.forward = _lora_forward(site, tape)
+            elif subset.probe is not None:
+                site.layer.forward = _probe_forward(site, tape, subset.probe)
+            else:
+                site.layer.forward = _linear_forward(site, tape)
         yield
     finally:
         for layer, forward in replaced:
@@ -126,6 +130,21 @@ def _linear_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
         tape.expect(site.name_weight)
         rows = _rows(site.name, x, tape)
         y = _LinearScores.apply(tape.anchor, rows, layer.weight, layer.bias, site, tape, transposed)  # type: ignore[no-untyped-call]
+        return _shaped_like(y, x)
+
+    return forward
+
+
+def _probe_forward(site: LinearSite, tape: Tape, probe: Probe) -> Callable[..., Tensor]:
+    layer, transposed = site.layer, isinstance(site.layer, Conv1D)
+    weight = layer.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a = probe.matrix(site.name_weight, weight.shape[0 if transposed else 1]).to(weight.device, wide)
+
+    def forward(x: Tensor) -> Tensor:
+        tape.expect(site.name_weight)
+        rows = _rows(site.name, x, tape)
+        y = _ProbeScores.apply(tape.anchor, rows, weight, layer.bias, a, site, tape, transposed)  # type: ignore[no-untyped-call]
         return _shaped_like(y, x)
 
     return forward
@@ -252,3 +271,41 @@ class _LinearScores(torch.autograd.Function):
         scores = per_sequence_product(x, grad) if ctx.transposed else per_sequence_product(grad, x)
         ctx.tape.add(ctx.site.name_weight, scores)
         return None, grad_x, None, None, None, None, None
+
+
+class _ProbeScores(torch.autograd.Function):
+    """y = W x + bias; backward gives grad x and hands dW A' per sequence to the tape, from x A' instead of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        site: LinearSite,
+        tape: Tape,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.site, ctx.tape, ctx.transposed = site, tape, transposed
+        low = nn.functional.linear(x, a) if x.dtype == a.dtype else _wide_product(x, a)
+        ctx.save_for_backward(low, weight)
+        return _linear(x, weight, bias, transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        low, weight = ctx.saved_tensors
+        grad_x = _input_gradient(grad, weight, ctx.transposed) if ctx.needs_input_grad[1] else None
+        ctx.tape.add(ctx.site.name_weight, per_sequence_product(grad, low))
+        return None, grad_x, None, None, None, None, None, None
+
+
+def _wide_product(x: Tensor, a: Tensor) -> Tensor:
+    """X A' of half-precision x with a float32 A, one sequence at a time."""
+    low = x.new_empty(x.shape[0], x.shape[1], a.shape[0], dtype=a.dtype)
+    for row in range(x.shape[0]):
+        torch.mm(x[row].to(a.dtype), a.T, out=low[row])
+    return low

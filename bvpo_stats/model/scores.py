@@ -303,7 +303,7 @@ def check_scores(model: nn.Module, subset: Subset, batch: Batch, *, tolerance: f
         logps = sequence_logprobs(token_logprobs(model, batch))
         found = torch.autograd.grad(logps.sum(), weights, allow_unused=True)
     truth = {
-        name: torch.zeros_like(weight, dtype=torch.float64) if gradient is None else gradient.double()
+        name: subset.seen(name, torch.zeros_like(weight) if gradient is None else gradient)
         for (name, weight), gradient in zip(subset.parameters.items(), found, strict=True)
     }
     floor = 0.01 * max(float(gradient.norm()) for gradient in truth.values())

@@ -7,6 +7,7 @@ means to keep the memory. A weight that a pass does not use is not reported: its
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Keep:
         for name, parameter in subset.parameters.items():
             kept = self.scores.get(name)
             columns.append(
-                parameter.new_zeros(rows, parameter.numel(), dtype=_wide(parameter.dtype))
+                parameter.new_zeros(rows, math.prod(subset.shapes[name]), dtype=_wide(parameter.dtype))
                 if kept is None
                 else kept.flatten(1)
             )

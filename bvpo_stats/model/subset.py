@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bvpo_stats.errors import UserError
+from bvpo_stats.errors import UserError, check_whole
 from bvpo_stats.model.head import causal_lm_of
 
 
@@ -54,16 +56,63 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A Gaussian view of weight gradients: dL/dW A' instead of dL/dW, A ``[r, d_in]`` with variance 1 / r.
+
+    Inner products of two gradients, all that alpha needs, keep their mean: E_A <X A', Y A'> = <X, Y>. Nothing is added
+    to the model. Rows of A are independent: what r of them differ by says how much alpha owes to the draw of A.
+
+    Attributes:
+        rank: r.
+        seed: Decides A, together with the weight's name.
+    """
+
+    rank: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("probe_rank", self.rank, low=2)
+        check_whole("seed", self.seed, low=0)
+
+    def matrix(self, name: str, d_in: int) -> torch.Tensor:
+        """A of a weight, in float64 on the CPU; the same in every process and in every run."""
+        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        return torch.randn(self.rank, d_in, generator=generator, dtype=torch.float64) / self.rank**0.5
+
+
+@dataclass(frozen=True)
 class Subset:
     """The parameters theta of a study, in the order of ``model.named_parameters()``.
 
     Attributes:
         parameters: Name to weight.
         sites: The layers that use them.
+        probe: How gradients of the weights are seen; None for all of each.
     """
 
     parameters: dict[str, nn.Parameter]
     sites: tuple[LoraSite | LinearSite, ...]
+    probe: Probe | None = None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of a score of each weight: the weight's, or ``(out, r)`` under a probe."""
+        found = {name: tuple(weight.shape) for name, weight in self.parameters.items()}
+        if self.probe is not None:
+            for site in self.sites:
+                assert isinstance(site, LinearSite)
+                found[site.name_weight] = (_sides(site.layer)[0], self.probe.rank)
+        return found
+
+    def seen(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient of a weight in the shape of its scores, in float64: under a probe, times A'."""
+        gradient = gradient.double()
+        if self.probe is None:
+            return gradient
+        layer = next(site.layer for site in self.sites if isinstance(site, LinearSite) and site.name_weight == name)
+        matrix = self.probe.matrix(name, _sides(layer)[1]).to(gradient.device)
+        return (gradient.T if isinstance(layer, Conv1D) else gradient) @ matrix.T
 
     @property
     def size(self) -> int:
@@ -258,6 +307,64 @@ def linear_subset(model: nn.Module, patterns: Sequence[str]) -> Subset:
         _check_weight(name, layers[name])
         sites.append(LinearSite(name, layers[name], first_names[id(weight)]))
     return Subset(_in_model_order(model, {site.name_weight for site in sites}), tuple(sites))
+
+
+def probe_subset(model: nn.Module, probe: Probe | None = None, patterns: Sequence[str] = ()) -> Subset:
+    """Every Linear weight of the decoder, seen through a Gaussian probe.
+
+    Args:
+        model: A transformers causal LM, wrapped by PEFT or not.
+        probe: Rank and seed; None for the defaults.
+        patterns: Only layers that match, as in :func:`linear_subset`; empty for all.
+
+    Raises:
+        UserError: Weight matrices that are no Linear layer's (experts, convolutions, quantised ones), with their share
+            of all parameters; a pattern that matches nothing.
+    """
+    if not patterns:
+        head = causal_lm_of(model).get_output_embeddings()
+        names = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, Conv1D) and not _inside_adapter(name) and module is not head
+        }
+        covered = {id(module.weight) for module in names.values()}
+        odd = [
+            (name, weight.numel())
+            for name, weight in model.named_parameters()
+            if id(weight) not in covered and weight.squeeze().dim() > 1 and not _inside_adapter(name)
+            and not _is_word_table(model, weight)
+        ]  # fmt: skip
+        if odd or not names:
+            missing = sum(size for _, size in odd) or sum(p.numel() for p in model.parameters())
+            share = missing / sum(p.numel() for p in model.parameters())
+            raise UserError(
+                f"`theta='probe'` sees the weights of Linear layers, and {odd[0][0] if odd else 'nothing here'} "
+                f"{'is none' if odd else 'is one'}: {share:.1%} of the parameters would be left out. Name layers that "
+                f"are Linear by a pattern. {attention_advice(model)}"
+            )
+        patterns = tuple(names)
+    found = linear_subset(model, patterns)
+    return replace(found, probe=probe or Probe())
+
+
+def _is_word_table(model: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether a weight is an embedding's or the output head's, which no subset covers."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    head: Any = causal_lm_of(model).get_output_embeddings()
+    return any(weight is table for table in (*tables, getattr(head, "weight", None)))
+
+
+def uncovered_share(model: nn.Module, subset: Subset) -> float:
+    """Share of a model's own parameters that are not in a subset: embeddings, head, norms, biases."""
+    own = sum(weight.numel() for name, weight in model.named_parameters() if not _inside_adapter(name))
+    return 1 - subset.size / own
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs of a Linear layer or a Conv1D."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
 def _select(names: dict[str, str], patterns: Sequence[str] | None) -> list[str]:

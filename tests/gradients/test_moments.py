@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # the kernel's EFBIG stands in for a full disk
     try:
-        with pytest.raises(UserError, match=r"Cannot write .*moments\.bin") as caught:
+        with pytest.raises(UserError, match=r"Disk full while writing .*moments\.bin\. Free some") as caught:
             streamed(run_of(prompts, tmp_path / "moments.bin"), vectors, prompts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

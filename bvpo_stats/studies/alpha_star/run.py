@@ -29,6 +29,7 @@ from bvpo_stats.gradients.objectives import LOSSES, Objective
 from bvpo_stats.gradients.options import MarginalMethod, StreamOptions
 from bvpo_stats.gradients.stream import GradientBatch, gradient_batches, project_sides, row_rules
 from bvpo_stats.model.metric import UnreadableMetricError, read_second_moments
+from bvpo_stats.model.needs import spared
 from bvpo_stats.model.policy import (
     Policy,
     PolicyOptions,
@@ -332,7 +333,10 @@ def _stream(
     if folder is not None and chosen - sums.done:
         say(_estimated(subset, plan, own, mine, choice, folder))
     try:
-        with progress("Gradients", len(mine), "prompts", done=len(sums.done)) as advance:
+        with (
+            spared(policy, min(options.stream.max_tokens, _tokens(own))),
+            progress("Gradients", len(mine), "prompts", done=len(sums.done)) as advance,
+        ):
             if chosen - sums.done:
                 for batch in gradient_batches(policy, carried, own, stream, sums.done, plan.place):
                     checkpoint.add(batch)
@@ -340,6 +344,13 @@ def _stream(
     finally:
         checkpoint.save()
     return checkpoint
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    """Tokens of all pairs and traces."""
+    traces = (trace for example in examples for trace in example.traces)
+    pairs = sum(pair.tokens for example in examples for pair in example.pairs)
+    return int(pairs + sum(len(trace.prompt_ids) + len(trace.completion_ids) for trace in traces))
 
 
 def moment_plan(

@@ -1,0 +1,120 @@
+"""What a model's passes need, in bytes and numbers, from its shape alone: the formulas of page "What a run needs".
+
+A decoder layer of Llama's kind has hidden size h, MLP width f, and keys and values of k numbers a token (h without
+grouped queries); the model has n layers and V words. `tests/model/test_needs.py` holds them against what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bvpo_stats.model.head import causal_lm_of
+from bvpo_stats.model.policy import Policy, gradient_checkpointing
+
+ROOM = 2 * 2**30
+"""Bytes of activations that a pass may take whatever the model's size."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a causal LM of Llama's kind.
+
+    Attributes:
+        hidden: h.
+        width: f, of the MLP.
+        keys: k, numbers of a token's keys (and of its values).
+        layers: n.
+        words: V.
+        tied: Whether the output head is the embedding.
+    """
+
+    hidden: int
+    width: int
+    keys: int
+    layers: int
+    words: int
+    tied: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape | None:
+        """That of a transformers configuration; None where it names other sizes."""
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        try:
+            h, heads = int(config.hidden_size), int(config.num_attention_heads)
+            kv = int(getattr(config, "num_key_value_heads", None) or heads)
+            head = int(getattr(config, "head_dim", None) or h // heads)
+            return cls(h, int(config.intermediate_size), kv * head, int(config.num_hidden_layers),
+                       int(config.vocab_size), bool(config.tie_word_embeddings))  # fmt: skip
+        except (AttributeError, TypeError, ValueError):
+            return None
+
+    @property
+    def linear(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of the Linear weights of one layer: q, k, v, o, gate, up, down."""
+        h, f, k = self.hidden, self.width, self.keys
+        return (h, h), (k, h), (k, h), (h, h), (f, h), (f, h), (h, f)
+
+    @property
+    def parameters(self) -> int:
+        """All weights but biases: layers, norms, embedding and head."""
+        layer = sum(out * inner for out, inner in self.linear) + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.words * self.hidden * (1 if self.tied else 2)
+
+    def lora(self, rank: int) -> int:
+        """Weights of an adapter of that rank on all Linear layers."""
+        return self.layers * rank * sum(out + inner for out, inner in self.linear)
+
+    def moving(self, rank: int) -> int:
+        """Those of its B: all that has a gradient at theta_ref."""
+        return self.layers * rank * sum(out for out, _ in self.linear)
+
+    def probed(self, rank: int) -> int:
+        """Numbers that a probe of that rank takes of a gradient of all Linear weights: as many as an adapter's B."""
+        return self.moving(rank)
+
+    def kept(self, dtype: torch.dtype, rank: int = 16) -> int:
+        """Bytes of activations that backward needs, a token and layer.
+
+        ``6 h + 4 f + 2 k`` numbers of the model's dtype, low-rank ones in float32, a float32 copy at both norms.
+        """
+        numbers = 6 * self.hidden + 4 * self.width + 2 * self.keys
+        wide = 0 if dtype.itemsize >= 4 else 4 * self.hidden
+        return numbers * dtype.itemsize + wide + 28 * rank + 24
+
+    def activations(self, tokens: int, dtype: torch.dtype, rank: int = 16, *, checkpointed: bool = False) -> int:
+        """Bytes of activations of a pass over so many padded tokens, the head apart.
+
+        Checkpointed: the input of each layer, and all of one.
+        """
+        layer = self.kept(dtype, rank) * tokens
+        return layer + self.layers * self.hidden * dtype.itemsize * tokens if checkpointed else self.layers * layer
+
+
+@contextmanager
+def spared(policy: Policy, tokens: int) -> Iterator[bool]:
+    """Within it, layers are computed again in backward where their activations would far outweigh the model.
+
+    That is, where they would take more than twice its weights and more than `ROOM`: a fifth more time, and the same
+    numbers, for a fraction of the memory.
+
+    Args:
+        policy: The policy.
+        tokens: Padded tokens of the largest pass.
+
+    Yields:
+        Whether they are.
+    """
+    model = causal_lm_of(policy.model)
+    shape = ModelShape.of(getattr(model, "config", None))
+    weights = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    needed = 0 if shape is None else shape.activations(tokens, policy.model.dtype)
+    if needed <= max(2 * weights, ROOM) or not any(hasattr(m, "gradient_checkpointing") for m in model.modules()):
+        yield False
+        return
+    with gradient_checkpointing(policy.model):
+        yield True
