@@ -115,10 +115,12 @@ class Completion:
         max_new_tokens: Cut-off.
         model: Identity of the model that wrote it.
         template: Name of the template protocol.
-        engine: ``transformers``, ``openai`` or ``file``.
+        engine: ``transformers``, ``vllm``, ``openai`` or ``file``.
         gold: Reference answer carried over from the prompt.
         logprobs: Per-token log pi(token | before) at temperature 1, where already known.
         messages: As in :class:`Prompt`.
+        sampler_logp: log q(completion_ids), nats: the log-probability under what drew them, with its temperature and
+            nucleus; None where the sampler does not say.
     """
 
     prompt_id: str
@@ -143,6 +145,7 @@ class Completion:
     gold: str | None = None
     logprobs: tuple[float, ...] | None = None
     messages: tuple[Message, ...] | None = None
+    sampler_logp: float | None = None
 
     @property
     def question(self) -> Question:
@@ -270,6 +273,8 @@ class PreferencePair:
         template: Name of the template protocol.
         ref_chosen_logps: Reference log pi(chosen_ids | prompt_ids), summed over tokens, where stored.
         ref_rejected_logps: The same for ``rejected_ids``.
+        sampler_chosen_logps: log q(chosen_ids | prompt_ids) of what drew them, as in :class:`Completion`; D_t only.
+        sampler_rejected_logps: The same for ``rejected_ids``.
     """
 
     prompt_id: str
@@ -297,6 +302,8 @@ class PreferencePair:
     template: str | None = None
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
+    sampler_chosen_logps: float | None = None
+    sampler_rejected_logps: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -637,6 +644,10 @@ _RANGES = {
     "top_p": (0.0, 1.0, "lie between 0 and 1"),
     "cut_share": (0.0, 1.0, "lie between 0 and 1"),
     "unclosed_share": (0.0, 1.0, "lie between 0 and 1"),
+    **dict.fromkeys(
+        ("sampler_logp", "sampler_chosen_logps", "sampler_rejected_logps"),
+        (-math.inf, 0.0, "be a log-probability, at most 0"),
+    ),
 }
 _ANSWER_STARTS = {
     "answer_start": "completion_ids",

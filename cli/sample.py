@@ -15,6 +15,10 @@ bvpo-stats sample --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --prompts qu
 
 bvpo-stats sample --engine openai --base-url http://localhost:8000/v1 --model Qwen/Qwen3-4B --prompts questions.jsonl
 
+bvpo-stats sample --engine openai --base-url http://node1:8000/v1 --base-url http://node2:8000/v1 --model Qwen/Qwen3-4B
+
+bvpo-stats sample --engine vllm --model Qwen/Qwen3-4B --prompts questions.jsonl --temperature 1
+
 bvpo-stats sample --engine file --samples-from responses.jsonl --output runs/elsewhere"""
 
 

@@ -272,7 +272,15 @@ def build_pair(choice: Choice, template: Template, truncation: Truncation | None
         unclosed_share=None if truncation is None else truncation.unclosed_share,
         model=chosen.model,
         template=chosen.template,
+        **_sampler_logps(chosen, rejected),
     )
+
+
+def _sampler_logps(chosen: Completion, rejected: Completion) -> dict[str, float | None]:
+    """Log q of both sides. Of D_e, where the closing tag was given and not drawn, there is none."""
+    if chosen.mode != "thinking":
+        return {}
+    return {"sampler_chosen_logps": chosen.sampler_logp, "sampler_rejected_logps": rejected.sampler_logp}
 
 
 def _top_k(response: Completion) -> int | None:

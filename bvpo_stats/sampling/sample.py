@@ -148,14 +148,20 @@ def local_run(
         modes=tuple(modes),
         longest_prompt=None if positions is None else positions - 1,
     )
-    drafts = [
-        found
-        for question in questions
-        if not isinstance(found := _drafts(Prompt("", "", messages=question_turns(question)), run), SetAside)
-    ]
-    longest = max((len(ids) for found in drafts for ids, _ in found.values()), default=1)
+    longest = longest_prompt(policy.template, questions, modes, positions)
     rows = automatic_batch_size(batch_size, longest + options.max_new_tokens, policy.device.type != "cpu")
     return replace(run, batch_size=rows)
+
+
+def longest_prompt(
+    template: Template, questions: Iterable[Question], modes: Sequence[Mode], positions: int | None = None
+) -> int:
+    """Tokens of the longest prompt among some questions; those that cannot be put to the model do not count."""
+    most = None if positions is None else positions - 1
+    prompts = (Prompt("", "", messages=question_turns(question)) for question in questions)
+    drafts = (_drafts(prompt, template, modes, most) for prompt in prompts)
+    found = (draft for draft in drafts if not isinstance(draft, SetAside))
+    return max((len(ids) for draft in found for ids, _ in draft.values()), default=1)
 
 
 def check_modes(modes: Sequence[Mode]) -> None:
@@ -314,17 +320,16 @@ Drafts = dict[Mode, tuple[tuple[int, ...], str]]
 """A prompt as the engine gets it, in every mode of a run: token ids and text."""
 
 
-def _drafts(prompt: Prompt, run: SamplingRun) -> Drafts | SetAside:
-    """A prompt in each of the run's modes, or why it cannot be put to the model."""
+def _drafts(prompt: Prompt, template: Template, modes: Sequence[Mode], most: int | None) -> Drafts | SetAside:
+    """A prompt in each of some modes, or why it cannot be put to a model that takes at most so many of its tokens."""
     try:
-        texts = {mode: run.template.prompt_text(prompt.question, mode) for mode in run.modes}
+        texts = {mode: template.prompt_text(prompt.question, mode) for mode in modes}
     except PromptError as error:
         return SetAside(error.reason, f"Prompt {prompt.prompt_id}: {error}")
-    drafts: Drafts = {mode: (run.template.encode(text), text) for mode, text in texts.items()}
+    drafts: Drafts = {mode: (template.encode(text), text) for mode, text in texts.items()}
     longest = max(len(ids) for ids, _ in drafts.values())
-    if run.longest_prompt is not None and longest > run.longest_prompt:
-        most = run.longest_prompt + 1
-        detail = f"Prompt {prompt.prompt_id}: {longest} tokens leave no room in the model's {most} positions."
+    if most is not None and longest > most:
+        detail = f"Prompt {prompt.prompt_id}: {longest} tokens leave no room in the model's {most + 1} positions."
         return SetAside("prompt-too-long", detail)
     return drafts
 
@@ -381,7 +386,7 @@ def plan_batches(
 
     def usable() -> Iterator[tuple[Prompt, Drafts]]:
         for prompt in prompts:
-            drafts = _drafts(prompt, run)
+            drafts = _drafts(prompt, run.template, run.modes, run.longest_prompt)
             if not isinstance(drafts, SetAside):
                 yield prompt, drafts
             elif unusable is not None:
@@ -433,6 +438,7 @@ def completion_record(request: Request, draw: Draw, run: SamplingRun) -> Complet
         engine=run.engine.name,
         gold=request.prompt.gold,
         messages=request.prompt.messages,
+        sampler_logp=draw.sampler_logp,
     )
 
 

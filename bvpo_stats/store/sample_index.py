@@ -76,7 +76,8 @@ def check_sampling_model(engine: str | None, model: str | None, identity: str) -
     Raises:
         UserError: It is another model.
     """
-    if engine == "transformers" and content_of(identity) != content_of(model):
+    known = engine == "transformers" or (engine == "vllm" and "@" in str(model) and "@" in identity)
+    if known and content_of(identity) != content_of(model):
         raise UserError(
             f"The samples were drawn by {model}, but `model` is {identity}. Reference log-probabilities and "
             "traces need the sampling model: give the same `model` and `adapter` as in sampling."

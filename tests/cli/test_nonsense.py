@@ -95,7 +95,7 @@ SERVED = ["--engine", "openai", "--base-url", "http://localhost:1", "--model", "
 NONSENSE = ("nan", "inf", "-inf", "-1", "-7", "0", "1.5", "1e30", str(HUGE), "x", "a\x1b[31mb\n\u202ec", "\udcff", "")
 
 
-TOGETHER = [("warmup", "1.5")]
+TOGETHER = [("warmup", "1.5"), ("gamma", "1.5")]
 """In range, and refused for a reason of its own."""
 
 

@@ -60,8 +60,8 @@ Script = Callable[[Call, int], Reply]
 
 
 @contextmanager
-def serve(script: Script, models: Reply | None = None) -> Iterator[FakeServer]:
-    """Runs a server for the time of the block."""
+def serve(script: Script, models: Reply | None = None, port: int = 0) -> Iterator[FakeServer]:
+    """Runs a server for the time of the block; on a free port, unless one is given."""
     closing = threading.Event()
     lock = threading.Lock()
     listed = models or Reply(body={"data": [{"id": "toy"}]})
@@ -103,7 +103,7 @@ def serve(script: Script, models: Reply | None = None) -> Iterator[FakeServer]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     state = FakeServer(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

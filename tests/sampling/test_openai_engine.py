@@ -16,8 +16,16 @@ from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.model.templates import find_template
 from bvpo_stats.records import MODES, Message, Mode, Prompt
 from bvpo_stats.sampling.engines import server as server_module
-from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
-from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine, chat_rule, draw_seed
+from bvpo_stats.sampling.engines.base import (
+    Draw,
+    Outcome,
+    Request,
+    SamplingOptions,
+    SetAside,
+    draw_seed,
+    server_root,
+)
+from bvpo_stats.sampling.engines.openai_engine import OpenAIEngine, chat_rule
 from bvpo_stats.sampling.engines.server import Server, ServerOptions
 from bvpo_stats.sampling.sample import SamplingRun, sample_into
 from bvpo_stats.store.jsonl import read_jsonl
@@ -528,4 +536,160 @@ def test_wrong_server_options_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_the_base_url_may_end_in_v1_or_not() -> None:
-    assert {ServerOptions(f"http://x:1{end}").root for end in ("", "/", "/v1", "/v1/")} == {"http://x:1"}
+    assert {server_root(f"http://x:1{end}") for end in ("", "/", "/v1", "/v1/")} == {"http://x:1"}
+
+
+# Several servers
+
+
+def both(*servers: FakeServer, **changes: Any) -> ServerOptions:
+    return options(servers[0], base_url=tuple(server.url for server in servers), **changes)
+
+
+def draw_from(where: ServerOptions, asked: list[Request], **sampling: Any) -> dict[str, Outcome]:
+    engine = OpenAIEngine(POLICY, where, ("thinking",))
+    groups = engine.draw([asked], SamplingOptions(**{"max_new_tokens": 50, **sampling}))
+    return {request.key: outcome for group in groups for request, outcome in group}
+
+
+def test_a_request_goes_to_the_server_with_the_fewest_in_flight() -> None:
+    """One server answers at once, the other not before the quick one has had nearly everything."""
+    nearly_all = threading.Event()
+
+    def quick(call: Call, number: int) -> Reply:
+        if number == 20:
+            nearly_all.set()
+        return ids_reply(call, number)
+
+    def slow(call: Call, number: int) -> Reply:
+        if number:  # the first finds out how it likes to be asked
+            assert nearly_all.wait(60)
+        return ids_reply(call, number)
+
+    with serve(slow) as first, serve(quick) as second:
+        outcomes = draw_from(both(first, second, concurrency=1, timeout=60.0), requests(25))
+    assert len(outcomes) == 25
+    assert all(outcome == Draw((*IDS, EOS), "stop") for outcome in outcomes.values())
+    assert len(second.calls) >= 20
+    assert first.most_at_once == second.most_at_once == 1  # so many at each
+    assert {call.body["max_tokens"] for call in second.calls[:1]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Reply(500, {"error": "CUDA error"}), "answers 500 (CUDA error): left out; 1 of 2 servers go on."),
+        (Reply(404, {"error": "no model toy"}), "answers 404 no model toy: left out; 1 of 2"),
+        (Reply(401, {"error": "who?"}), "left out; 1 of 2 servers go on."),
+    ],
+)
+def test_a_server_that_fails_for_good_is_left_out(fault: Reply, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(ids_reply) as good, serve(lambda c, n: fault if n > 3 else ids_reply(c, n)) as bad:
+        outcomes = draw_from(both(good, bad, retries=1), requests(40))
+    assert len(outcomes) == 40
+    assert all(isinstance(outcome, Draw) for outcome in outcomes.values())
+    said = capsys.readouterr().err
+    assert f"The server at {bad.url} " in said
+    assert words in said
+    assert said.count("left out") == 1
+    with serve(lambda c, n: fault if n > 3 else ids_reply(c, n)) as bad, pytest.raises(UserError, match=bad.url):
+        draw_from(both(bad, retries=1), requests(40))
+
+
+def test_a_server_that_is_not_there_is_left_out_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = FakeServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    for served in (None, "toy"):
+        with serve(ids_reply) as good:
+            assert len(draw_from(both(gone, good, retries=0, served_model=served), requests(3))) == 3
+        assert f"The server at {gone.url} refuses the connection" in capsys.readouterr().err
+    with pytest.raises(UserError, match="refuses the connection"):
+        draw_from(both(gone, FakeServer(gone.url.replace("127.0.0.1", "localhost")), retries=0), requests(1))
+
+
+def test_servers_of_different_models_are_refused() -> None:
+    other = Reply(body={"data": [{"id": "other"}]})
+    with serve(ids_reply) as first, serve(ids_reply, other) as second:
+        with pytest.raises(UserError, match=rf"different models: toy at {first.url}, other at {second.url}"):
+            draw_from(both(first, second), requests(1))
+        with pytest.raises(UserError, match=rf"{second.url} does not serve toy; it offers other"):
+            draw_from(both(first, second, served_model="toy"), requests(1))
+    ways = r"asked in different ways \(/v1/completions ids vllm at"
+    with serve(ids_reply) as first, serve(text_only) as second, pytest.raises(UserError, match=ways):
+        draw_from(both(first, second), requests(1))
+    with pytest.raises(UserError, match="is there twice"):
+        ServerOptions(("http://a:1", "http://a:1/v1"))
+
+
+def test_a_restart_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model server goes away in the middle, comes back on its port after some tries, and the run goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    back = threading.Event()
+
+    def restart() -> None:
+        with serve(lambda c, n: ids_reply(c, n), port=port):
+            back.wait(60)
+
+    with serve(ids_reply, port=port) as at:
+        engine = OpenAIEngine(POLICY, options(at, retries=9, concurrency=2), ("thinking",))
+        groups = engine.draw([requests(12)], SamplingOptions(max_new_tokens=50))
+        found = [next(groups), next(groups)]
+    again = threading.Timer(0.3, restart)
+    again.start()
+    try:
+        found += list(groups)
+    finally:
+        back.set()
+        again.join()
+    keys = [request.key for group in found for request, outcome in group if isinstance(outcome, Draw)]
+    assert sorted(keys) == sorted(request.key for request in requests(12))
+    assert capsys.readouterr().err.count("trying again, 10 times in all") <= 1
+
+
+# What the sampler says of its own draws
+
+
+def with_logps(call: Call, values: object) -> Reply:
+    reply = ids_reply(call, 0)
+    reply.body["choices"][0]["logprobs"] = values
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("values", "total"),
+    [
+        ({"token_logprobs": [-0.5] * (len(IDS) + 1), "tokens": ["?"] * (len(IDS) + 1)}, -0.5 * (len(IDS) + 1)),
+        ({"content": [{"logprob": -0.25}] * (len(IDS) + 1)}, -0.25 * (len(IDS) + 1)),
+        ({"token_logprobs": [None, *[-0.5] * len(IDS)]}, None),
+        ({"token_logprobs": [-9999.0, *[-0.5] * len(IDS)]}, None),
+        ({"token_logprobs": [0.5, *[-0.5] * len(IDS)]}, None),
+        ({"token_logprobs": ["-1", *[-0.5] * len(IDS)]}, None),
+        ({"token_logprobs": [-0.5] * len(IDS)}, None),  # one token less than the ids
+        ({"content": None}, None),
+        (None, None),
+    ],
+)
+def test_log_probabilities_are_recorded_where_they_are_whole(values: object, total: float | None) -> None:
+    with serve(lambda call, number: with_logps(call, values)) as at:
+        (outcome,) = draw_from(options(at), requests(1), temperature=1.0).values()
+        assert at.calls[0].body["logprobs"] == 1
+    assert outcome == Draw((*IDS, EOS), "stop", total)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}])
+def test_log_probabilities_whose_meaning_differs_between_servers_are_not_asked_for(sampling: dict[str, float]) -> None:
+    values = {"token_logprobs": [-0.5] * (len(IDS) + 1)}
+    with serve(lambda call, number: with_logps(call, values)) as at:
+        assert draw_from(options(at), requests(1), **sampling).popitem()[1] == Draw((*IDS, EOS), "stop")
+        assert "logprobs" not in at.calls[0].body
+
+
+def test_a_server_that_gives_no_log_probabilities_is_asked_without() -> None:
+    def script(call: Call, number: int) -> Reply:
+        return Reply(400, {"error": "logprobs: no"}) if "logprobs" in call.body else ids_reply(call, number)
+
+    with serve(script) as at:
+        outcomes = draw_from(options(at), requests(3), temperature=1.0)
+        assert len(at.calls) == 4
+    assert all(outcome == Draw((*IDS, EOS), "stop") for outcome in outcomes.values())

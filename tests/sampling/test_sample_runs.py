@@ -64,6 +64,12 @@ def lines(folder: Path) -> list[str]:
     return sorted(line for path in folder.glob("samples*.jsonl") for line in path.read_text().splitlines())
 
 
+def drawn(folder: Path) -> dict[str, float]:
+    """Responses as they are on record, and log q of each, which goes with its batch up to rounding."""
+    rows = [json.loads(line) for line in lines(folder)]
+    return {json.dumps(row | {"sampler_logp": None}): row["sampler_logp"] for row in rows}
+
+
 def test_damaged_responses_are_drawn_again_and_none_counts_twice(
     uninterrupted: Path, config: SampleConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,13 +177,17 @@ def test_the_batch_size_does_not_change_the_draws(random_model: Path, prompts: s
     )
     for size in (1, 5, None):
         run_sample(replace(base, batch_size=size), tmp_path / str(size))
-    assert lines(tmp_path / "1") == lines(tmp_path / "5") == lines(tmp_path / "None")
+    one, five, every = (drawn(tmp_path / size) for size in ("1", "5", "None"))
+    assert one.keys() == five.keys() == every.keys()
+    for line in one:
+        assert [five[line], every[line]] == pytest.approx([one[line]] * 2, abs=1e-3)
 
 
 def test_one_mode_alone(config: SampleConfig, tmp_path: Path, uninterrupted: Path) -> None:
     report = run_sample(replace(config, modes=("nothinking",), limit=4), tmp_path / "run")
     assert list(report.modes) == ["nothinking"]
-    assert set(lines(tmp_path / "run")) <= set(lines(uninterrupted))
+    alone, among = drawn(tmp_path / "run"), drawn(uninterrupted)
+    assert alone == {line: pytest.approx(among[line], abs=1e-3) for line in alone}
 
 
 # The other engines
@@ -213,7 +223,8 @@ def test_a_server_that_is_down_leaves_no_folder_behind(tmp_path: Path, random_mo
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"engine": "vllm"}, "`engine='vllm'`: unknown"),
+        ({"engine": "sglang"}, "`engine='sglang'`: unknown"),
+        ({"engine": "vllm", "policy": None}, "needs `model`"),
         ({"engine": "openai"}, "`base_url`"),
         ({"engine": "openai", "server": ServerOptions("http://x"), "policy": None}, "needs `model`"),
         ({"engine": "openai", "server": ServerOptions("http://x"), "policy": PolicyOptions(adapter="a")}, "`adapter`"),

@@ -30,13 +30,15 @@ from bvpo_stats.records import (
     record_fields,
     to_dict,
 )
-from bvpo_stats.sampling.engines.base import SetAside
+from bvpo_stats.sampling.engines.base import SetAside, total_logp
 from bvpo_stats.sampling.prompts import PROMPT_FIELDS, prompt_from_row, prompt_identifier
 from bvpo_stats.sampling.sample import SAMPLES_FILE, SET_ASIDE_FILE, SamplingTally
 from bvpo_stats.store.jsonl import append_jsonl, mend, read_jsonl
 from bvpo_stats.store.tables import read_rows
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_SAMPLER_LOGPS = ("cumulative_logprob", "sampling_per_token_logps", "rollout_log_probs")
+"""What vLLM, TRL and verl call a sampler's log-probabilities, of the response or of each of its tokens."""
 _MASKS = {
     "prompt_ids": ("prompt_attention_mask", "prompt_mask"),
     "completion_ids": ("completion_attention_mask", "completion_mask", "attention_mask"),
@@ -132,6 +134,7 @@ def adopt_row(
     for name in ("prompt_ids", "completion_ids"):
         if name in row:
             row[name] = fields[name].read(row[name], where)
+    logps, given = _sampler_logps(row, where), len(row.get("completion_ids", ()))
     try:
         _read_prompt(row, where)
         if template is None:
@@ -140,9 +143,37 @@ def adopt_row(
             _fit(row, where, template, mode)
     except _SetAsideError as error:
         return Unusable(where, prompt_id, mode, index, error.outcome)
+    if "sampler_logp" not in row and logps is not None:
+        tokens = len(row["completion_ids"])
+        if isinstance(logps, tuple):
+            row["sampler_logp"] = total_logp(logps[:tokens], tokens)
+        elif tokens <= given:
+            row["sampler_logp"] = min(0.0, logps)
     return from_dict(
         Completion, {"engine": "file", "text": ""} | row, where, None if template is None else template.vocabulary
     )
+
+
+def _sampler_logps(row: dict[str, Any], where: str) -> tuple[float, ...] | float | None:
+    """Log-probabilities of a response's tokens under its sampler, or their sum, from fields of other programs.
+
+    These do not say whether they are those of the draw or the model's own, which are the same at temperature 1 without
+    a nucleus: elsewhere they are not known to be what they are taken for, and left alone (None).
+
+    Raises:
+        UserError: The field holds no log-probabilities, or not one for each token.
+    """
+    name = next((name for name in _SAMPLER_LOGPS if name in row), None)
+    if name is None:
+        return None
+    many, ids = isinstance(row[name], list | tuple), row.get("completion_ids")
+    found = Field(name, float, many, (), False, True).read(row[name], where)
+    if (max(found, default=0.0) if many else found) > _ROUNDING:
+        raise UserError(f"{where}: field `{name}` must hold log-probabilities, which are at most 0.")
+    if many and ids is not None and len(found) != len(ids):
+        raise UserError(f"{where}: field `{name}` has {len(found)} numbers for {len(ids)} `completion_ids`.")
+    plain = row.get("temperature") == 1 and row.get("top_p") == 1 and row.get("top_k") in (0, -1)
+    return None if ids is None or not plain else found
 
 
 def _read_prompt(row: dict[str, Any], where: str) -> None:
@@ -188,10 +219,13 @@ def _fit(row: dict[str, Any], where: str, template: Template, mode: Mode) -> Non
         reason = "stop-sequence"
     by_text = "completion_ids" not in row
     if by_text:
+        row.pop("sampler_logp", None)  # of the sampler's tokens, which a text does not say
         ids = _tokenised(row, where, template, mode, prompt_text, reason)
     else:
         given = row["completion_ids"]
         ids = vocabulary.response(_unmasked(row, "completion_ids", where), where, "completion_ids")
+        if ids != given:
+            row.pop("sampler_logp", None)  # whether it counts what is cut off is not known
         if isinstance(row.get("logprobs"), (list, tuple)) and len(row["logprobs"]) == len(given):
             row["logprobs"] = row["logprobs"][: len(ids)]
         if _ends(given, vocabulary) > 1 and reason == "length":
@@ -206,8 +240,8 @@ def _fit(row: dict[str, Any], where: str, template: Template, mode: Mode) -> Non
         if not vocabulary.eos_ids:
             raise UserError(f"{where}: the model names no end of sequence, so a response cannot end by itself.")
         ids = (*ids, vocabulary.eos_ids[0])  # samplers may keep the final token to themselves
-        if "logprobs" in row:
-            row.pop("logprobs")  # of one token less: scored again
+        for name in ("logprobs", "sampler_logp"):
+            row.pop(name, None)  # of one token less: scored again, or unknown
     if "prompt_ids" in row:
         given = _same_prompt(_unmasked(row, "prompt_ids", where), prompt, where, template)
         if mode == "nothinking" and prompt is not None and given != prompt:
@@ -332,6 +366,7 @@ def _bare(text: str) -> str:
 
 
 _SHOWN = 60
+_ROUNDING = 1e-4  # nats
 
 
 def _digest(key: str) -> int:

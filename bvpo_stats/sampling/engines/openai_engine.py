@@ -16,7 +16,6 @@ NoThinking only where the template has a switch, ``enable_thinking=False`` (Qwen
 
 from __future__ import annotations
 
-import hashlib
 import json
 import queue
 import threading
@@ -28,8 +27,15 @@ from typing import Any, Literal
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import ServedPolicy
 from bvpo_stats.records import FinishReason, Mode, chat_turns, read_finish_reason
-from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions, SetAside
-from bvpo_stats.sampling.engines.server import RefusedError, Server, ServerOptions
+from bvpo_stats.sampling.engines.base import Outcome, Request, SamplingOptions, SetAside, draw_seed, whole_draw
+from bvpo_stats.sampling.engines.server import (
+    NO_SUCH_PATH,
+    RefusedError,
+    Server,
+    ServerOptions,
+    Servers,
+    UnreachableError,
+)
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -45,12 +51,14 @@ class Dialect:
         prompt: The prompt as token ids, as rendered text, or as chat messages.
         extras: Whose words beyond OpenAI's are used.
         leading: Text taken off a rendered prompt, because the server's tokenizer puts it in front by itself (a BOS).
+        logps: Whether the log-probabilities of the tokens are asked for.
     """
 
     path: str
     prompt: Literal["ids", "text", "messages"]
     extras: Literal["vllm", "transformers", "plain"]
     leading: str = ""
+    logps: bool = False
 
     @property
     def name(self) -> str:
@@ -84,6 +92,7 @@ class Answer:
         prompt_tokens: Their number, None where unknown.
         completion_tokens: Number of completion tokens, None where unknown.
         reasoning: Whether the server has split the trace off the text.
+        logps: Log-probability of each completion token, None where the server was not asked or does not say.
     """
 
     text: str
@@ -93,6 +102,7 @@ class Answer:
     prompt_tokens: int | None
     completion_tokens: int | None
     reasoning: bool = False
+    logps: tuple[float | None, ...] | None = None
 
 
 ChatRule = dict[Mode, dict[str, Any]]
@@ -178,6 +188,8 @@ def request_body(
         }
         if dialect.prompt == "text":
             body["add_special_tokens"] = False
+        if dialect.logps:
+            body["logprobs"] = True if dialect.prompt == "messages" else 1
     elif dialect.extras == "transformers":
         body["generation_config"] = json.dumps(
             {
@@ -222,7 +234,21 @@ def read_answer(reply: Any) -> Answer:
         prompt_tokens=_count(usage.get("prompt_tokens")),
         completion_tokens=_count(usage.get("completion_tokens")),
         reasoning=reasoning,
+        logps=_logps(choice.get("logprobs")),
     )
+
+
+def _logps(value: Any) -> tuple[float | None, ...] | None:
+    """Log-probabilities of the completion's tokens, as either endpoint writes them; what is no number is None."""
+    if not isinstance(value, dict):
+        return None
+    found = value.get("token_logprobs")
+    content = value.get("content")
+    if isinstance(content, list):
+        found = [entry.get("logprob") if isinstance(entry, dict) else None for entry in content]
+    if not isinstance(found, list):
+        return None
+    return tuple(float(each) if type(each) in (int, float) else None for each in found)
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:
@@ -285,7 +311,7 @@ def _from_ids(answer: Answer, given: tuple[int, ...], reason: FinishReason, poli
         ids = (*ids, policy.eos_ids[0])  # servers may keep the final token to themselves
     if not _spells(given, answer.text, policy):
         return SetAside("ids-differ", f"the token ids do not spell the text {_short(answer.text)}")
-    return _checked(ids, reason, policy)
+    return whole_draw(ids, reason, policy.template.vocabulary, answer.logps)
 
 
 def _from_text(answer: Answer, reason: FinishReason, policy: ServedPolicy, counts_eos: bool | None) -> Outcome:
@@ -300,17 +326,7 @@ def _from_text(answer: Answer, reason: FinishReason, policy: ServedPolicy, count
         return SetAside(
             "ids-differ", f"the server wrote {counted} tokens, its text has {len(ids)}: {_short(answer.text)}"
         )
-    return _checked(ids, reason, policy)
-
-
-def _checked(ids: tuple[int, ...], reason: FinishReason, policy: ServedPolicy) -> Outcome:
-    if not ids:
-        return SetAside("empty", "an empty completion")
-    try:
-        whole = policy.template.vocabulary.response(ids, "the answer", "token_ids")
-    except UserError as error:
-        return SetAside("ids-differ", str(error))
-    return Draw(whole, reason)
+    return whole_draw(ids, reason, policy.template.vocabulary, answer.logps)
 
 
 def _spells(ids: Sequence[int], text: str, policy: ServedPolicy) -> bool:
@@ -334,20 +350,15 @@ def _short(text: str) -> str:
 
 
 Drawn = tuple[Request, Outcome]
-_NO_SUCH_PATH = (404, 405, 501)
-
-
-def draw_seed(key: str, seed: int) -> int:
-    """The seed of one draw, 31 bits: what the server makes of it is up to the server."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()[:4], "little") >> 1
 
 
 class OpenAIEngine:
-    """Draws completions from a server, many requests at a time.
+    """Draws completions from a server, or from several of one model, many requests at a time.
 
     The first request settles how the server likes to be asked (:class:`Dialect`); from then
     on a request that it refuses, or whose token ids are in doubt, is set aside. Requests that fail for passing reasons
-    are repeated. When the server is gone for good, everything that arrived has been yielded before the error is raised.
+    are repeated. When the last server is gone for good, everything that arrived has been yielded before the error is
+    raised.
 
     Args:
         policy: Tokenizer and template of the served model.
@@ -355,7 +366,8 @@ class OpenAIEngine:
         modes: Modes that will be asked for.
 
     Raises:
-        UserError: The server cannot be reached, knows no such model, or cannot make exact prompts.
+        UserError: No server can be reached, one knows no such model, they serve different ones, or exact prompts cannot
+            be made.
     """
 
     name = "openai"
@@ -371,11 +383,32 @@ class OpenAIEngine:
         self.dialect: Dialect | None = None
         self._policy = policy
         self._modes = modes
-        self._server = Server(options)
+        self._servers = Servers(options)
         self._rule: ChatRule = {}
-        self._model = options.served_model or _only_model(self._server)
+        self._model = self._served_model()
         if options.endpoint == "chat":
             self._rule = self._exact_chat_rule()
+
+    def _served_model(self) -> str:
+        """The one model that all servers serve; those that cannot be reached are left out.
+
+        Raises:
+            UserError: They serve different ones, or one does not serve what was asked for.
+        """
+        names: dict[str, str] = {}
+        for server in self._servers.all:
+            try:
+                if len(self._servers.all) == 1:
+                    return self.options.served_model or _only_model(server)
+                names[server.url] = _served_by(server, self.options.served_model)
+            except UnreachableError as error:
+                self._servers.leave_out(server, str(error))
+        if len(set(names.values())) > 1:
+            offers = ", ".join(f"{name} at {url}" for url, name in names.items())
+            raise UserError(
+                f"The servers serve different models: {offers}. Give servers of one model, or `served_model`."
+            )
+        return next(iter(names.values()))
 
     @property
     def model(self) -> str:
@@ -389,25 +422,48 @@ class OpenAIEngine:
             first = next(requests, None)
             if first is None:
                 return
-            yield [(first, self._settle(first, options))]
+            yield [(first, self._settle_all(first, options))]
         yield from self._concurrently(requests, options)
 
-    def _settle(self, request: Request, options: SamplingOptions) -> Outcome:
-        """Asks for the first draw in one dialect after another until the server takes one."""
-        refusals: list[RefusedError] = []
-        for dialect in self._dialects(refusals):
+    def _settle_all(self, request: Request, options: SamplingOptions) -> Outcome:
+        """The first draw, and whether all servers like to be asked as the one that gives it does."""
+        found: dict[Server, tuple[Outcome, Dialect]] = {}
+        for server in self._servers.left:
+            asked = options if not found else replace(options, max_new_tokens=1)
+            self.dialect = None
             try:
-                answer = read_answer(self._ask(dialect, request, options))
+                outcome = self._settle(server, request, asked)
+            except UnreachableError as error:
+                self._servers.leave_out(server, str(error))
+                continue
+            assert self.dialect is not None
+            found[server] = outcome, self.dialect
+        (first, (outcome, self.dialect)), *others = found.items()
+        for server, (_, dialect) in others:
+            if replace(dialect, logps=False) != replace(self.dialect, logps=False):
+                raise UserError(
+                    f"The servers must be asked in different ways ({self.dialect.name} at {first.url}, {dialect.name} "
+                    f"at {server.url}), so their draws may differ in law. Give servers of one kind."
+                )
+        self.dialect = replace(self.dialect, logps=all(dialect.logps for _, dialect in found.values()))
+        return outcome
+
+    def _settle(self, server: Server, request: Request, options: SamplingOptions) -> Outcome:
+        """Asks for a draw in one dialect after another until the server takes one."""
+        refusals: list[RefusedError] = []
+        for dialect in self._spoken(refusals, options):
+            try:
+                answer = read_answer(self._ask(server, dialect, request, options))
                 bos = self._policy.tokenizer.bos_token
                 if prompt_mismatch(answer, request) and dialect.prompt == "text" and bos:
                     # many servers put a BOS in front of a text that already has one
                     dialect = replace(dialect, leading=str(bos))
-                    answer = read_answer(self._ask(dialect, request, options))
+                    answer = read_answer(self._ask(server, dialect, request, options))
             except RefusedError as error:
                 refusals.append(error)
                 continue
             except ValueError as error:
-                raise UserError(f"The server at {self.options.base_url} gives {error}.") from error
+                raise UserError(f"The server at {server.url} gives {error}.") from error
             if answer.reasoning:
                 raise UserError(
                     "The server splits the trace off the response, so its exact tokens are lost. Start it without a "
@@ -423,13 +479,27 @@ class OpenAIEngine:
             self.dialect = dialect
             return self._resolve(answer, request)
         last = refusals[-1]
-        raise UserError(f"The server at {self.options.base_url} refuses request {request.key} ({last.message}).")
+        raise UserError(f"The server at {server.url} refuses request {request.key} ({last.message}).")
+
+    def _spoken(self, refusals: list[RefusedError], options: SamplingOptions) -> Iterator[Dialect]:
+        """The dialects to try, with log-probabilities first.
+
+        They are asked for where servers agree on what they are: with a temperature or a nucleus some give those of the
+        draw, others the model's own.
+        """
+        for dialect in self._dialects(refusals):
+            if options.plain and dialect.extras == "vllm":
+                before = len(refusals)
+                yield replace(dialect, logps=True)
+                if len(refusals) > before and refusals[-1].status in NO_SUCH_PATH:
+                    continue
+            yield dialect
 
     def _dialects(self, refusals: list[RefusedError]) -> Iterator[Dialect]:
         if self.options.endpoint != "chat":
             for dialect in COMPLETION_DIALECTS:
                 yield dialect
-                if refusals[-1].status in _NO_SUCH_PATH:
+                if refusals[-1].status in NO_SUCH_PATH:
                     break
             else:
                 return
@@ -443,7 +513,7 @@ class OpenAIEngine:
         check_chat_modes(rule, self._modes, self._policy.template.name)
         return rule
 
-    def _ask(self, dialect: Dialect, request: Request, options: SamplingOptions) -> Any:
+    def _ask(self, server: Server | Servers, dialect: Dialect, request: Request, options: SamplingOptions) -> Any:
         body = request_body(
             dialect,
             request,
@@ -453,19 +523,19 @@ class OpenAIEngine:
             eos_ids=self._policy.eos_ids,
             rule=self._rule,
         )
-        return self._server.post(dialect.path, body)
+        return server.post(dialect.path, body)
 
     def _resolve(self, answer: Any, request: Request) -> Outcome:
+        if self.dialect is None or not self.dialect.logps:
+            answer = replace(answer, logps=None)  # what was not asked for may be anything
         counts_eos = True if self.dialect and self.dialect.extras == "transformers" else None
         return resolve(answer, request, self._policy, counts_eos=counts_eos)
 
     def _outcome(self, request: Request, options: SamplingOptions) -> Outcome:
         assert self.dialect is not None
         try:
-            return self._resolve(read_answer(self._ask(self.dialect, request, options)), request)
+            return self._resolve(read_answer(self._ask(self._servers, self.dialect, request, options)), request)
         except RefusedError as error:
-            if error.status in _NO_SUCH_PATH:
-                raise UserError(f"The server at {self.options.base_url} answers {error}.") from error
             return SetAside("refused", str(error))
         except ValueError as error:
             return SetAside("no-completion", str(error))
@@ -486,7 +556,7 @@ class OpenAIEngine:
         failure: BaseException | None = None
         try:
             while True:
-                while failure is None and in_flight < self.options.concurrency:
+                while failure is None and in_flight < self.options.concurrency * len(self._servers.left):
                     request = next(requests, None)
                     if request is None:
                         break
@@ -503,7 +573,7 @@ class OpenAIEngine:
                     in_flight -= 1
                     if isinstance(outcome, BaseException):
                         failure = failure or outcome
-                        self._server.stop()
+                        self._servers.stop()
                     else:
                         group.append((drawn_request, outcome))
                 if group:
@@ -535,24 +605,45 @@ def check_served(options: ServerOptions, names: Sequence[str]) -> None:
     Raises:
         UserError: The server cannot be reached, or lists other models.
     """
-    try:
-        listed = _listed_models(Server(options))
-    except (RefusedError, KeyError, TypeError):
-        return
-    unknown = [name for name in names if name not in listed]
-    if unknown and listed:
-        raise UserError(
-            f"The server at {options.base_url} has no model {', '.join(unknown)}; it offers {', '.join(listed[:8])}."
-        )
+    for url in options.urls:
+        try:
+            listed = _listed_models(Server(options, url))
+        except (RefusedError, KeyError, TypeError):
+            continue
+        except UnreachableError:
+            if len(options.urls) == 1:
+                raise
+            continue
+        unknown = [name for name in names if name not in listed]
+        if unknown and listed:
+            raise UserError(
+                f"The server at {url} has no model {', '.join(unknown)}; it offers {', '.join(listed[:8])}."
+            )
 
 
 def _listed_models(server: Server) -> list[str]:
     return [str(entry["id"]) for entry in server.get("/v1/models")["data"]]
 
 
+def _served_by(server: Server, wanted: str | None) -> str:
+    """The name of the model that one of several servers is asked for: the only one, or the one wanted."""
+    if wanted is None:
+        return _only_model(server)
+    try:
+        listed = _listed_models(server)
+    except (RefusedError, KeyError, TypeError):
+        return wanted  # it does not say; the first request does
+    if wanted not in listed:
+        raise UserError(
+            f"The server at {server.url} does not serve {wanted}; it offers {', '.join(listed[:8]) or 'no models'}. "
+            "Give servers of one model."
+        )
+    return wanted
+
+
 def _only_model(server: Server) -> str:
     """The name of the one model that the server offers."""
-    where = server.options.base_url
+    where = server.url
     try:
         names = _listed_models(server)
     except RefusedError as error:

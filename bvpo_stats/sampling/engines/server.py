@@ -20,14 +20,21 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.progress import say
 from bvpo_stats.sampling.engines.base import ServerOptions as ServerOptions
+from bvpo_stats.sampling.engines.base import server_root
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 _FIRST_WAIT = 0.5
 _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 300.0
+_SAID = 3  # tries of a request after which it is said that a server does not answer
 _JITTER = random.Random()  # of its own: waiting must not touch any seeded stream
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+NO_SUCH_PATH = (404, 405, 501)
+"""Answers of a server that does not have what it was asked for: an endpoint, a model."""
 
 
 class RefusedError(Exception):
@@ -42,6 +49,10 @@ class RefusedError(Exception):
         super().__init__(f"{status} {message}")
         self.status = status
         self.message = message
+
+
+class UnreachableError(UserError):
+    """A server that does not answer, after all tries."""
 
 
 class _PassingError(Exception):
@@ -63,14 +74,17 @@ class Server:
     """A client that may be used by several threads.
 
     Args:
-        options: Where the server is.
+        options: How to treat it.
+        url: Its address; None for the first of the options.
 
     Raises:
         UserError: The variable named by ``api_key_env`` is not set.
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, url: str | None = None) -> None:
         self.options = options
+        self.url = options.urls[0] if url is None else url
+        self._waiting = False
         self._stopped = threading.Event()
         self._key: str | None = None
         if options.api_key_env is not None:
@@ -78,7 +92,7 @@ class Server:
             if not self._key:
                 raise UserError(f"`api_key_env={options.api_key_env!r}`: this environment variable is not set.")
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if urllib.parse.urlsplit(options.base_url).hostname in _LOOPBACK:
+        if urllib.parse.urlsplit(self.url).hostname in _LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own servers
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -103,16 +117,22 @@ class Server:
         tries = self.options.retries + 1
         for attempt in range(tries):
             try:
-                return self._once(method, path, data)
+                answer = self._once(method, path, data)
             except _PassingError as error:
                 reason, asked = str(error), error.wait
+            else:
+                self._waiting = False
+                return answer
             if attempt + 1 == tries or self._stopped.is_set():
                 break
+            if attempt + 1 == _SAID and not self._waiting:  # once for all requests that wait
+                self._waiting = True
+                say(f"The server at {self.url} {self._hide(reason)}; trying again, {tries} times in all.")
             growing = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * _JITTER.uniform(0.75, 1.25)
             if self._stopped.wait(growing if asked is None else max(0.0, min(asked, _LONGEST_RETRY_AFTER))):
                 break
-        raise UserError(
-            f"The server at {self.options.base_url} {self._hide(reason)} (tried {attempt + 1} times). Check it, then "
+        raise UnreachableError(
+            f"The server at {self.url} {self._hide(reason)} (tried {attempt + 1} times). Check it, then "
             "run the same command again: it goes on where it stopped."
         )
 
@@ -120,7 +140,7 @@ class Server:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "bvpo-stats"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.options.root + path, data=data, headers=headers, method=method)
+        request = urllib.request.Request(server_root(self.url) + path, data=data, headers=headers, method=method)
         deadline = time.monotonic() + self.options.timeout
         try:
             with self._opener.open(request, timeout=self.options.timeout) as response:
@@ -130,7 +150,7 @@ class Server:
                 raise self._http_error(error, final=data is None and error.code == 500) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise UserError(f"The certificate of {self.options.base_url} is not valid: {error.reason}.") from error
+                raise UserError(f"The certificate of {self.url} is not valid: {error.reason}.") from error
             raise _PassingError(_reason(error.reason, self.options.timeout)) from error
         except (OSError, http.client.HTTPException) as error:
             raise _PassingError(_reason(error, self.options.timeout)) from error
@@ -149,15 +169,80 @@ class Server:
             return _PassingError(f"answers {error.code} ({message})", _retry_after(error.headers.get("Retry-After")))
         if error.code in (401, 403):
             hint = "Check the key" if self._key else "Name the variable that holds the key with `api_key_env`"
-            return UserError(f"The server at {self.options.base_url} answers {error.code} ({message}). {hint}.")
+            return UserError(f"The server at {self.url} answers {error.code} ({message}). {hint}.")
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "elsewhere")
-            return UserError(f"The server at {self.options.base_url} redirects to {where}. Give that as `base_url`.")
+            return UserError(f"The server at {self.url} redirects to {where}. Give that as `base_url`.")
         return RefusedError(error.code, message)
 
     def _hide(self, text: str) -> str:
         """Servers may repeat the key in their messages; ours never do."""
         return text.replace(self._key, "***") if self._key else text
+
+
+class Servers:
+    """Several servers of one model: each request goes to the one with the fewest in flight.
+
+    One that fails for good is left out, and said; what it was asked is asked of the others.
+
+    Args:
+        options: Where they are.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.all = [Server(options, url) for url in options.urls]
+        self._in_flight = dict.fromkeys(self.all, 0)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    @property
+    def left(self) -> list[Server]:
+        """Those that have not been left out."""
+        return list(self._in_flight)
+
+    def stop(self) -> None:
+        """As :meth:`Server.stop`, for all of them."""
+        self._stopped = True
+        for server in self.all:
+            server.stop()
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """As :meth:`Server.post`, by the server with the fewest requests in flight.
+
+        Raises:
+            RefusedError: The server says no.
+            UserError: The last server fails for good.
+        """
+        while True:
+            with self._lock:
+                server = min(self._in_flight, key=self._in_flight.__getitem__)
+                self._in_flight[server] += 1
+            try:
+                return server.post(path, body)
+            except UserError as error:
+                self.leave_out(server, str(error))
+            except RefusedError as error:
+                if error.status not in NO_SUCH_PATH:
+                    raise
+                self.leave_out(server, f"The server at {server.url} answers {error}.")  # another model, after a restart
+            finally:
+                with self._lock:
+                    if server in self._in_flight:
+                        self._in_flight[server] -= 1
+
+    def leave_out(self, server: Server, reason: str) -> None:
+        """Asks a server nothing more.
+
+        Raises:
+            UserError: It is the last one, or the run is being stopped.
+        """
+        with self._lock:
+            if self._stopped or self.left == [server]:
+                raise UserError(reason)
+            if self._in_flight.pop(server, None) is None:
+                return  # another request has met the same
+            others = len(self.left)
+        say(f"{reason.partition(' (tried')[0].rstrip('.')}: left out; {others} of {len(self.all)} servers go on.")
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:

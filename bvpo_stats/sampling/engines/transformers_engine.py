@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from bvpo_stats.model.policy import Policy
 from bvpo_stats.progress import in_hand, stages, within
 from bvpo_stats.sampling.engines.base import Draw, Outcome, Request, SamplingOptions
 
+_DECIMALS = 4  # of log q in nats: what rounding of the logits leaves of it
 _LOOK = 3  # tokens of the comparison of a prompt alone with the same prompt in a batch
 _PADS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # looked at once for each model
 _LAW_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-2}  # of probabilities, in the coarsest arithmetic on the way
@@ -54,12 +56,16 @@ class InverseCdfSampler(LogitsProcessor):
         uniform: Numbers in [0, 1), shape [rows, max_new_tokens].
         prompt_length: Padded length of the prompts.
         options: Temperature and nucleus.
+
+    Attributes:
+        logps: Log-probability of the token of each row, for every step so far.
     """
 
     def __init__(self, uniform: Float[Tensor, "rows steps"], prompt_length: int, options: SamplingOptions) -> None:
         self._uniform = uniform
         self._prompt_length = prompt_length
         self._options = options
+        self.logps: list[Float[Tensor, " rows"]] = []
 
     def __call__(
         self, input_ids: Int[Tensor, "rows length"], scores: Float[Tensor, "rows vocabulary"]
@@ -80,7 +86,10 @@ class InverseCdfSampler(LogitsProcessor):
             probabilities = _nucleus(probabilities, self._options.top_p)
         cumulative = probabilities.cumsum(-1)
         target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+        chosen = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+        share = probabilities.gather(1, chosen[:, None]) / cumulative[:, -1:]
+        self.logps.append(share.squeeze(1).log())
+        return chosen
 
 
 def _nucleus(probabilities: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
@@ -207,6 +216,7 @@ class TransformersEngine:
         uniform = torch.from_numpy(np.stack([uniforms(r.key, options.seed, int(limits.max())) for r in requests]))
         input_ids, mask = _left_padded(requests, width, policy.pad_id)
         alive, cache = torch.arange(len(requests)), None
+        logps = torch.zeros(len(requests), dtype=torch.float64)
         draws: dict[int, Draw] = {}
         while len(alive):
             done = input_ids.shape[1] - width
@@ -218,12 +228,14 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([sampler]),
                 generation_config=self._settings(min(_STRETCH, int(limits[alive].min()) - done)),
             )
-            sequences = output.sequences.cpu()
+            sequences, steps = output.sequences.cpu(), torch.stack(sampler.logps, dim=1).cpu()
             running = torch.ones(len(alive), dtype=torch.bool)
             for place, row in enumerate(alive.tolist()):
                 draw = self._draw(sequences[place, width:].tolist(), int(limits[row]))
+                logps[row] += steps[place, : None if draw is None else len(draw.completion_ids) - done].sum()
                 if draw is not None:
-                    draws[row], running[place] = draw, False
+                    draws[row] = replace(draw, sampler_logp=min(0.0, round(float(logps[row]), _DECIMALS)))
+                    running[place] = False
             cache = _selected(output.past_key_values, running)
             alive, input_ids = alive[running], sequences[running]
             mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], dim=1)[running]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from bvpo_stats.errors import UserError
+from bvpo_stats.sampling.scoring import SamplerRatio
 from bvpo_stats.statistics.alpha import (
     AlphaInterval,
     alpha_curve,
@@ -463,6 +464,7 @@ class AlphaReport(Report):
         optimizer: eta L of an optimizer's steps, and alpha* there, where one was named.
         advice: What else the tokens of a step with the paper's 0.5 could buy; empty where mu is not estimable.
         tokens: Mean tokens of a D_t and of a D_e pair, its costs.
+        sampler: Whether the policy is what drew the responses; None in a report of before it was asked.
         mixture: Weights of the best mix of the means of 1, 2 and 4 traces and the empty trace, at the same B; empty
             without second trace draws.
     """
@@ -508,6 +510,7 @@ class AlphaReport(Report):
     advice: list[Advice] = field(default_factory=list)
     tokens: dict[str, float] = field(default_factory=dict)
     mixture: list[MixtureWeight] = field(default_factory=list)
+    sampler: SamplerRatio | None = None
 
     @classmethod
     def of(
@@ -723,6 +726,7 @@ class AlphaReport(Report):
             f"{jackknife}, sets by Fieller and Hall for weights, wider where few prompts weigh much.",
             "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
             f"mu: {self.marginal.reason}",
+            *([] if self.sampler is None else [self.sampler.words]),
         ]
         if 0 < self.n_second_draws < self.n_examples:
             of = "" if self.n_drawn_prompts is None else f" ({self.n_drawn_prompts} of {self.n_prompts} prompts)"

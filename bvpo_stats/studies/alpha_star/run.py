@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -44,10 +45,11 @@ from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs, read_pairs
+from bvpo_stats.sampling.scoring import SamplerRatio, sampler_ratio
 from bvpo_stats.statistics.alpha import adam_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
 from bvpo_stats.statistics.moments import jackknife_groups
-from bvpo_stats.store.jsonl import replacing, sha256_of
+from bvpo_stats.store.jsonl import replacing, sha256_of, write_atomic
 from bvpo_stats.store.run_folder import RUN_FILE, Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
 from bvpo_stats.studies.alpha_star.config import AlphaConfig, AlphaInputs
@@ -63,6 +65,7 @@ from bvpo_stats.studies.alpha_star.report import (
 MOMENTS_FILE = "moments.npz"
 SUMS_FILE = "moments.bin"
 METRIC_FILE = "second_moments.npz"
+SAMPLER_FILE = "sampler.json"
 _SAVE_EVERY_SECONDS = 30.0
 _MANY_COPIES = 0.5  # share of answers with copies of one trace only beyond which the report warns
 _SAVE_SHARE = 20.0  # a save may take one part in so many of the time
@@ -303,7 +306,8 @@ def _estimate(
     report = None
     if moments is not None:
         found = Found(moments, state.moments.plan, noise, sorted(diagnostics, key=lambda d: (d.prompt_id, d.side)))
-        report = _report(policy, subset, joined, options, words, choice, found)
+        sampler = _sampler(policy, examples, options, folder)
+        report = _report(policy, subset, joined, options, words, choice, found, sampler)
     sent = world.broadcast(report)
     assert sent is not None
     return sent
@@ -460,6 +464,7 @@ def _report(
     words: str,
     choice: MarginalChoice,
     found: Found,
+    sampler: SamplerRatio,
 ) -> AlphaReport:
     settings, measured, drift, examples = options.settings, None, None, joined.examples
     if options.curvature is not None:
@@ -487,7 +492,9 @@ def _report(
             *_metric_warnings(step),
             *bias_warnings(choice, examples),
             *bank_warnings(joined, choice, found.diagnostics),
+            *sampler.cautions,
         ),
+        sampler=sampler,
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
@@ -498,6 +505,19 @@ def _report(
         seed=options.stream.seed,
         curvature=measured,
     )
+
+
+def _sampler(policy: Policy, examples: Sequence[Example], options: AlphaOptions, folder: Path | None) -> SamplerRatio:
+    """How far the policy is from the sampler of the D_t pairs; kept in the run's folder, as the moments are."""
+    path = None if folder is None else folder / SAMPLER_FILE
+    if path is not None and path.exists():
+        with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: made again
+            return SamplerRatio(**json.loads(path.read_text(encoding="utf-8")))
+    pairs = (example.both[0] for example in examples)
+    found = sampler_ratio(policy, pairs, reference=True, max_tokens=options.stream.max_tokens)
+    if path is not None:
+        write_atomic(path, json.dumps(asdict(found)) + "\n")
+    return found
 
 
 def _drift_bound(

@@ -14,7 +14,7 @@ from bvpo_stats.model.options import EMBEDDED, PolicyOptions
 from bvpo_stats.records import MODES
 from bvpo_stats.sampling.engines.base import ServerOptions
 from bvpo_stats.store.run_folder import WHOLE
-from bvpo_stats.studies.sample.config import Engine, ShardOption
+from bvpo_stats.studies.sample.config import ShardOption
 from bvpo_stats.studies.train.config import MODEL
 
 Task = Literal["math", "alpaca-eval", "arena-hard"]
@@ -120,7 +120,9 @@ class EvaluateConfig:
     modes: o.Modes = MODES
     limit: o.Limit = None
     level: o.Level = 0.95
-    engine: Engine = "transformers"
+    engine: Annotated[
+        Literal["transformers", "openai", "file"], o.Option("transformers, openai (any compatible server) or file.")
+    ] = "transformers"
     server: ServerOptions | None = None
     samples_from: Annotated[
         tuple[Path, ...],

@@ -10,11 +10,10 @@ from bvpo_stats import options as o
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.options import EMBEDDED, PolicyOptions
 from bvpo_stats.records import MODES
-from bvpo_stats.sampling.engines.base import SamplingOptions, ServerOptions
+from bvpo_stats.sampling.engines.base import SamplingOptions, ServerOptions, VllmOptions
 from bvpo_stats.store.run_folder import WHOLE, Shard, parse_shard
 
-EngineName = Literal["transformers", "openai", "file"]
-Engine = Annotated[EngineName, o.Option("transformers, openai (any compatible server) or file.")]
+EngineName = Literal["transformers", "vllm", "openai", "file"]
 ServedPolicy = Annotated[
     PolicyOptions | None,
     o.Group({"model": o.Option("Model folder or hub id; for a server, the model that it serves.", shown="embedded")}),
@@ -40,8 +39,9 @@ class SampleConfig:
         top_p: Nucleus mass; 1 samples the whole distribution.
         max_new_tokens: Cut-off in tokens; None for 256 with the embedded model, else 4096.
         modes: Which of Thinking and NoThinking.
-        engine: ``transformers``, ``openai`` or ``file``.
-        server: The server of the ``openai`` engine.
+        engine: ``transformers``, ``vllm``, ``openai`` or ``file``.
+        server: The servers of the ``openai`` engine.
+        vllm: How the ``vllm`` engine is run.
         samples_from: The file of the ``file`` engine.
         shard: Which part of the run this process does.
         parquet: Whether to write the completions as Parquet, too.
@@ -59,8 +59,11 @@ class SampleConfig:
     top_p: o.TopP = 1.0
     max_new_tokens: o.MaxNewTokens = None
     modes: o.Modes = MODES
-    engine: Engine = "transformers"
+    engine: Annotated[
+        EngineName, o.Option("transformers, vllm (in this process), openai (any compatible server) or file.")
+    ] = "transformers"
     server: ServerOptions | None = None
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     samples_from: Annotated[Path | None, o.Option("JSONL file of responses generated elsewhere (file engine).")] = None
     shard: ShardOption = WHOLE
     parquet: Annotated[bool, o.Option("Write the responses as Parquet, too.")] = False
@@ -74,6 +77,13 @@ class SampleConfig:
             self._check_openai()
         elif self.server is not None:
             raise UserError("`base_url` is for `engine='openai'`.")
+        if self.engine == "vllm":
+            if self.policy is None:
+                raise UserError("`engine='vllm'` needs `model`: the model that vLLM loads.")
+            if self.policy.adapter is not None:
+                raise UserError("`adapter` is not loaded by `engine='vllm'`. Merge it into the model, or serve both.")
+        elif self.vllm != VllmOptions():
+            raise UserError("`tensor_parallel` and `gpu_memory` are for `engine='vllm'`.")
         if self.engine == "file":
             if self.samples_from is None:
                 raise UserError("`engine='file'` needs the responses: `samples_from`.")

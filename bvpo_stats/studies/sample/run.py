@@ -17,6 +17,7 @@ from bvpo_stats.model.policy import (
     load_served_policy,
     model_source,
 )
+from bvpo_stats.model.precision import offer_bfloat16
 from bvpo_stats.records import UNKNOWN, Completion, Prompt
 from bvpo_stats.sampling.prompts import PromptSurvey, begin_with, load_prompts, survey_prompts
 from bvpo_stats.sampling.sample import (
@@ -27,6 +28,7 @@ from bvpo_stats.sampling.sample import (
     count_set_aside,
     first_set_aside,
     local_run,
+    longest_prompt,
     sample_into,
     summarise,
 )
@@ -53,7 +55,12 @@ def run_sample(config: SampleConfig, output: Path, loaded: Policy | None = None)
     if config.engine == "file":
         return _adopt(config, output)
     survey = survey_prompts(_prompts(config))
-    run, identity = _server_run(config) if config.engine == "openai" else _local_run(config, survey, loaded)
+    if config.engine == "openai":
+        run, identity = _server_run(config)
+    elif config.engine == "vllm":
+        run, identity = _vllm_run(config, survey)
+    else:
+        run, identity = _local_run(config, survey, loaded)
     identity |= {**survey.identity, **asdict(config.sampling)}
     with _open(config, output, identity, survey.identity) as folder:
         grow(folder, identity, survey.identity, lambda stored: begin_with(_prompts(config), stored))
@@ -88,6 +95,7 @@ def _open(
 
 def _local_run(config: SampleConfig, survey: PromptSurvey, loaded: Policy | None) -> tuple[SamplingRun, dict[str, Any]]:
     policy = loaded or load_policy(config.policy or PolicyOptions())
+    offer_bfloat16(policy)
     run = local_run(policy, config.sampling, config.modes, survey.longest, config.batch_size)
     return run, {"model": policy.identity, "template": policy.template.name, "dtype": str(policy.model.dtype)}
 
@@ -101,6 +109,17 @@ def _server_run(config: SampleConfig) -> tuple[SamplingRun, dict[str, Any]]:
     engine = OpenAIEngine(policy, config.server, config.modes)
     run = SamplingRun(engine, policy.template, config.sampling, engine.model, config.server.concurrency, config.modes)
     return run, {"model": engine.model, **_language(config.policy, policy)}
+
+
+def _vllm_run(config: SampleConfig, survey: PromptSurvey) -> tuple[SamplingRun, dict[str, Any]]:
+    from bvpo_stats.sampling.engines.vllm_engine import VllmEngine
+
+    assert config.policy is not None
+    policy = load_served_policy(config.policy)
+    prompts = longest_prompt(policy.template, survey.longest, config.modes)
+    engine = VllmEngine(policy, config.policy, config.vllm, prompts + config.sampling.max_new_tokens)
+    run = SamplingRun(engine, policy.template, config.sampling, engine.model, config.vllm.in_flight, config.modes)
+    return run, {"model": engine.model, "template": policy.template.name, "dtype": config.policy.dtype}
 
 
 def _language(options: PolicyOptions | None, policy: ServedPolicy | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bvpo_stats.sampling.scoring import SamplerRatio
 from bvpo_stats.sampling.traces import BankOptions, BankTally
 from bvpo_stats.studies.base import Presentation, Report, ResultTable, on_model
 
@@ -34,6 +35,7 @@ class TracesReport(Report):
         burn_in: Moves before the first trace of a chain was kept.
         seed: Seed of the draws.
         tally: Counts.
+        sampler: Whether the policy is what drew the responses; None in a report of before it was asked.
     """
 
     study: ClassVar[str] = "traces"
@@ -46,6 +48,7 @@ class TracesReport(Report):
     burn_in: int
     seed: int
     tally: BankTally
+    sampler: SamplerRatio | None = None
 
     @property
     def mobility(self) -> float | None:
@@ -94,12 +97,14 @@ class TracesReport(Report):
                 f"({tally.accepted} were accepted, copies of the same trace included), {bank.mh_moves} moves between "
                 f"kept traces, burn-in {self.burn_in}; {tally.stuck} chains never changed theirs."
             )
+        if self.sampler is not None:
+            lines.append(self.sampler.words)
         if tally.unclosed:
             lines.append(f"{tally.unclosed} prior traces would not close within the cut-off and were given up.")
         return lines
 
     def _cautions(self) -> list[str]:
-        lines = []
+        lines = [] if self.sampler is None else list(self.sampler.cautions)
         if self.mobility is not None and self.tally.stuck > _STUCK * max(1, self.tally.sides):
             lines.append(
                 f"{self.tally.stuck} of {self.tally.sides} answers have a chain that never changed its trace: their "

@@ -15,6 +15,7 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy, load_template
 from bvpo_stats.progress import in_hand, progress, say
 from bvpo_stats.records import Completion, PreferencePair, to_dict
+from bvpo_stats.sampling.scoring import RATIO_PAIRS, sampler_ratio
 from bvpo_stats.sampling.traces import (
     WINDOW,
     BankTally,
@@ -96,6 +97,9 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
 
             grow(folder, identity, _GROWING, contained)
             state = _fill_bank(config, policy, sources(), state, total, folder)
+        some = islice(
+            read_records(pairs_path, PreferencePair, vocabulary=vocabulary), 0, total, -(-total // RATIO_PAIRS)
+        )
         (temperature,) = temperatures
         report = TracesReport(
             model=policy.identity,
@@ -106,6 +110,7 @@ def run_traces(config: TracesConfig, output: Path) -> TracesReport:
             burn_in=config.bank.burn_in_moves(temperature),
             seed=config.seed,
             tally=state.tally,
+            sampler=sampler_ratio(policy, some),
         )
         report.write(folder)
     return report

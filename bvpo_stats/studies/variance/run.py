@@ -10,6 +10,7 @@ import numpy as np
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import Policy, load_policy, load_template
+from bvpo_stats.model.precision import offer_bfloat16
 from bvpo_stats.records import MODES, UNKNOWN, Completion, Prompt, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.engines.file_engine import Unusable, adopt_completions
@@ -50,6 +51,7 @@ def run_variance(config: VarianceConfig, output: Path) -> VarianceReport:
 def _from_policy(config: VarianceConfig, output: Path) -> VarianceReport:
     prompts = list(load_prompts(config.prompts, limit=config.limit, split=config.split, config_name=config.config_name))
     policy = load_policy(config.policy)
+    offer_bfloat16(policy)
     survey = survey_prompts(prompts)
     identity = {
         "model": policy.identity,
