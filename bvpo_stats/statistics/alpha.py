@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.statistics.calibration import Mask
-from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale, prompt_norms
 from bvpo_stats.statistics.intervals import (
     FEWEST,
     MARGINAL,
@@ -473,12 +473,18 @@ def curvature_alpha(
     if not eta > 0:
         raise UserError(f"the learning rate must be positive, got {eta}.")
     t, e, m, Ht, He = (summary.index(name) for name in ("t", "e", "m", "Ht", "He"))
-    absolute = (summary.U + summary.shift).sum(axis=-3)
-    mixed = absolute + noise_scale(batch_size) * summary.covariance.sum(axis=-3)
-    marginal_dot_h = absolute[..., m, t] - absolute[..., m, e]
-    numerator = marginal_dot_h / eta - (mixed[..., e, Ht] - mixed[..., e, He])
-    denominator = mixed[..., t, Ht] - mixed[..., t, He] - mixed[..., e, Ht] + mixed[..., e, He]
-    return alpha_interval(LinearRatio(numerator, denominator, summary.group_sizes), summary, level)
+    tau = noise_scale(batch_size)
+
+    def ratio(moments: MomentSummary) -> LinearRatio:
+        absolute = (moments.U + moments.shift).sum(axis=-3)
+        mixed = absolute + tau * moments.covariance.sum(axis=-3)
+        marginal_dot_h = absolute[..., m, t] - absolute[..., m, e]
+        numerator = marginal_dot_h / eta - (mixed[..., e, Ht] - mixed[..., e, He])
+        denominator = mixed[..., t, Ht] - mixed[..., t, He] - mixed[..., e, Ht] + mixed[..., e, He]
+        return LinearRatio(numerator, denominator, moments.group_sizes)
+
+    alone = None if summary.prompts is None else ratio(summary.prompts)
+    return alpha_interval(replace(ratio(summary), alone=alone, norms=prompt_norms(summary)), summary, level)
 
 
 Answer = Literal["yes", "no", "undecided"]

@@ -39,7 +39,7 @@ clusters of unequal size; Helmers (1991) and Hall (1992) for the corrections; Ki
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,8 +257,9 @@ class Tails:
     """How many prompts a ratio rests on.
 
     Attributes:
-        n_eff: Effective prompts, ``(sum psi^2)^2 / sum psi^4`` (`effective_number`).
-        largest: The largest prompt's share of ``sum psi^2``.
+        n_eff: Effective prompts, ``(sum psi^2)^2 / sum psi^4`` (`effective_number`), but no more than their numbers of
+            pairs allow: an estimate that one prompt's pairs rule lies so near to them that psi does not show it.
+        largest: The largest prompt's share of ``sum psi^2``, but no less than its pairs make it.
         slope: |rank correlation of the influences with the prompts' sizes| times the spread of the logarithm of the
             sizes in the upper half (the standard deviation, were it normal); 0 where sizes are not known.
         n_prompts: Prompts (or groups, where only those are known).
@@ -277,7 +278,9 @@ class Tails:
             estimate = ratio.numerator[..., 0] / ratio.denominator[..., 0]
             values = np.stack(np.broadcast_arrays(alone.numerator, alone.denominator), axis=-2)
             b, a = np.moveaxis(jackknife_influences(values, alone.group_sizes), -2, 0)
-        return cls.of_influences(b, a, estimate, b.shape[-1], ratio.norms)
+        found = cls.of_influences(b, a, estimate, b.shape[-1], ratio.norms)
+        n_eff, largest = effective_number(alone.group_sizes**2)
+        return replace(found, n_eff=np.minimum(found.n_eff, n_eff), largest=np.maximum(found.largest, largest))
 
     @classmethod
     def of_influences(cls, b: Array, a: Array, estimate: Array, count: int, norms: Array | None = None) -> Tails:

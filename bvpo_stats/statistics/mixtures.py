@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from bvpo_stats.errors import UserError, check_positive
 from bvpo_stats.statistics.alpha import AlphaInterval, Answer, alpha_interval, direction_ratio, minimiser
-from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale
+from bvpo_stats.statistics.estimates import Estimates, LinearRatio, estimates, noise_scale, prompt_norms
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
     SimpleInterval,
@@ -55,12 +55,15 @@ class ErrorMatrix:
         rows: ``[1 + G, k, k]``, whole sample first.
         interactions: ``[I, k, k]``; None where the summary has none.
         summary: The moments behind it.
+        alone: ``rows`` with single prompts left out, where groups hold several; None where they are not known (means of
+            several traces: second draws are kept by group).
     """
 
     names: tuple[str, ...]
     rows: Array
     interactions: Array | None
     summary: MomentSummary = field(repr=False)
+    alone: Array | None = field(default=None, repr=False)
 
     @classmethod
     def of_members(cls, summary: MomentSummary, names: Sequence[str], tau: float) -> ErrorMatrix:
@@ -75,7 +78,9 @@ class ErrorMatrix:
 
         pairs = summary.interactions
         own = None if pairs is None else matrix(pairs, -pairs)  # M has no interactions, so C = -U
-        return cls(tuple(names), matrix(summary.U, summary.covariance), own, summary)
+        prompts = summary.prompts
+        alone = None if prompts is None else matrix(prompts.U, prompts.covariance)
+        return cls(tuple(names), matrix(summary.U, summary.covariance), own, summary, alone)
 
     @classmethod
     def of_traces(cls, summary: MomentSummary, counts: Sequence[int], tau: float, *, empty: bool = True) -> ErrorMatrix:
@@ -102,7 +107,9 @@ class ErrorMatrix:
 
         # LinearRatio hands the interactions to what is linear in the estimates; the numerator is all that is wanted.
         found = LinearRatio.of(summary, lambda parts: (matrix(parts), parts.marginal_sq))
-        return cls(names, found.numerator, None if found.interactions is None else found.interactions[0], summary)
+        pairs = None if found.interactions is None else found.interactions[0]
+        alone = None if found.alone is None or max(counts) > 1 else found.alone.numerator
+        return cls(names, found.numerator, pairs, summary, alone)
 
     def error(self, weights: Float[np.ndarray, " estimators"]) -> Rows:
         """``w' G w``, ``[1 + G]``, and its interactions."""
@@ -134,7 +141,13 @@ class ErrorMatrix:
         if len(chosen) == 2 and self.interactions is not None:
             both = tops(self.interactions)
             pairs = (both[..., 0], both.sum(axis=-1))
-        return LinearRatio(rows[..., 0], rows.sum(axis=-1), self.summary.group_sizes, pairs)
+        alone = None
+        if self.alone is not None and self.summary.prompts is not None:
+            each = tops(self.alone)
+            alone = LinearRatio(each[..., 0], each.sum(axis=-1), self.summary.prompts.group_sizes)
+        known = alone is not None or self.summary.prompts is None
+        norms = prompt_norms(self.summary) if known else None
+        return LinearRatio(rows[..., 0], rows.sum(axis=-1), self.summary.group_sizes, pairs, alone, norms)
 
 
 def trace_name(k: int) -> str:

@@ -68,6 +68,8 @@ def test_quick_ratios_are_those_of_the_summary(prompts, dimension, injected):
     means[:, 0], means[1, 1] = 0.3, 0.2
     design = Design(means, np.full(dimension, 1 / dimension), 0.3, 0.8, "log-normal", 0.5, True, 0.4)
     vectors = design.draw(np.random.default_rng(prompts), (2, prompts))
+    if prompts == 12:
+        del vectors["m"]  # the reference point: t stands for it
     summary = summary_of_arrays(vectors)
     if injected:
         summary = v_statistics(summary)

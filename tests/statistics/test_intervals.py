@@ -8,13 +8,20 @@ import pytest
 from scipy import stats
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.statistics.alpha import alpha_from_summary, prompts_needed
+from bvpo_stats.statistics.alpha import (
+    alpha_from_gradients,
+    alpha_from_summary,
+    prompts_needed,
+    trace_sampling_share,
+)
 from bvpo_stats.statistics.calibration import hall_transform
-from bvpo_stats.statistics.estimates import LinearRatio
+from bvpo_stats.statistics.estimates import LinearRatio, estimates
 from bvpo_stats.statistics.intervals import (
     BOUNDED,
     COMPLEMENT,
+    FEWEST,
     WHOLE_LINE,
+    Tails,
     effective_number,
     fieller_sets,
     jackknife_covariance,
@@ -22,7 +29,7 @@ from bvpo_stats.statistics.intervals import (
     ratio_sets,
     t_quantile,
 )
-from bvpo_stats.statistics.moments import summary_of_arrays
+from bvpo_stats.statistics.moments import Moments, summary_of_arrays
 
 
 def deleted_means(x, labels):
@@ -287,3 +294,64 @@ def test_the_effective_number_of_clusters_and_the_largest_share():
         n_eff, share = effective_number(squares)
         assert np.isnan(n_eff)
         assert np.isnan(share)
+
+
+def gradients(rng, prompts, scale, d=12):
+    """t, e and m of prompts whose noise has a scale each."""
+    z = rng.normal(size=(2, prompts, d)) / math.sqrt(d)
+    mu, s = np.eye(d)[0], np.asarray(scale)[:, None]
+    return mu + s * z[0], 0.5 * mu + s * (0.4 * z[0] + 0.3 * z[1]), mu + 0.8 * s * z[0]
+
+
+@pytest.mark.parametrize("rest", [12, 60])
+def test_a_prompt_of_two_hundred_pairs_among_prompts_of_one_rules_alone(rest):
+    """It has most examples, so no interval, whatever its pairs say: they are one draw of a prompt."""
+    rng = np.random.default_rng(rest)
+    clusters = [0] * 200 + list(range(1, rest + 1))
+    own = rng.normal(size=(rest + 1, 12))[clusters]
+    t, e, m = (x + 0.3 * own for x in gradients(rng, len(clusters), np.ones(len(clusters))))
+    found = alpha_from_gradients(t, e, m, clusters=clusters)
+    assert found.n_prompts == rest + 1
+    assert found.n_eff < FEWEST
+    assert not found.identified
+    assert np.isfinite(found.unclipped)
+    assert "effective prompts" in str(found)
+    # Of 200 equal pairs each they would be as many prompts as of one pair each.
+    singles = [x[200:] for x in (t, e, m)]
+    many = alpha_from_gradients(
+        *(np.repeat(x, 200, axis=0) for x in singles), clusters=np.repeat(range(rest), 200).tolist()
+    )
+    assert many.n_eff == pytest.approx(alpha_from_gradients(*singles).n_eff, rel=1e-6)
+
+
+def test_an_infinite_fourth_moment_shows_in_the_effective_prompts():
+    """Scales of a power law with tail index 3, of squares 1.5: n_eff / N falls with N; with normal noise it stays."""
+    rng = np.random.default_rng(6)
+    shares = {}
+    for name in ("power", "normal"):
+        for n in (30, 240):
+            scales = [np.ones(n) if name == "normal" else rng.pareto(3.0, size=n) + 1 for _ in range(15)]
+            vectors = zip("tem", map(np.stack, zip(*(gradients(rng, n, s) for s in scales), strict=True)), strict=True)
+            tails = Tails.of(LinearRatio.alpha(summary_of_arrays(dict(vectors)), 1.0))
+            shares[name, n] = np.median(tails.n_eff) / n
+    assert shares["power", 240] < 0.6 * shares["power", 30]
+    assert shares["normal", 240] > 0.8 * shares["normal", 30]
+    assert shares["power", 240] < 0.3 * shares["normal", 240]
+
+
+def test_the_share_of_trace_sampling_rests_on_the_prompts_with_second_draws():
+    """Prompts without one have no influence on the sampled part, and n_eff does not count them."""
+    rng = np.random.default_rng(7)
+    sizes = np.exp(rng.normal(size=90))
+    t, e, m = gradients(rng, 90, np.ones(90))
+    moments = Moments.init(groups=None)
+    second = t + sizes[:, None] * rng.normal(size=t.shape)
+    for some, drawn in ((slice(0, 30), second[:30]), (slice(30, 90), None)):
+        vectors = {name: x[some] for name, x in (("t", t), ("e", e), ("m", m))}
+        prompts = [str(k) for k in range(90)][some]
+        moments = moments.update(vectors, prompts, drawn)
+    summary = moments.finalize()
+    halved = ((t - second)[:30] ** 2).sum(axis=1) / 2
+    assert estimates(summary).var_trace_sampling[0] == pytest.approx(halved.mean())
+    alone = effective_number((halved - halved.mean()) ** 2)[0]
+    assert trace_sampling_share(summary).n_eff == pytest.approx(float(alone), rel=0.1)

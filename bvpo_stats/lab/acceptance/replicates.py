@@ -197,15 +197,16 @@ def quick_ratios(vectors: Sample, taus: Sequence[float], *, injected: bool = Fal
         B = U[h, m - e] - tau C[h, e],     A = U[h, h] + tau C[h, h].
 
     Args:
-        vectors: t, e and m, ``[R, N, d]``.
+        vectors: t, e and m, ``[R, N, d]``; t stands for m where there is none, as at the reference point.
         taus: eta L / B.
         injected: V-statistics in the place of U-statistics, without interactions; single prompts only.
     """
+    members, vectors = len(vectors), {"m": vectors["t"], **vectors}
     origin = np.mean([x.mean(axis=-2, keepdims=True) for x in vectors.values()], axis=0)
     e, m = (vectors[name] - origin for name in ("e", "m"))
     h = vectors["t"] - vectors["e"]
     n, d = h.shape[-2:]
-    groups = jackknife_groups(n, d, 3)
+    groups = jackknife_groups(n, d, members)
     parts = {name: np.einsum("...nd,...nd->...n", h, x) for name, x in (("e", e), ("m", m), ("h", h))}
     sizes, labels = np.ones(n), group_labels(range(n), groups)
     alone: list[LinearRatio] | list[None] = [None] * len(taus)

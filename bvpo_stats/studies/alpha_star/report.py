@@ -815,7 +815,8 @@ def _weights(
     if summary.reference_point:  # P0 and Q0 are both norm(b_e)^2
         bias = replace(
             bias, value=1.0, low=1.0, high=1.0, unclipped=1.0, identified=True, unclipped_low=1.0,
-            unclipped_high=1.0, prompts_needed=None, needed_is_bound=False, identity=_AT_REFERENCE,
+            unclipped_high=1.0, n_eff=None, largest_share=None, prompts_needed=None, needed_is_bound=False,
+            identity=_AT_REFERENCE,
         )  # fmt: skip
     return weights | {
         "alpha_star": Weight.of(alpha_from_summary(summary, **step)),
