@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from bvpo_stats.model.sinks import Dots
 from bvpo_stats.records import MODES, Completion, Mode
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.sample import SAMPLES_FILE
-from bvpo_stats.statistics.proportions import Interval, jackknife_interval
+from bvpo_stats.statistics.proportions import jackknife_interval
+from bvpo_stats.statistics.tails import tail_interval
 from bvpo_stats.store.tables import read_records
 from bvpo_stats.studies.alpha_star.run import prepare_subset
 from bvpo_stats.studies.variance.run import sample_both_modes
@@ -115,13 +117,12 @@ def _measured(policy: Policy, responses: list[Completion]) -> Iterator[tuple[flo
         yield logp_t, logp_e, gradient_t, gradient_e
 
 
-def _ratios(variances: Array) -> dict[str, dict[str, float | None]]:
-    """Thinking / NoThinking of the averages over questions, with 95% intervals paired over questions."""
-    found: dict[str, Interval] = {
-        "logp": jackknife_interval(variances, lambda v: v[..., 0] / v[..., 1], positive=True),
-        "gradient": jackknife_interval(variances, lambda v: v[..., 2] / v[..., 3], positive=True),
+def _ratios(variances: Array) -> dict[str, dict[str, Any]]:
+    """Thinking / NoThinking of the averages over questions, with the 95% intervals that `variance` has."""
+    return {
+        "logp": vars(tail_interval(variances[:, 0], variances[:, 1])),
+        "gradient": vars(tail_interval(variances[:, 2], variances[:, 3])),
     }
-    return {name: vars(interval) for name, interval in found.items()}
 
 
 def _estimated(oracle: Oracle, ground: Ground) -> Check:
