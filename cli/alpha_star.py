@@ -17,6 +17,8 @@ bvpo-stats alpha-star --model base --adapter checkpoint-200 --pairs runs/pairs -
 
 bvpo-stats alpha-star --model base --pairs runs/pairs --optimizer adamw --learning-rate 1e-5
 
+bvpo-stats alpha-star --model base --pairs runs/pairs --theta probe --probe-rank 8
+
 accelerate launch --num-processes 4 -m bvpo_stats.cli.main alpha-star --model ... --pairs runs/pairs
 
 torchrun --nproc-per-node 4 -m bvpo_stats.cli.main alpha-star --model ... --pairs runs/pairs"""

@@ -69,6 +69,8 @@ class MomentPlan:
         layout: Blocks of the weights whose gradients are carried.
         whole: Blocks of theta. Where they differ, the other gradients are zero.
         metric: Block to the diagonal of Adam's metric, for moments in it besides.
+        probe: Rows of the random projection that gradients are seen through, of which number j sees every coordinate
+            ``j + k probe`` of a block; 0 without.
     """
 
     members: tuple[str, ...]
@@ -78,6 +80,7 @@ class MomentPlan:
     layout: BlockLayout
     whole: BlockLayout
     metric: Mapping[str, NDArray[Any]] | None = None
+    probe: int = 0
 
     @cached_property
     def products(self) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ class MomentPlan:
         """Of all that decides what lies where in the file of one process."""
         whole = [
             run, self.products, sorted(self.counts.items()), self.n_groups, sorted(self.layout.places.items()),
-            sorted(self.whole.places.items()), self.stored.str, sorted(prompts), self.metric is not None,
+            sorted(self.whole.places.items()), self.stored.str, sorted(prompts), self.metric is not None, self.probe,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
@@ -315,6 +318,8 @@ class DeviceMoments:
             "halved": np.zeros((cells, blocks)),
             "spread": np.zeros((cells, blocks, p, p)),
         }
+        if plan.probe:
+            self._totals |= {f"rows/{what}": np.zeros((blocks, plan.probe, p, p)) for what in ("diagonal", "within")}
         self._metrics = ("plain",) if plan.metric is None else ("plain", "adam")
         for name in self._metrics:
             self._totals |= {f"{name}/{what}": np.zeros((cells, blocks, q, q)) for what in ("diagonal", "within")}
@@ -359,7 +364,10 @@ class DeviceMoments:
             totals["spread"] = (spread / np.maximum(sizes - 1, 1)[:, None, None, None])[..., :p, :p]
             totals["spread"] *= repeated[:, None, None, None]
         for name, values in totals.items():
-            np.add.at(self._totals[name], cells, values)
+            if name.startswith("rows/"):
+                self._totals[name] += values.sum(axis=0)
+            else:
+                np.add.at(self._totals[name], cells, values)
         if plan.n_groups is not None:
             self._keep(own, sizes, found, parts)
         self.done |= set(own)
@@ -389,6 +397,11 @@ class DeviceMoments:
         if root is not None and root.device != x.device:
             root = self._roots[block] = root.to(x.device)
         found: dict[str, NDArray[Any]] = {}
+        if self.plan.probe:
+            members, own = (part[: len(self.plan.members)] for part in (x, sums))
+            for what, part, by in (("diagonal", members, labels), ("within", own, None)):
+                rows = [_inner(part[..., row :: self.plan.probe], None) for row in range(self.plan.probe)]
+                found[f"rows/{what}"] = _by_prompt(torch.stack(rows, dim=1).cpu().numpy(), by, sums.shape[1])
         for name in self._metrics:
             scale = root if name == "adam" else None
             each = _inner(x, scale).cpu().numpy()
@@ -469,17 +482,25 @@ class DeviceMoments:
         world, plan = world or World(), self.plan
         totals = {name: world.sum_to(values, 0) for name, values in self._totals.items()}
         grams = {name: _Gram.zeros(plan) for name in self._metrics}
+        seen = np.zeros((len(plan.layout.sizes), plan.probe, len(plan.members), len(plan.members)))
         for start, x in self._shares(world):
+            total = x[:, : len(plan.members)].sum(axis=0, dtype=np.float64)
+            for row in range(plan.probe):
+                part = total[:, row :: plan.probe]
+                seen[list(plan.layout.sizes).index(start[0]), row] += part @ part.T
             for name, gram in grams.items():
                 wide = x.astype(np.float64)
                 if name == "adam":
                     wide *= self._roots[start[0]].cpu().numpy()[start[1] : start[2]]
                 gram.add(plan, start, wide, self._cell_sizes)
         grams = {name: _Gram(*(world.sum_to(part, 0) for part in gram)) for name, gram in grams.items()}
+        seen = world.sum_to(seen, 0)
         left = world.gather({name: np.concatenate(values) for name, values in self._left.items()})
         if not world.leads:
             return None
         summaries = {name: self._summary(name, totals, gram, left) for name, gram in grams.items()}
+        if plan.probe:
+            summaries["plain"] = replace(summaries["plain"], projection=self._projection(totals, seen))
         counts = totals["counts"].sum(axis=0)
         halves = self._halves(totals, grams["plain"]) if plan.contrast else None
         return PassMoments(summaries["plain"], summaries.get("adam"), halves, round(counts[2]), round(counts[3]))
@@ -511,6 +532,7 @@ class DeviceMoments:
     def _chunks(self) -> Iterator[tuple[tuple[str, int, int], NDArray[Any]]]:
         cells, offset = len(self.plan.cells), 0
         step = max(64, _GRAM_NUMBERS // (cells * len(self.plan.rows)))
+        step -= step % max(1, self.plan.probe)
         for block, size in self.plan.layout.sizes.items():
             for start in range(0, size, step):
                 stop = min(size, start + step)
@@ -576,6 +598,21 @@ class DeviceMoments:
         sketches = tuple(parts[f"{name}/sketch{k}"][order] for k in range(len(blocks)))
         alone = PromptParts(parts["sizes"][order], parts[f"{name}/products"][order], sketches)
         return replace(summary, prompts=alone.summary(plan.members, blocks))
+
+    def _projection(self, totals: Mapping[str, NDArray[Any]], seen: NDArray[Any]) -> MomentSummary:
+        """U and M, about zero, with each row of the probe left out: the others stand for it."""
+        plan, r = self.plan, self.plan.probe
+        sizes = self._cell_sizes.sum()
+        pairs = sizes**2 - self._cell_squares.sum()
+
+        def without(each: NDArray[Any]) -> NDArray[Any]:
+            by_row = np.moveaxis(each, 1, 0)  # [r, L, p, p]
+            whole = by_row.sum(axis=0)
+            return np.concatenate([whole[None], (whole - by_row) * r / (r - 1)])
+
+        U, M = without((seen - totals["rows/within"]) / pairs), without(totals["rows/diagonal"] / sizes)
+        blocks, prompts = tuple(plan.layout.sizes), len(plan.counts)
+        return MomentSummary(plan.members, blocks, U, M, np.zeros_like(U), np.ones(r), round(sizes), prompts)
 
     def _halves(self, totals: Mapping[str, NDArray[Any]], gram: _Gram) -> MomentSummary:
         """Of h = t - e, where any origin cancels, and d = m1 - m2, about zero."""

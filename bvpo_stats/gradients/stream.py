@@ -39,7 +39,7 @@ from bvpo_stats.model.batching import length_batches
 from bvpo_stats.model.head import sequence_logprobs
 from bvpo_stats.model.policy import Policy, as_policy
 from bvpo_stats.model.scores import ScoreOptions, batch_of, check_alone, check_scores, score_pass
-from bvpo_stats.model.subset import Subset, lora_subset
+from bvpo_stats.model.subset import Probe, Subset, linear_subset, lora_subset, probe_subset
 from bvpo_stats.progress import in_hand, progress
 from bvpo_stats.records import TraceRecord
 from bvpo_stats.sampling.layouts import all_pairs
@@ -268,6 +268,8 @@ def pair_gradients(
     traces: Iterable[TraceRecord] = (),
     *,
     objective: Objective | None = None,
+    theta: str = "lora",
+    probe_rank: int = 8,
     subset: Subset | None = None,
     unmatched: Unmatched = "drop",
     options: StreamOptions | None = None,
@@ -282,7 +284,10 @@ def pair_gradients(
             made of them.
         traces: Trace bank of the D_t pairs, where theta is not theta_ref.
         objective: The loss; None for that of ``options`` (DPO with beta 0.1).
-        subset: The parameters theta; None for the policy's LoRA adapter.
+        theta: ``lora`` for the policy's LoRA adapter; ``probe`` for every Linear weight of the model, each gradient
+            times a Gaussian A' drawn by ``options.seed``: inner products keep their mean; else a pattern of layers.
+        probe_rank: Rows of A.
+        subset: The parameters theta; None for what ``theta`` says.
         unmatched: What to do about pairs without a partner in the other set: ``drop`` or ``error``.
         options: Estimator of m, budgets, where log pi_ref comes from.
 
@@ -302,6 +307,10 @@ def pair_gradients(
     check_kind("options", options, StreamOptions, "StreamOptions")
     if objective is not None:
         options = replace(options, objective=objective)
+    if subset is None and theta == "probe":
+        subset = probe_subset(policy.model, Probe(probe_rank, options.seed))
+    elif subset is None and theta != "lora":
+        subset = linear_subset(policy.model, [theta])
     subset = lora_subset(policy.model) if subset is None else subset
     check_kind("subset", subset, Subset, "a Subset")
     if not isinstance(pairs, Joined):

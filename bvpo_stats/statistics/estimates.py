@@ -179,6 +179,7 @@ class LinearRatio:
         interactions: Of both, ``[..., I]`` each, or as matrices ``[..., G, G]`` (`calibration.pair_matrix`); None where
             the summary has none, or they are not linear in U and M.
         alone: The same with single prompts left out, to first order, where groups hold several; else None.
+        projection: The same with each row of a random projection left out, where there was one; else None.
         norms: ``[..., P]``, size of the gradients of each prompt: mean of ``norm(t - e)^2``; None where not known.
     """
 
@@ -188,6 +189,16 @@ class LinearRatio:
     interactions: tuple[Array, Array] | None = None
     alone: LinearRatio | None = None
     norms: Array | None = None
+    projection: LinearRatio | None = None
+
+    @property
+    def projected(self) -> Array | None:
+        """Variance that the draw of the projection adds to the ratio: the jackknife's over its rows."""
+        if self.projection is None:
+            return None
+        left = self.projection.numerator[..., 1:] / self.projection.denominator[..., 1:]
+        rows = left.shape[-1]
+        return np.asarray((rows - 1) / rows * ((left - left.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1))
 
     @classmethod
     def of(
@@ -223,9 +234,13 @@ class LinearRatio:
                 within_prompt=None,
                 interactions=None,
                 prompts=None,
+                projection=None,
             )
             pairs = pick(estimates(only, per_block=per_block, marginal=marginal))
-        return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary))
+        seen = None
+        if summary.projection is not None:
+            seen = cls.of(summary.projection, pick, per_block=per_block, marginal=marginal, linear=False)
+        return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary), seen)
 
     @classmethod
     def alpha(cls, summary: MomentSummary, tau: float, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
@@ -247,6 +262,7 @@ class LinearRatio:
             if self.interactions is None
             else (self.interactions[0][..., k], self.interactions[1][..., k]),
             alone=None if self.alone is None else self.alone.block(k),
+            projection=None if self.projection is None else self.projection.block(k),
         )
 
     def scaled(self, spread: Array, raised: float) -> LinearRatio:

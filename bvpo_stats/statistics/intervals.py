@@ -396,7 +396,8 @@ def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 
     The part that holds the estimate of ``{a : |T(a)| <= q w or |h(T(a))| <= q w}`` with ``T(a) = (B - a A) / se(B - a
     A)`` freed of the interactions, h Hall's transformation, q Student's quantile of second order and w that of
     `Tails.widening`; the whole line where that part has no end, where A is not positive, or where `Tails.enough` says
-    that no interval may be given.
+    that no interval may be given. Where gradients were seen through a random projection, both arms are lengthened by
+    Student's quantile of its rows times what its draw adds to the standard error, squares added.
 
     Args:
         ratio: B, A and what is known of their groups and prompts, with leading axes.
@@ -416,6 +417,10 @@ def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 
     # The estimate itself has T = 0; a correction so large that it throws the estimate out says nothing.
     bounded = (denominator > 0) & np.isfinite(low) & np.isfinite(high) & (test.holds(estimate) | (unit == 0))
     bounded = bounded & tails.enough(growth)
+    if ratio.projection is not None and (variance := ratio.projected) is not None:
+        reach = t_quantile(level, ratio.projection.group_sizes.shape[-1]) ** 2 * variance
+        low = estimate - np.sqrt((estimate - low) ** 2 + reach)
+        high = estimate + np.sqrt((high - estimate) ** 2 + reach)
     low, high = np.where(bounded, low, -np.inf), np.where(bounded, high, np.inf)
     return RatioSets(estimate, low, high, np.where(bounded, BOUNDED, WHOLE_LINE), tails.n_eff, tails.largest)
 

@@ -133,6 +133,9 @@ class MomentSummary:
             None where they were not kept, or for fewer than four groups.
         prompts: The same sample with single prompts left out instead of groups, where groups hold several: exact in M,
             from sketches in U (`sketch`). For the weight of single prompts only; else None.
+        projection: Where gradients were seen through a random projection: the whole sample with each row of it left
+            out instead of groups. Rows are independent draws with the same mean, so their spread is what the draw
+            adds to the error of an estimate; else None.
     """
 
     members: tuple[str, ...]
@@ -147,6 +150,7 @@ class MomentSummary:
     within_prompt: Array | None = None
     interactions: Array | None = None
     prompts: MomentSummary | None = None
+    projection: MomentSummary | None = None
 
     @property
     def covariance(self) -> Array:
@@ -193,22 +197,29 @@ class MomentSummary:
             within_prompt=None if self.within_prompt is None else self.within_prompt[..., keep, :, :],
             interactions=None if self.interactions is None else self.interactions[..., keep, :, :],
             prompts=None if self.prompts is None else self.prompts.block(name),
+            projection=None if self.projection is None else self.projection.block(name),
         )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``; `from_arrays` reads them back."""
-        own = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "prompts"}
-        alone = {} if self.prompts is None else self.prompts.to_arrays()
-        return {name: np.asarray(v) for name, v in own.items()} | {f"prompts/{name}": v for name, v in alone.items()}
+        own = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        arrays = {}
+        for name, value in own.items():
+            if isinstance(value, MomentSummary):
+                arrays |= {f"{name}/{key}": part for key, part in value.to_arrays().items()}
+            else:
+                arrays[name] = np.asarray(value)
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> MomentSummary:
         """Read what `to_arrays` wrote."""
         names = ("trace_sampling", "within_prompt", "interactions")
         optional: dict[str, Any] = {name: np.asarray(arrays[name]) for name in names if name in arrays}
-        alone = {key.partition("/")[2]: arrays[key] for key in arrays if key.startswith("prompts/")}
-        if alone:
-            optional["prompts"] = cls.from_arrays(alone)
+        for name in ("prompts", "projection"):
+            part = {key.partition("/")[2]: arrays[key] for key in arrays if key.startswith(f"{name}/")}
+            if part:
+                optional[name] = cls.from_arrays(part)
         return cls(
             members=tuple(str(s) for s in arrays["members"]),
             blocks=tuple(str(s) for s in arrays["blocks"]),

@@ -79,6 +79,9 @@ class AlphaConfig:
         simpo_gamma: Target margin of SimPO.
         lora_r: Rank of a fresh adapter, where the policy has none and no patterns are given.
         target_modules: Its layers: names as PEFT takes them, or ``all-linear``.
+        theta: ``lora``; ``probe`` for all Linear weights of the model, seen through a Gaussian probe; or a pattern of
+            layer names, as ``params``.
+        probe_rank: Rank of the probe.
         params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
             has one, else of the Linear weights of the model itself.
         batch_size: Examples per optimizer step, B.
@@ -113,6 +116,14 @@ class AlphaConfig:
             spelled="all-linear",
         ),
     ] = "all-linear"
+    theta: Annotated[
+        str,
+        o.Option(
+            "Whose gradients: lora, the adapter's; probe, those of all Linear weights through a random projection; or "
+            "a pattern of layer names."
+        ),
+    ] = "lora"
+    probe_rank: Annotated[int, o.Option("Rank of that projection, drawn by `seed`.", low=2, high=10**4)] = 8
     params: Annotated[
         tuple[str, ...],
         o.Option("Only layers that match this pattern; without `adapter`, weights of the model itself."),
@@ -168,6 +179,14 @@ class AlphaConfig:
 
     def __post_init__(self) -> None:
         o.check_options(self)
+        if not self.theta.strip():
+            raise UserError("`theta=''`: give lora, probe or a pattern of layer names.")
+        if self.theta == "probe" and (self.optimizer is not None or self.optimizer_state is not None):
+            named = "optimizer" if self.optimizer is not None else "optimizer_state"
+            raise UserError(
+                f"`{named}` needs the gradients themselves, weight by weight, and `theta='probe'` sees inner products "
+                "only; leave it out, or name fewer layers by a pattern."
+            )
         for name in ("optimizer", "eta_l"):
             if getattr(self, name) in ("auto", "adamw", "sgd") and self.learning_rate is None:
                 raise UserError(

@@ -40,7 +40,15 @@ from bvpo_stats.model.policy import (
     on_own_device,
     with_lora,
 )
-from bvpo_stats.model.subset import LoraOptions, Subset, linear_subset, lora_subset
+from bvpo_stats.model.subset import (
+    LoraOptions,
+    Probe,
+    Subset,
+    linear_subset,
+    lora_subset,
+    probe_subset,
+    uncovered_share,
+)
 from bvpo_stats.model.templates import Template
 from bvpo_stats.progress import progress, say, spoken_bytes
 from bvpo_stats.records import MODES, MOST_LOST, Mode, PreferencePair, TraceRecord
@@ -48,7 +56,8 @@ from bvpo_stats.sampling.layouts import all_pairs, read_pairs
 from bvpo_stats.sampling.scoring import SamplerRatio, sampler_ratio
 from bvpo_stats.statistics.alpha import adam_metric
 from bvpo_stats.statistics.bounds import DriftBound, drift_bound
-from bvpo_stats.statistics.moments import jackknife_groups
+from bvpo_stats.statistics.estimates import LinearRatio, noise_scale
+from bvpo_stats.statistics.moments import MomentSummary, jackknife_groups
 from bvpo_stats.store.jsonl import replacing, sha256_of, write_atomic
 from bvpo_stats.store.run_folder import RUN_FILE, Shard, check_room, open_run
 from bvpo_stats.store.tables import fingerprint, read_records
@@ -135,7 +144,8 @@ def run_alpha_star(config: AlphaConfig, output: Path) -> AlphaReport | None:
             raise UserError(f"`optimizer_state={str(config.optimizer_state)!r}`: no such file or folder.")
         policy = load_policy(on_own_device(config.policy, world.local_rank, world.size))
         lora = LoraOptions(r=config.lora_r, targets=config.target_modules, seed=config.seed)
-        policy, subset, words = prepare_subset(policy, config.params, lora)
+        theta, probe = config.theta, Probe(config.probe_rank, config.seed)
+        policy, subset, words = prepare_subset(policy, config.params, lora, theta=theta, probe=probe)
         if config.optimizer_state is not None:
             options = _with_state(options, config.optimizer_state, subset)
         identity |= _identity(config, lora, options, policy, words)
@@ -200,6 +210,8 @@ def alpha_star(
     marginal: MarginalMethod | None = None,
     groups: int | Literal["auto"] = "auto",
     lora: int | LoraOptions | None = None,
+    theta: str = "lora",
+    probe_rank: int = 8,
     subset: Subset | None = None,
     curvature: CurvatureOptions | None = None,
     optimizer: OptimizerName | None = None,
@@ -228,7 +240,10 @@ def alpha_star(
         groups: Jackknife groups: a number, or ``auto`` (single prompts up to 256, then twenty).
         lora: The fresh adapter that stands for theta where the policy has none and no ``subset`` is given, or its rank;
             the policy itself stays as it is.
-        subset: The parameters theta; None for the LoRA adapter.
+        theta: ``lora`` for the adapter; ``probe`` for every Linear weight of the model, seen through a Gaussian probe,
+            whose draw's part of the error is in the intervals; else a pattern of layer names.
+        probe_rank: Rank of the probe.
+        subset: The parameters theta; None for what ``theta`` says.
         curvature: Measure eta L with this instead of taking ``eta_l``.
         optimizer: ``adamw`` or ``sgd``: eta L of its steps is measured, in its metric, and alpha* said there. That of
             ``adamw`` is of ``second_moments``, without them of the second moments of these gradients.
@@ -273,7 +288,7 @@ def alpha_star(
     else:
         if not isinstance(lora, LoraOptions):
             lora = LoraOptions(seed=stream.seed) if lora is None else LoraOptions(r=lora, seed=stream.seed)
-        policy, subset, words = prepare_subset(policy, lora=lora)
+        policy, subset, words = prepare_subset(policy, lora=lora, theta=theta, probe=Probe(probe_rank, stream.seed))
     bank = read_records(traces, TraceRecord, name="traces", vocabulary=policy.template.vocabulary)
     joined = join(all_pairs(pairs, empty_pairs, policy.template), bank, unmatched="drop")
     return _estimate(policy, subset, joined, options, words)
@@ -290,6 +305,12 @@ def _estimate(
 ) -> AlphaReport:
     """Moments of all prompts, in parts by process, and the report of the first one in all of them."""
     world, examples = world or World(), joined.examples
+    if subset.probe is not None and (options.optimizer is not None or options.second_moments is not None):
+        named = "optimizer" if options.optimizer is not None else "second_moments"
+        raise UserError(
+            f"`{named}` needs the gradients themselves, weight by weight, and a probe sees inner products only; leave "
+            "it out, or name fewer layers by a pattern instead of `theta='probe'`."
+        )
     _check_groups(joined.prompts, options.groups)
     choice = world.broadcast(choose_marginal(policy, examples, options.stream) if world.leads else None)
     assert choice is not None  # rank 0 made one
@@ -371,17 +392,18 @@ def moment_plan(
     """
     members = tuple(name for name in rules.members if name not in ("m1", "m2"))
     counts = Counter(example.prompt_id for example in examples)
-    carried, metric = subset.carried, None
+    carried, whole, metric = subset.carried, BlockLayout.of(subset), None
     if options.second_moments is not None:
         metric = block_metric(carried, options.second_moments, options.epsilon)
     return MomentPlan(
         members=members,
         contrast="m1" in rules.members,
         counts=dict(counts),
-        n_groups=jackknife_groups(len(counts), subset.size, len(members), options.groups),
+        n_groups=jackknife_groups(len(counts), whole.size, len(members), options.groups),
         layout=BlockLayout.of(carried),
-        whole=BlockLayout.of(subset),
+        whole=whole,
         metric=metric,
+        probe=0 if subset.probe is None else subset.probe.rank,
     )
 
 
@@ -498,7 +520,7 @@ def _report(
         model=policy.identity,
         template=policy.template.name,
         objective=objective_words(options.stream.objective),
-        subset=theta_words(policy, subset, words),
+        subset=theta_words(policy, subset, words) + _projection_words(moments.moments, settings),
         n_parameters=subset.size,
         n_second_draws=moments.second_draws,
         n_drawn_prompts=moments.drawn_prompts,
@@ -518,6 +540,15 @@ def _sampler(policy: Policy, examples: Sequence[Example], options: AlphaOptions,
     if path is not None:
         write_atomic(path, json.dumps(asdict(found)) + "\n")
     return found
+
+
+def _projection_words(summary: MomentSummary, settings: AlphaSettings) -> str:
+    """What the draw of a probe adds to the error of alpha."""
+    variance = LinearRatio.alpha(summary, noise_scale(settings.batch_size, settings.eta_l)).projected
+    if variance is None:
+        return ""
+    added = math.sqrt(float(variance))
+    return f"; the draw of the probe moves alpha by about {added:.2g}, which is in the intervals of all weights"
 
 
 def _drift_bound(
@@ -628,7 +659,12 @@ def _check_groups(n_prompts: int, groups: int | Literal["auto"]) -> None:
 
 
 def prepare_subset(
-    policy: Policy, params: Sequence[str] = (), lora: LoraOptions | None = None
+    policy: Policy,
+    params: Sequence[str] = (),
+    lora: LoraOptions | None = None,
+    *,
+    theta: str = "lora",
+    probe: Probe | None = None,
 ) -> tuple[Policy, Subset, str]:
     """The policy with its parameters selected: a loaded adapter's, named weights, or those of a fresh LoRA adapter.
 
@@ -639,6 +675,9 @@ def prepare_subset(
         params: Patterns of layer names (see :mod:`bvpo_stats.model.subset`): of the adapter's layers where the policy
             has one, else of the Linear weights of the model itself.
         lora: The new adapter, where the policy has none and no patterns are given.
+        theta: ``lora`` for all of this; ``probe`` for every Linear weight of the model (or those that match ``params``)
+            through a Gaussian probe; else one more pattern of ``params``.
+        probe: Its rank and seed.
 
     Returns:
         The policy (wrapped, where an adapter was added), the subset, and the choice in words.
@@ -646,6 +685,21 @@ def prepare_subset(
     Raises:
         UserError: The selection is empty or not supported.
     """
+    if theta == "probe":
+        subset = probe_subset(policy.model, probe, params)
+        layers, drawn = f"weights of {', '.join(params)}" if params else "all Linear weights", subset.probe
+        assert drawn is not None
+        rest = uncovered_share(policy.model, subset)
+        return (
+            policy,
+            subset,
+            (
+                f"{layers}, seen through a Gaussian probe of rank {drawn.rank} (seed {drawn.seed}); {rest:.1%} of the "
+                f"model's parameters {'(embeddings, head, norms, biases) ' if not params else ''}are not among them"
+            ),
+        )
+    if theta != "lora":
+        params = (*params, theta)
     if hasattr(policy.model, "disable_adapter"):
         layers = f", layers {', '.join(params)}" if params else ""
         return policy, lora_subset(policy.model, params or None), f"loaded adapter{layers}"
