@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo quick test lint docs format bench zoo acceptance figures notebooks clean
+.PHONY: help setup setup-test demo quick test lint docs format bench gpu zoo acceptance figures notebooks clean
 
 help:
 	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make docs        the documentation as web pages in site/"
 	@echo "make figures     draw the committed figures again from their reports"
 	@echo "make notebooks   run the notebooks again and keep their outputs"
+	@echo "make gpu         checks and times on a GPU (six minutes on an H100; never run on one yet)"
 	@echo "make bench       speed and memory, as ratios against peers (quiet machine, minutes)"
 	@echo "make zoo         67 configurations of models: exact, or refused by name (minutes)"
 	@echo "make acceptance  long statistical studies"
@@ -86,6 +87,9 @@ bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/alpha_star.py
+
+gpu: $(STAMP)-bench
+	$(BIN)/python benchmarks/gpu.py
 
 zoo: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
