@@ -42,7 +42,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "sample": (
         _POLICY | _DRAWING | {"modes": ("thinking",)},
         _LOADING | _DATASET | {"shard": Shard(1, 2), "parquet": True, "batch_size": 3},
-        {"engine", "server", "samples_from", "config_name"},
+        {"engine", "server", "vllm", "samples_from", "config_name"},
     ),
     "variance": (
         _POLICY | _DRAWING,
@@ -50,7 +50,9 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"samples_from", "config_name"},
     ),
     "pairs": (
-        _POLICY | {"samples": OTHER, "reward": "math-verify", "modes": ("thinking",), "ref_logps": False},
+        _POLICY
+        | {"samples": OTHER, "reward": "math-verify", "modes": ("thinking",), "ref_logps": False}
+        | {"min_gap": 0.1},
         _LOADING,
         set(),
     ),
@@ -74,7 +76,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "train": (
         _POLICY
         | {"inputs.pairs": OTHER, "inputs.empty_pairs": OTHER, "inputs.traces": OTHER, "inputs.limit": 9}
-        | {"alpha": 0.3, "loss_type": "ipo", "beta": 0.2, "simpo_gamma": 0.3, "learning_rate": 1e-3}
+        | {"alpha": 0.3, "loss_type": "ipo", "beta": 0.2, "learning_rate": 1e-3}
         | {"batch_size": 2, "num_train_epochs": 3.0, "max_steps": 3, "lr_scheduler_type": "linear"}
         | {"warmup_steps": 0.3, "max_length": 99, "lora_r": 3, "lora_alpha": 7, "target_modules": ("q_proj",)}
         | {"precompute_ref_log_probs": True, "alpha_prior": 0.4, "alpha_update_steps": 3, "alpha_rule": "direction"}
@@ -83,7 +85,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         _LOADING
         | {"unmatched_prompts": "drop", "max_tokens": 999, "gradient_checkpointing": True, "save_steps": 3}
         | {"report_to": ("tensorboard",), "allow_mismatch": True, "resume": True},
-        {"method"},
+        {"method", "simpo_gamma"},
     ),
     "evaluate": (
         {"policy.model": OTHER, "adapters": OTHER, "instruction": "Think.", "samples": 3, "temperature": 0.5}
