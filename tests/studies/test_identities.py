@@ -42,7 +42,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "sample": (
         _POLICY | _DRAWING | {"modes": ("thinking",)},
         _LOADING | _DATASET | {"shard": Shard(1, 2), "parquet": True, "batch_size": 3},
-        {"engine", "server", "vllm", "samples_from", "config_name"},
+        {"engine", "server", "samples_from", "config_name"}
+        | {"vllm.tensor_parallel", "vllm.gpu_memory", "vllm.in_flight"},
     ),
     "variance": (
         _POLICY | _DRAWING,
