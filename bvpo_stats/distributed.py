@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from bvpo_stats.errors import UserError
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=2)  # the slowest process may have much longer traces than the fastest
@@ -75,6 +77,29 @@ class World:
         if self.size == 1:
             return number
         return int(self.broadcast(max(self.gather(number), default=number)))
+
+
+@contextlib.contextmanager
+def among_peers(world: World) -> Iterator[None]:
+    """Within it, the end of another process is said in one line.
+
+    Raises:
+        UserError: Another process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        if world.size > 1 and (isinstance(error, DistError) or any(word in str(error) for word in _LOST)):
+            raise UserError(
+                "Another process of this run has ended or cannot be reached, so this one stops too; see what that one "
+                "said. The same command goes on from the last checkpoint."
+            ) from error
+        raise
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
 
 
 def own_part(tensor: Any) -> Any:

@@ -166,15 +166,15 @@ def _positive(field: str, value: float | str) -> float:
     return number
 
 
-_SHARDING = {
-    "fsdp": ("FSDP", "ACCELERATE_USE_FSDP"),
-    "deepspeed": ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
+_REFUSED = {
     "parallelism_config": ("tensor and context parallelism", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     "": ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
 }
+_SHARDING = {"fsdp": ("FSDP", "ACCELERATE_USE_FSDP"), "deepspeed": ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")}
+_INSTEAD = "Take FSDP2, DeepSpeed's ZeRO, or the whole model in each process (DistributedDataParallel)."
 
 
-def check_distribution(args: TrainingArguments, kind: str = "NO") -> None:
+def check_distribution(args: TrainingArguments, kind: str | None = None) -> None:
     """Refuses ways to spread a model over processes under which its gradients would be missing or wrong.
 
     What was asked for counts, not only what accelerate made of it: on a CPU it drops FSDP without a word.
@@ -184,17 +184,44 @@ def check_distribution(args: TrainingArguments, kind: str = "NO") -> None:
         kind: accelerate's ``distributed_type``, once it is known.
 
     Raises:
-        UserError: Anything but one process, or several with the whole model each (DistributedDataParallel).
+        UserError: Anything but one process, DistributedDataParallel, FSDP2 or DeepSpeed's ZeRO.
     """
-    names = [
-        name
-        for setting, (name, variable) in _SHARDING.items()
-        if (setting and getattr(args, setting, None)) or os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    for setting, (name, variable) in _REFUSED.items():
+        if (setting and getattr(args, setting, None)) or _is_on(variable):
+            raise UserError(f"{name} is not supported in training. {_INSTEAD}")
+    asked = [
+        name for setting, (name, variable) in _SHARDING.items() if getattr(args, setting, None) or _is_on(variable)
     ]
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        names.append(kind)
-    if names:
-        raise UserError(
-            f"{names[0]} is not supported in training: each process must hold the whole model. Start with torchrun, or "
-            "with accelerate launch for several GPUs, and without sharding."
-        )
+    if "FSDP" in asked:
+        given: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
+        if args.fsdp and not given:
+            raise UserError(f"FSDP of PyTorch/XLA is not supported in training. {_INSTEAD}")
+        version = int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+        if version != 2:
+            raise UserError(
+                "FSDP1 is not supported in training: set `fsdp_version: 2` in accelerate's configuration, or "
+                "`fsdp_config={'version': 2}`."
+            )
+        if given.get("cpu_offload") or _is_on("FSDP_OFFLOAD_PARAMS"):
+            raise UserError("FSDP2 with parameters offloaded to the CPU is not supported in training; leave that out.")
+        if args.torch_compile:
+            raise UserError("`torch_compile=True` is not supported together with FSDP2.")
+    if kind is None:
+        return
+    if kind != "NO" and not kind.startswith("MULTI_") and kind not in ("FSDP", "DEEPSPEED"):
+        raise UserError(f"{kind} is not supported in training. {_INSTEAD}")
+    for name in asked:
+        if kind != name:
+            raise UserError(
+                f"{name} was asked for, but accelerate makes {kind} of it, without a word. It shards on accelerators "
+                "only, and only in processes that torchrun or accelerate launch has started."
+            )
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether the weights are asked to be spread over processes, so that none of them should load all onto its GPU."""
+    return any(getattr(args, setting, None) or _is_on(variable) for setting, (_, variable) in _SHARDING.items())
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

@@ -56,8 +56,10 @@ class PairModel:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters that are trained; others once the model is sharded."""
+        """The parameters that are trained; the shards of them once the model is sharded."""
         model: Any = self.policy.model
+        if self.world is not None:
+            gather_anew(model)  # a forward without gradients leaves the gathered weights in the shards' places
         return [weight for weight in model.parameters() if weight.requires_grad]
 
     def plan(self, pairs: Sequence[PreferencePair]) -> list[PairBatch]:

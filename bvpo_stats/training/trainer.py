@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from bvpo_stats.distributed import World
+from bvpo_stats.distributed import World, among_peers
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.gradients.examples import Example, Joined, join
@@ -31,10 +31,10 @@ from bvpo_stats.progress import within
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
 from bvpo_stats.store.jsonl import writing
-from bvpo_stats.store.run_folder import SEAL, folder_damage, seal_folder
+from bvpo_stats.store.run_folder import SEAL, differences, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
-from bvpo_stats.training.config import BVPOConfig, check_distribution
+from bvpo_stats.training.config import BVPOConfig, check_distribution, is_sharded
 from bvpo_stats.training.data import PromptRows, collate_rows, deal, join_for, select
 from bvpo_stats.training.gradient import (
     Backward,
@@ -44,6 +44,7 @@ from bvpo_stats.training.gradient import (
     add_parted_gradient,
     check_gradient,
     curvature_along,
+    gather_anew,
     moving_share,
     shares,
 )
@@ -130,6 +131,9 @@ class BVPOTrainer(Trainer):
             optimizers=optimizers,
         )
         check_distribution(args, self.accelerator.distributed_type.value)
+        self._sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        if self.is_fsdp_enabled:  # autocast forms the products in bfloat16, as in one process
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         _check_trainable(self.policy.model, _step_size(args, optimizers[0]), mixed=args.bf16)
         if self.args.n_gpu > 1:
             raise UserError(
@@ -142,7 +146,6 @@ class BVPOTrainer(Trainer):
                 f"{args.prompts_per_step}; lower the batch size, or give more pairs."
             )
         self._world = world = World(self.args.process_index, self.args.world_size, self.args.local_process_index)
-        self._sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
         self._pair_model = PairModel(
             self.policy,
             args.objective(),
@@ -166,6 +169,7 @@ class BVPOTrainer(Trainer):
         self._restored: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._alpha_in_use = self.estimator.alpha
         self.identity = run_identity(args, self.policy, self.selection.train)
+        self._check_alike()
         self.before: dict[str, float] | None = None
         """What `same_pairs` gave before the first step."""
         self.add_callback(AlphaCallback(self))
@@ -185,7 +189,8 @@ class BVPOTrainer(Trainer):
             options: As `transformers.Trainer.train` takes them.
 
         Raises:
-            UserError: No checkpoint, or one of another configuration; NaN losses or gradients (see `training_step`).
+            UserError: No checkpoint, or one of another configuration; another process has ended; NaN losses or
+                gradients (see `training_step`).
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
@@ -203,7 +208,8 @@ class BVPOTrainer(Trainer):
             trained = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
             if trained.global_step >= trained.max_steps:
                 return self._finished(folder, trained)
-        return super().train(resume_from_checkpoint=checkpoint, **options)
+        with among_peers(self._world):
+            return super().train(resume_from_checkpoint=checkpoint, **options)
 
     def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Takes over a checkpoint of the last step: transformers would train one more from there."""
@@ -233,6 +239,17 @@ class BVPOTrainer(Trainer):
             if reference is not None and reference.stored:
                 self._fill()
 
+    def _check_alike(self) -> None:
+        """Refuses processes that would train on other data, another model or with other settings than the first."""
+        everyone = self._world.broadcast(self._world.gather(self.identity))
+        for rank, identity in enumerate(everyone):
+            differing = differences(everyone[0], identity)
+            if differing:
+                raise UserError(
+                    f"The processes of this run have not the same to train on: {differing} (there: process 0, now: "
+                    f"process {rank}). Give all of them the same files and settings."
+                )
+
     def _begin(self) -> None:
         """When the model is wrapped and a checkpoint was read."""
         self._settle()
@@ -251,7 +268,10 @@ class BVPOTrainer(Trainer):
         )
         shard: Any = getattr(loader, "batch_sampler", None)
         if self._world.size > 1:
-            shard.num_processes, shard.process_index = 1, 0  # as transformers does where a sampler knows its rank
+            if shard is None or not hasattr(shard, "num_processes") or shard.split_batches:
+                raise UserError("`accelerator_config`: `split_batches` and `dispatch_batches` are not supported.")
+            # As transformers does where a sampler knows its rank. A last, smaller batch stays as it is.
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return loader
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -286,7 +306,9 @@ class BVPOTrainer(Trainer):
         folder, estimator = Path(str(output_dir or self.args.output_dir)), self.estimator
         with writing(folder):
             super().save_model(output_dir, _internal_call=_internal_call)
-            if self.is_fsdp_enabled and not _internal_call and not (folder / "config.json").exists():
+            plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            if plugin is not None and not _internal_call and "SHARDED" in str(plugin.state_dict_type):
+                # transformers leaves sharded checkpoints, which no other program can load, and no model
                 self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
         vectors = estimator.vectors() if folder.name.startswith("checkpoint-") else {}  # to go on from
         if self.args.should_save:
@@ -375,7 +397,9 @@ class BVPOTrainer(Trainer):
         named: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}  # transformers asks name by name
         given: Any = eval_dataset
         if given is None or isinstance(given, PromptRows) or (isinstance(given, str) and given in named):
+            self._check_evaluable()
             return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
+        self._check_evaluable()
         with self._added(given) as rows:
             return super().evaluate(rows, ignore_keys, metric_key_prefix)
 
@@ -393,6 +417,7 @@ class BVPOTrainer(Trainer):
         Raises:
             UserError: As in :meth:`evaluate`.
         """
+        self._check_evaluable()
         with self._added(test_dataset) as rows:
             return super().predict(rows, ignore_keys, metric_key_prefix)
 
@@ -431,6 +456,13 @@ class BVPOTrainer(Trainer):
         batch = [self._examples[row] for row in inputs["rows"].tolist()]
         tokens = sum(pair.tokens for number in self._dealt(batch) for pair in batch[number].pairs)
         return 6 * tokens * sum(int(weight.numel()) for weight in self.policy.model.parameters())
+
+    def _check_evaluable(self) -> None:
+        if self._sharded and not self._settled:
+            raise UserError(
+                "A model that is sharded over processes can be evaluated once its training has begun: give "
+                "`eval_dataset` to the trainer and set `eval_strategy` or `eval_on_start`, or evaluate in one process."
+            )
 
     def _pairs(self, trace: Source | None, empty: Source | None, names: tuple[str, str]) -> list[PreferencePair]:
         """The pairs of D_t and D_e; a folder that is given for D_t alone may hold both."""
@@ -524,6 +556,8 @@ class BVPOTrainer(Trainer):
         wanted = any(self.args.__dict__.get(name) for name in names)
         with gradient_checkpointing(self.policy.model) if wanted else contextlib.nullcontext():
             yield
+        if self._sharded:
+            gather_anew(self.policy.model)  # a forward without gradients leaves some weights gathered
 
 
 class AlphaCallback(TrainerCallback):
@@ -584,6 +618,10 @@ def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dat
     if args.fp16:
         raise UserError("`fp16=True`: not supported; float16 overflows. Take `bf16=True`, or neither.")
     check_distribution(args)
+    if "lomo" in str(getattr(args.optim, "value", args.optim)):
+        raise UserError(
+            f"`optim={args.optim!s}`: not supported; it steps inside each backward, and a step has several."
+        )
     if train_dataset is None and empty_dataset is None:
         raise UserError("There is nothing to train on: give D_t as `train_dataset`, and D_e as `empty_dataset`.")
     if args.eval_strategy != "no" and eval_dataset is None:
@@ -598,7 +636,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
         return load_policy(cast(PreTrainedModel, model), tokenizer)
     if not isinstance(model, (str, Path)):
         raise UserError(f"`model` must be a name, a transformers model or a Policy, not a {type(model).__name__}.")
-    policy = load_policy(str(model), device=str(args.device), dtype=dtype)
+    policy = load_policy(str(model), device="cpu" if is_sharded(args) else str(args.device), dtype=dtype)
     return policy if tokenizer is None else with_tokenizer(policy, tokenizer)
 
 
@@ -689,6 +727,11 @@ def trainable_policy(policy: Policy, peft_config: Any = None, seed: int = 0) -> 
                 raise UserError(f"`peft_config`: {str(error).splitlines()[0]}") from error
     policy = replace(policy, model=model.eval())
     if not policy.has_adapter:
+        if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+            raise UserError(
+                "The model is quantised, so its weights cannot be trained: put a LoRA adapter on it, or load it in "
+                "`dtype='float32'` without quantisation."
+            )
         model.requires_grad_(True)
     elif not any(weight.requires_grad for weight in model.parameters()):  # loaded for inference
         for name, weight in model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,30 +269,67 @@ def test_the_share_that_moves_is_that_of_an_adam_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"),
+    ("variables", "changes", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor and context parallelism"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP1 is not supported in training: set `fsdp_version: 2`"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}, "FSDP was asked for, but accelerate makes NO of it"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 2}}, "FSDP was asked for, but accelerate makes NO of it"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}}, "offloaded to the CPU"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 2}, "torch_compile": True}, "`torch_compile=True`"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported in training"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "tensor and context parallelism is not supported"),
     ],
 )
-def test_sharded_training_is_refused_by_name(
-    variable: str, name: str, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ways_to_shard_that_are_not_ours_are_refused_by_name(
+    variables: dict[str, str],
+    changes: dict[str, Any],
+    words: str,
+    random_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args, policy = settings(tmp_path), adapted(random_model)
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"{name} is not supported in training"):
-        BVPOTrainer(policy, args, both_sets(policy, PROMPTS))
+    policy = adapted(random_model)
+    pairs = both_sets(policy, PROMPTS)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it
+    args = settings(tmp_path, **changes)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=words):
+        BVPOTrainer(policy, args, pairs)
 
 
 def test_distributed_types_that_are_not_ours_are_refused() -> None:
     args = BVPOConfig(use_cpu=True)
-    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"):
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP"):
         check_distribution(args, kind)
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+    for kind in ("MEGATRON_LM", "XLA", "TP"):
         with pytest.raises(UserError, match=f"{kind} is not supported"):
             check_distribution(args, kind)
+
+
+def test_quantised_bases_and_optimizers_that_step_in_backward_are_refused(random_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(str(random_model), device="cpu")
+    pairs = both_sets(policy, PROMPTS)
+    policy.model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UserError, match="The model is quantised, so its weights cannot be trained"):
+        BVPOTrainer(policy, settings(tmp_path), pairs)
+    policy = adapted(random_model)
+    with pytest.raises(UserError, match=r"`optim=.*adalomo`: not supported"):
+        BVPOTrainer(policy, settings(tmp_path, optim="adalomo"), pairs)
+
+
+def test_what_was_frozen_in_an_adapter_stays_frozen(random_model: Path, tmp_path: Path) -> None:
+    """PEFT marks all of an adapter as trained when it is enabled again behind the reference."""
+    policy = adapted(random_model)
+    trainer = BVPOTrainer(policy, settings(tmp_path, max_steps=2), both_sets(policy, PROMPTS))
+    frozen = [weight for name, weight in policy.model.named_parameters() if "lora_A" in name]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    before = [weight.detach().clone() for weight in frozen]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+    assert not any(weight.requires_grad for weight in frozen)
 
 
 def test_a_step_without_any_gradient_is_an_error(random_model: Path, tmp_path: Path) -> None:

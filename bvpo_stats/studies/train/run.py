@@ -24,7 +24,7 @@ from bvpo_stats.studies.alpha_star.run import load_set, load_traces
 from bvpo_stats.studies.base import REPORT_FILE, to_json
 from bvpo_stats.studies.train.config import MODEL, TrainConfig
 from bvpo_stats.studies.train.report import TrainReport
-from bvpo_stats.training.config import BVPOConfig, check_distribution
+from bvpo_stats.training.config import BVPOConfig, check_distribution, is_sharded
 from bvpo_stats.training.data import join_for
 from bvpo_stats.training.presets import Method
 from bvpo_stats.training.state import last_checkpoint, run_identity
@@ -56,6 +56,8 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
     traces = load_traces(config.inputs, template) if args.adaptive else ()
     joined = join_for(args, pairs, traces, config.inputs.limit)
     options = replace(config.policy, dtype=weights_dtype(config.policy.dtype, args.bf16 and config.trains_all_weights))
+    if is_sharded(args):
+        options = replace(options, device="cpu")
     policy = load_policy(on_own_device(options, world.local_rank, world.size))
     if config.lora is not None and not policy.has_adapter:
         policy = with_lora(policy, config.lora)
@@ -78,10 +80,11 @@ def run_train(config: TrainConfig, output: Path) -> TrainReport | None:
             trainer.add_callback(_Progress(advance))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(folder / MODEL))
+        if world.leads:
+            seal_folder(folder / MODEL)
+        report = train_report(trainer, config.method)  # all run its forwards, which a sharded model needs
         if not world.leads:
             return None
-        seal_folder(folder / MODEL)
-        report = train_report(trainer, config.method)
         seconds, total = trainer.estimator.to_state()["seconds"]
         timing = {"estimator_seconds": seconds, "seconds": total, "time_share": seconds / max(total, 1e-9)}
         write_atomic(folder / "timing.json", to_json(timing))

@@ -1,0 +1,111 @@
+"""DistributedDataParallel and FSDP2 in two processes against one: the same gradients, weights, log and alpha."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bvpo_stats.training.data import deal
+from tests.processes import Python, start
+
+pytestmark = pytest.mark.slow
+NAMES = ("tied", "checkpointed", "accumulated", "resumed-lora", "adaptive-all", "odd", "float32")
+
+
+def started(model: Path, folder: Path, kind: str, names: tuple[str, ...]) -> list[Python]:
+    """The processes of a kind of run, as a launcher starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = 1 if kind == "plain" else 2
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start("-m", "tests.training.sharded", model, folder, kind, *names,
+              env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all cases left of all kinds of runs."""
+    folder = tmp_path_factory.mktemp("sharded")
+    running = started(random_model, folder, "plain", NAMES) + started(random_model, folder, "fsdp2", NAMES)
+    running += started(random_model, folder, "ddp", NAMES[:-1])
+    for result in [process.wait(600) for process in running]:
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def found(folder: Path, kind: str, name: str) -> dict[str, Any]:
+    return torch.load(folder / f"{kind}-{name}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_are_one(folder: Path, kind: str, name: str) -> None:
+    if (kind, name) == ("ddp", "float32"):
+        pytest.skip("rounding is the same, and a run costs seconds")
+    one, two = found(folder, "plain", name), found(folder, kind, name)
+    assert two["wrapper"].startswith("FSDP" if kind == "fsdp2" else "DistributedDataParallel")
+    assert two["types"] == (["DTensor"] if kind == "fsdp2" else one["types"])
+    assert two["type"] == ("FSDP" if kind == "fsdp2" else "MULTI_CPU")
+    assert two["parts"] < 0.6 * one["parts"] if kind == "fsdp2" else two["parts"] == one["parts"]
+    gradient, weights = (1e-12, 1e-10) if name != "float32" else (1e-5, 1e-5)
+    assert set(one["gradient"]) == set(two["gradient"]) != set()
+    for key, value in one["gradient"].items():
+        torch.testing.assert_close(two["gradient"][key], value, rtol=0, atol=gradient, msg=key)
+    assert set(one["weights"]) == set(two["weights"])
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][key], value, rtol=0, atol=weights, msg=key)
+    assert len(one["log"]) == len(two["log"]) >= 3
+    for ours, theirs in zip(two["log"], one["log"], strict=True):
+        for key in theirs.keys() - {"alpha/time_share", "epoch", "step"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-6), key
+    for when in ("before", "after"):
+        assert two[when] == pytest.approx(one[when], rel=1e-6)
+    assert set(one["lag"]) == set(two["lag"])
+    for key, vector in one["lag"].items():
+        torch.testing.assert_close(two["lag"][key], vector, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2"])
+def test_alpha_moved_curvature_was_seen_and_the_bias_looked_at(folder: Path, kind: str) -> None:
+    """Or the comparison above would say nothing of them."""
+    for name in ("resumed-lora", "adaptive-all"):
+        log = found(folder, kind, name)["log"]
+        assert len({round(entry["alpha"], 9) for entry in log}) > 1
+        assert log[-1]["alpha/eta_l"] != log[0]["alpha/eta_l"]
+    assert found(folder, kind, "resumed-lora")["log"][-1]["alpha/bias_prompts"] > 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_model_saved_by_many_is_read_by_one(folder: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    from bvpo_stats.model.policy import load_policy
+
+    weights = found(folder, kind, "checkpointed")["weights"]
+    saved = load_file(folder / f"{kind}-checkpointed" / "model" / "model.safetensors")
+    assert set(saved) == set(weights)
+    for key, value in saved.items():
+        assert torch.equal(value, weights[key]), key
+    adapter = load_file(folder / f"{kind}-accumulated" / "model" / "adapter_model.safetensors")
+    trained = found(folder, kind, "accumulated")["weights"]
+    assert adapter
+    for key, value in adapter.items():
+        assert torch.equal(value, trained[key.replace(".weight", ".default.weight")]), key
+    assert load_policy(str(folder / f"{kind}-checkpointed" / "model"), device="cpu").at_reference
+
+
+def test_prompts_are_dealt_by_tokens() -> None:
+    hands = deal([5, 1000, 7, 300, 400, 310, 9, 8], 3)
+    assert sorted(number for hand in hands for number in hand) == list(range(8))
+    assert hands[0] == [1]
+    assert max(sum([5, 1000, 7, 300, 400, 310, 9, 8][n] for n in hand) for hand in hands[1:]) == 610
+    assert deal([3, 2], 4) == [[0], [1], [], []]
+    assert deal([3, 2, 1], 1) == [[0, 1, 2]]
