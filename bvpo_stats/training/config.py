@@ -167,11 +167,12 @@ def _positive(field: str, value: float | str) -> float:
 
 
 _REFUSED = {
+    "deepspeed": ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
     "parallelism_config": ("tensor and context parallelism", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     "": ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
 }
-_SHARDING = {"fsdp": ("FSDP", "ACCELERATE_USE_FSDP"), "deepspeed": ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")}
-_INSTEAD = "Take FSDP2, DeepSpeed's ZeRO, or the whole model in each process (DistributedDataParallel)."
+_SHARDING = {"fsdp": ("FSDP", "ACCELERATE_USE_FSDP")}
+_INSTEAD = "Take FSDP2, or the whole model in each process (DistributedDataParallel)."
 
 
 def check_distribution(args: TrainingArguments, kind: str | None = None) -> None:
@@ -184,7 +185,7 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
         kind: accelerate's ``distributed_type``, once it is known.
 
     Raises:
-        UserError: Anything but one process, DistributedDataParallel, FSDP2 or DeepSpeed's ZeRO.
+        UserError: Anything but one process, DistributedDataParallel or FSDP2.
     """
     for setting, (name, variable) in _REFUSED.items():
         if (setting and getattr(args, setting, None)) or _is_on(variable):
@@ -204,11 +205,13 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
             )
         if given.get("cpu_offload") or _is_on("FSDP_OFFLOAD_PARAMS"):
             raise UserError("FSDP2 with parameters offloaded to the CPU is not supported in training; leave that out.")
+        if args.fsdp and args.parallel_mode.value != "distributed":
+            raise UserError("FSDP2 was asked for in a single process; start with torchrun or accelerate launch.")
         if args.torch_compile:
             raise UserError("`torch_compile=True` is not supported together with FSDP2.")
     if kind is None:
         return
-    if kind != "NO" and not kind.startswith("MULTI_") and kind not in ("FSDP", "DEEPSPEED"):
+    if kind != "NO" and not kind.startswith("MULTI_") and kind != "FSDP":
         raise UserError(f"{kind} is not supported in training. {_INSTEAD}")
     for name in asked:
         if kind != name:

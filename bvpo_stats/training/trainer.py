@@ -618,10 +618,9 @@ def _check_arguments(args: Any, train_dataset: Any, empty_dataset: Any, eval_dat
     if args.fp16:
         raise UserError("`fp16=True`: not supported; float16 overflows. Take `bf16=True`, or neither.")
     check_distribution(args)
-    if "lomo" in str(getattr(args.optim, "value", args.optim)):
-        raise UserError(
-            f"`optim={args.optim!s}`: not supported; it steps inside each backward, and a step has several."
-        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optimizer:
+        raise UserError(f"`optim={optimizer!r}`: not supported; it steps inside each backward, and a step has several.")
     if train_dataset is None and empty_dataset is None:
         raise UserError("There is nothing to train on: give D_t as `train_dataset`, and D_e as `empty_dataset`.")
     if args.eval_strategy != "no" and eval_dataset is None:

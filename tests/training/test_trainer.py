@@ -202,10 +202,10 @@ def test_long_pairs_are_set_aside_whole(random_model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"alpha": 1.5}, "alpha 1.5: must lie between 0"),
-        ({"alpha": "-0.1"}, "alpha -0.1: must lie between 0"),
-        ({"alpha": "best"}, "alpha 'best': give a number"),
-        ({"alpha_prior": 2.0, "alpha": "adaptive"}, "alpha 2.0: must lie between 0"),
+        ({"alpha": 1.5}, "`alpha=1.5`: must lie between 0"),
+        ({"alpha": "-0.1"}, "`alpha=-0.1`: must lie between 0"),
+        ({"alpha": "best"}, "`alpha='best'`: give a number"),
+        ({"alpha_prior": 2.0, "alpha": "adaptive"}, "`alpha=2.0`: must lie between 0"),
         ({"alpha_rule": "best", "alpha": "adaptive"}, "`alpha_rule='best'`: choose one of rising, theorem4"),
         ({"alpha_level": 1.0, "alpha": "adaptive"}, "confidence levels lie between"),
         ({"eta_l": 0}, "`eta_l=0`"),
@@ -274,9 +274,9 @@ def test_the_share_that_moves_is_that_of_an_adam_step() -> None:
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP1 is not supported in training: set `fsdp_version: 2`"),
         ({}, {"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}, "FSDP was asked for, but accelerate makes NO of it"),
-        ({}, {"fsdp": True, "fsdp_config": {"version": 2}}, "FSDP was asked for, but accelerate makes NO of it"),
+        ({}, {"fsdp": True, "fsdp_config": {"version": 2}}, "FSDP2 was asked for in a single process"),
         ({}, {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}}, "offloaded to the CPU"),
-        ({}, {"fsdp": True, "fsdp_config": {"version": 2}, "torch_compile": True}, "`torch_compile=True`"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported in training"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported in training"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "tensor and context parallelism is not supported"),
     ],
@@ -291,7 +291,8 @@ def test_ways_to_shard_that_are_not_ours_are_refused_by_name(
 ) -> None:
     policy = adapted(random_model)
     pairs = both_sets(policy, PROMPTS)
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it
+    for variable in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(variable, "false")  # transformers and accelerate set them for good
     args = settings(tmp_path, **changes)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
@@ -303,7 +304,7 @@ def test_distributed_types_that_are_not_ours_are_refused() -> None:
     args = BVPOConfig(use_cpu=True)
     for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP"):
         check_distribution(args, kind)
-    for kind in ("MEGATRON_LM", "XLA", "TP"):
+    for kind in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP"):
         with pytest.raises(UserError, match=f"{kind} is not supported"):
             check_distribution(args, kind)
 
@@ -315,7 +316,7 @@ def test_quantised_bases_and_optimizers_that_step_in_backward_are_refused(random
     with pytest.raises(UserError, match="The model is quantised, so its weights cannot be trained"):
         BVPOTrainer(policy, settings(tmp_path), pairs)
     policy = adapted(random_model)
-    with pytest.raises(UserError, match=r"`optim=.*adalomo`: not supported"):
+    with pytest.raises(UserError, match="`optim='adalomo'`: not supported"):
         BVPOTrainer(policy, settings(tmp_path, optim="adalomo"), pairs)
 
 
