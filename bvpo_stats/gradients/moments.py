@@ -494,7 +494,7 @@ class DeviceMoments:
                     wide *= self._roots[start[0]].cpu().numpy()[start[1] : start[2]]
                 gram.add(plan, start, wide, self._cell_sizes)
         grams = {name: _Gram(*(world.sum_to(part, 0) for part in gram)) for name, gram in grams.items()}
-        seen = world.sum_to(seen, 0)
+        seen = world.sum_to(seen, 0) if plan.probe else seen
         left = world.gather({name: np.concatenate(values) for name, values in self._left.items()})
         if not world.leads:
             return None
