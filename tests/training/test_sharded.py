@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from bvpo_stats.training.config import check_distribution, is_sharded
 from bvpo_stats.training.data import deal
 from tests.processes import Python, start
+from tests.training.records import settings
 
 pytestmark = pytest.mark.slow
 NAMES = ("tied", "checkpointed", "accumulated", "resumed-lora", "adaptive-all", "odd", "float32")
@@ -109,3 +112,29 @@ def test_prompts_are_dealt_by_tokens() -> None:
     assert max(sum([5, 1000, 7, 300, 400, 310, 9, 8][n] for n in hand) for hand in hands[1:]) == 610
     assert deal([3, 2], 4) == [[0], [1], [], []]
     assert deal([3, 2, 1], 1) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("name", "kind", "variables"), [
+    ("ddp", "MULTI_GPU", {}),
+    ("fsdp2", "FSDP", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+])  # fmt: skip
+def test_examples_are_what_accelerate_takes_and_we_do(
+    name: str, kind: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's own way from file to variables; then our judgement of these."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = str(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
+    assert load_config_from_file(path).distributed_type.value == kind
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
+    for variable, value in prepare_multi_gpu_env(parsed).items():
+        if variable.startswith(("ACCELERATE_USE_", "FSDP_")):
+            monkeypatch.setenv(variable, str(value))
+    assert {variable: os.environ.get(variable) for variable in variables} == variables
+    args = settings(Path("unused"))
+    check_distribution(args)
+    check_distribution(args, kind)
+    assert is_sharded(args) == (name == "fsdp2")
