@@ -82,3 +82,8 @@ def test_pairs_of_equal_sides(folder: Path) -> None:
         (folder / f"{mode}.jsonl").write_text("\n".join(rows) + "\n")
     line = ("alpha-star", "--pairs", folder / "thinking.jsonl", "--empty-pairs", folder / "nothinking.jsonl")
     failed_politely(run(*line, "--output", folder / "run"), "same tokens as chosen and as rejected")
+
+
+def test_a_bank_that_is_not_used_is_said(folder: Path) -> None:
+    said = run("train", "--alpha", "0.3", "--traces", "bank.jsonl", "--output", folder / "run").stderr
+    assert "--traces bank.jsonl is not used: --alpha 0.3 is not adaptive." in said
