@@ -213,7 +213,8 @@ def quick_ratios(vectors: Sample, taus: Sequence[float], *, injected: bool = Fal
     if groups is not None:
         if d > sketch_width(1):  # sketches are of the vectors themselves, about zero
             raw = {name: np.einsum("...nd,...nd->...n", h, vectors[name]) for name in ("e", "m")} | {"h": parts["h"]}
-            alone = _weights(*(sketch(x, sketch_width(1)) for x in (h, vectors["e"], vectors["m"])), raw, sizes, taus)
+            short_h, short_e, short_m = (sketch(x, sketch_width(1)) for x in (h, vectors["e"], vectors["m"]))
+            alone = _weights(short_h, short_e, short_m, raw, sizes, taus)
         else:
             alone = _weights(h, e, m, parts, sizes, taus)
         sizes = np.bincount(labels).astype(np.float64)

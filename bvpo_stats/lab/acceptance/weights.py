@@ -120,7 +120,8 @@ class Design:
             noise[..., each, each + 3] = np.sqrt(rng.chisquare(d - 3 - each, size=(*shape[:-1], rows)))
             noise = np.moveaxis(noise.reshape(*shape, 3, rows + 3), -2, 0) / math.sqrt(d)
         else:
-            noise = rng.standard_normal((3, *shape, d), dtype=np.float32) * np.sqrt(self.variances)
+            single = rng.standard_normal((3, *shape, d), dtype=np.float32)
+            noise = np.asarray(single * np.sqrt(self.variances), dtype=np.float64)
         if self.scale == "log-normal":
             s = np.exp(self.spread * rng.normal(size=(*shape, 1)))
         elif self.scale == "student":
