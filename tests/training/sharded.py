@@ -11,6 +11,7 @@ On a CPU accelerate drops FSDP and runs DistributedDataParallel instead, without
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "resumed-lora": {"lora": True, **ADAPTIVE, "resumed": True},
     "lora32": {"lora": True, "dtype": "float32"},
     "resumed32": {"untied": True, "dtype": "float32", "resumed": True},
+    "dies": {"dies": 1},
+    "differs": {"differs": 1},
     "odd": {"lora": True, "batch": 10, "dataloader_drop_last": False, "max_steps": 3},
     "bf16": {"untied": True, "dtype": "float32", "bf16": True},
 }
@@ -116,7 +119,10 @@ def policy_of(model: Path, *, lora: bool, untied: bool, dtype: str) -> Policy:
 
 
 def trainer_of(model: Path, folder: Path, kind: str, case: dict[str, Any], world: int) -> BVPOTrainer:
-    case = COMMON | case
+    case, rank = COMMON | case, int(os.environ.get("RANK", "0"))
+    if case.pop("differs", None) == rank:
+        case["learning_rate"] = 2e-3
+    dies = case.pop("dies", None) == rank
     own = {name: case.pop(name, False) for name in ("lora", "untied")}
     dtype, batch, parts = case.pop("dtype", "float64"), case.pop("batch", 8), case.pop("accumulated", 1)
     policy = policy_of(model, dtype=dtype, **own)
@@ -136,6 +142,8 @@ def trainer_of(model: Path, folder: Path, kind: str, case: dict[str, Any], world
     )
     trainer = BVPOTrainer(policy, args, pairs, traces=bank)
     trainer.remove_callback(PrinterCallback)
+    if dies:
+        trainer.add_callback(DieAfter(2))
     return trainer
 
 
@@ -184,6 +192,17 @@ class StopAfter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop = state.global_step >= self._steps
+
+
+class DieAfter(TrainerCallback):
+    """Ends its process by SIGKILL after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= self._steps:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forget() -> None:

@@ -105,6 +105,23 @@ def test_a_model_saved_by_many_is_read_by_one(folder: Path, kind: str) -> None:
     assert load_policy(str(folder / f"{kind}-checkpointed" / "model"), device="cpu").at_reference
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dies", "Another process of this run has ended or cannot be reached"),
+        (
+            "differs",
+            "not the same to train on: learning_rate: 0.001 there, 0.002 now (there: process 0, now: process 1",
+        ),
+    ],
+)
+def test_processes_that_die_or_differ(random_model: Path, tmp_path: Path, name: str, words: str) -> None:
+    results = [process.wait(200) for process in started(random_model, tmp_path, "ddp", (name,))]
+    assert results[0].returncode != 0
+    assert words in results[0].stderr.splitlines()[-1]
+    assert results[1].returncode != 0
+
+
 def test_prompts_are_dealt_by_tokens() -> None:
     hands = deal([5, 1000, 7, 300, 400, 310, 9, 8], 3)
     assert sorted(number for hand in hands for number in hand) == list(range(8))
