@@ -742,8 +742,8 @@ def _merged(products: NDArray[Any], labels: NDArray[Any], n: int) -> NDArray[Any
     x = products.reshape(blocks, len(labels), q, len(labels), q)
     if n == len(labels) and (labels == np.arange(n)).all():
         return x
-    one = np.zeros((blocks, n, *x.shape[2:]))
-    np.add.at(one, (slice(None), labels), x)
-    both = np.zeros((blocks, n, q, n, q))
-    np.add.at(both, (slice(None), slice(None), slice(None), labels), one)
-    return both
+    found = np.zeros((blocks, n, q, n, q))
+    for cell, label in enumerate(labels.tolist()):
+        for other, second in enumerate(labels.tolist()):
+            found[:, label, :, second] += x[:, cell, :, other]
+    return found

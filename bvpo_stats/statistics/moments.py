@@ -203,7 +203,7 @@ class MomentSummary:
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Plain arrays for ``numpy.savez``; `from_arrays` reads them back."""
         own = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for name, value in own.items():
             if isinstance(value, MomentSummary):
                 arrays |= {f"{name}/{key}": part for key, part in value.to_arrays().items()}

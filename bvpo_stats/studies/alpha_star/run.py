@@ -315,9 +315,11 @@ def _estimate(
     choice = world.broadcast(choose_marginal(policy, examples, options.stream) if world.leads else None)
     assert choice is not None  # rank 0 made one
     if options.optimizer == "adamw" and not options.metric:
-        found = world.broadcast(_own_second_moments(policy, subset, examples, options, folder) if world.leads else None)
+        second = world.broadcast(
+            _own_second_moments(policy, subset, examples, options, folder) if world.leads else None
+        )
         metric = f"1 / (sqrt(v) + eps) of these gradients' second moments at batch size {options.settings.batch_size:g}"
-        options = replace(options, second_moments=found, metric=metric)
+        options = replace(options, second_moments=second, metric=metric)
     state = _stream(policy, subset, examples, options, choice, folder, world)
     moments = state.moments.reduce(world)
     noise = {}
