@@ -259,11 +259,13 @@ class BVPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process is told the whole batch, and takes its part by `deal`."""
+        dataset: Any = self.train_dataset
+        sampler_fn: Any = self._get_train_sampler
         loader = self._get_dataloader(
-            self.train_dataset,
+            dataset,
             "Training",
             self._train_batch_size * self._world.size,
-            sampler_fn=self._get_train_sampler,
+            sampler_fn=sampler_fn,
             is_training=True,
         )
         shard: Any = getattr(loader, "batch_sampler", None)
@@ -330,8 +332,9 @@ class BVPOTrainer(Trainer):
         Raises:
             UserError: A log-probability, the loss or the gradient is not finite, or no weight has one.
         """
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimizers
-            self.optimizer.train()
+        begin_training = getattr(self.optimizer, "train", None)
+        if callable(begin_training):  # schedule-free optimizers
+            begin_training()
         batch = [self._examples[row] for row in inputs["rows"].tolist()]
         share = 1 / (len(batch) * self.current_gradient_accumulation_steps)
         mine = [batch[number] for number in self._dealt(batch)]
