@@ -36,6 +36,8 @@ def alpha_star(config: AlphaConfig, output: Path) -> None:
     """
     from bvpo_stats.studies.alpha_star.run import run_alpha_star
 
+    from .following import show
+
     report = run_alpha_star(config, output)
     if report is not None:
-        report.print(output)
+        show(report, output)

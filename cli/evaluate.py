@@ -30,6 +30,8 @@ def evaluate(config: EvaluateConfig, output: Path, given: frozenset[str]) -> Non
     """
     from bvpo_stats.studies.evaluate.run import evaluate as run
 
+    from .following import show
+
     if config.engine != "transformers" and "model" not in given:
         config = replace(config, policy=None)
     report = run(config, output)
@@ -37,4 +39,4 @@ def evaluate(config: EvaluateConfig, output: Path, given: frozenset[str]) -> Non
         shard = f"{config.shard.index}/{config.shard.count}"
         print(f"Shard {shard} is drawn. When all are, the same command without --shard reports.")
     else:
-        report.print(output)
+        show(report, output)

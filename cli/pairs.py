@@ -19,4 +19,6 @@ def pairs(config: PairsConfig, output: Path) -> None:
     """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3)."""
     from bvpo_stats.studies.pairs.run import run_pairs
 
-    run_pairs(config, output).print(output)
+    from .following import show
+
+    show(run_pairs(config, output), output)

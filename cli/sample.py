@@ -26,6 +26,8 @@ def sample(config: SampleConfig, output: Path, given: frozenset[str]) -> None:
     """Draw responses in Thinking and NoThinking mode; run again after an interruption, it goes on where it stopped."""
     from bvpo_stats.studies.sample.run import run_sample
 
+    from .following import show
+
     if config.engine != "transformers" and "model" not in given:
         config = replace(config, policy=None)
-    run_sample(config, output).print(output)
+    show(run_sample(config, output), output)

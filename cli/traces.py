@@ -17,4 +17,6 @@ def traces(config: TracesConfig, output: Path) -> None:
     """Collect K traces for each answer of D_t: its own, other samples', regenerated ones, and prior ones."""
     from bvpo_stats.studies.traces.run import run_traces
 
-    run_traces(config, output).print(output)
+    from .following import show
+
+    show(run_traces(config, output), output)

@@ -30,6 +30,8 @@ def train(config: TrainConfig, output: Path, given: frozenset[str]) -> None:
     """
     from bvpo_stats.studies.train.run import run_train
 
+    from .following import show
+
     report = run_train(config if "model" in given else config.with_preset_model(), output)
     if report is not None:
-        report.print(output)
+        show(report, output)

@@ -19,4 +19,6 @@ def variance(config: VarianceConfig, output: Path) -> None:
     """Measure how much traces add to the variance of log-probabilities and lengths (the paper's Tables 3, 4 and 5)."""
     from bvpo_stats.studies.variance.run import run_variance
 
-    run_variance(config, output).print(output)
+    from .following import show
+
+    show(run_variance(config, output), output)

@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError, one_line, wording
 from bvpo_stats.store.jsonl import write_atomic, write_sealed, writing
 
@@ -106,12 +105,11 @@ class Presentation:
             lines = [self.title, *(", ".join(map(str.strip, row)) for table in self.tables for row in table.rows)]
         return "\n".join([*lines, *(f"Careful: {caution}" for caution in self.cautions)])
 
-    def print(self, written: str | None = None, following: str | None = None) -> None:
+    def print(self, written: str | None = None) -> None:
         """Prints findings, tables and notes on standard output; tables with one head become sections of one.
 
         Args:
-            written: What was written, and where.
-            following: The command to go on with.
+            written: What was written, and where, for a last line.
         """
         from rich.console import Console
         from rich.markup import escape as without_markup
@@ -141,8 +139,6 @@ class Presentation:
             console.print(plain(line), highlight=False, soft_wrap=True, style="dim")
         if written is not None:
             console.print(plain(f"Written: {written}."), highlight=False, soft_wrap=True)
-        if following is not None:
-            console.print(plain(f"Next: {following}"), highlight=False, soft_wrap=True)
 
     def markdown(self, figures: Sequence[Path], versions: Mapping[str, str]) -> str:
         """Markdown, with links to figures in the folder ``figures`` beside it."""
@@ -213,10 +209,6 @@ class Report:
         """What a run leaves in its folder, in words, for the last line on the terminal."""
         return f"{folder / REPORT_FILE}, report.md, figures/"
 
-    def next_command(self, folder: Path) -> str | None:
-        """The command that goes on from a run in a folder; words in capitals are the user's to fill in."""
-        return None
-
     def to_dict(self) -> dict[str, Any]:
         """The report as it stands in ``report.json``: plain values, None for NaN, ``study`` first, versions last."""
         plain: dict[str, Any] = clean(asdict(self))
@@ -254,11 +246,8 @@ class Report:
         return cls.from_dict(plain)
 
     def print(self, folder: Path | None = None) -> None:
-        """Prints tables, findings and notes; of a run in a folder also what lies there, and what to go on with."""
-        if folder is None:
-            self.present().print()
-        else:
-            self.present().print(self.written(folder), self.next_command(folder))
+        """Prints tables, findings and notes on standard output, and what lies in the run's folder if it has one."""
+        self.present().print(None if folder is None else self.written(folder))
 
     def markdown(self, figures: Sequence[Path] = ()) -> str:
         """The report as Markdown, with links to figures in the folder ``figures`` beside it."""
@@ -384,15 +373,6 @@ def clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def on_model(identity: str) -> str:
-    """``--model`` for the next command, which has the embedded model without it.
-
-    >>> on_model("embedded@2168d04d8ece"), on_model("Qwen3-4B@0f3a")
-    ('', ' --model MODEL')
-    """
-    return "" if identity.partition("@")[0] == EMBEDDED else " --model MODEL"
 
 
 def few_cautions(count: int, what: str = "prompts") -> list[str]:

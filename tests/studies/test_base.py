@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from bvpo_stats.errors import UserError
-from bvpo_stats.pages.runs import KINDS
 from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, number
 
 SHOWN = Presentation(
@@ -184,29 +182,3 @@ def test_figures_need_a_folder_outside_notebooks(tmp_path: Path) -> None:
     assert SMALL.plot(tmp_path / "figures") == [tmp_path / "figures" / "by_layer.png"]
     with pytest.raises(UserError, match="give plot"):
         SMALL.plot()
-
-
-NEXT = {
-    "sample": "bvpo-stats pairs --samples runs/it --reward embedded",
-    "pairs": "bvpo-stats alpha-star --pairs runs/it",
-    "alpha-star": "bvpo-stats train --alpha adaptive",
-    "traces": "bvpo-stats alpha-star --adapter ADAPTER --pairs PAIRS --traces runs/it",
-    "train": "bvpo-stats evaluate --adapter runs/it/model",
-    "evaluate": "bvpo-stats report runs",
-    "variance": "bvpo-stats alpha-star",
-}
-
-
-@pytest.mark.parametrize("study", NEXT)
-def test_a_run_ends_with_the_command_to_go_on_with(study: str) -> None:
-    module, _, name = KINDS[study].partition(":")
-    kind = getattr(import_module(module), name)
-    embedded, other = (SimpleNamespace(model=model, shard="1/1") for model in ("embedded@2168", "Qwen3-4B@0f3a"))
-    assert kind.next_command(embedded, Path("runs/it")) == NEXT[study]
-    if study in ("sample", "pairs", "train", "traces"):
-        assert kind.next_command(other, Path("runs/it")).endswith(" --model MODEL")
-
-
-def test_what_is_next_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
-    SHOWN.print("x", "bvpo-stats figures")
-    assert capsys.readouterr().out.endswith("Written: x.\nNext: bvpo-stats figures\n")

@@ -67,12 +67,12 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "alpha_star": (
         _POLICY
         | {"inputs.pairs": OTHER, "inputs.empty_pairs": OTHER, "inputs.traces": OTHER, "inputs.limit": 4}
-        | {"loss_type": "ipo", "beta": 0.2, "lora_r": 3, "target_modules": ("q_proj",)}
+        | {"loss_type": "ipo", "beta": 0.2, "lora_r": 3, "target_modules": ("q_proj",), "theta": "probe"}
         | {"params": ("*q_proj*",), "traces_per_answer": 2, "method": "prior", "groups": 4, "seed": 1},
         _LOADING
         | {"batch_size": 64, "eta_l": 0.5, "learning_rate": 1e-3, "level": 0.9}
         | {"max_tokens": 999, "allow_mismatch": True},
-        {"optimizer", "optimizer_state", "simpo_gamma"},
+        {"optimizer", "optimizer_state", "simpo_gamma", "probe_rank"},
     ),
     "train": (
         _POLICY

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -42,7 +41,7 @@ from bvpo_stats.statistics.intervals import (
 from bvpo_stats.statistics.mixtures import CHOICES, Advice, budget_advice, excess_error, trace_mixture
 from bvpo_stats.statistics.moments import Array, MomentSummary
 from bvpo_stats.statistics.proportions import Interval
-from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, few_cautions, number, on_model
+from bvpo_stats.studies.base import Finding, Mark, Presentation, Report, ResultTable, few_cautions, number
 
 PAPER_ALPHA = 0.5
 MIN_SECOND_DRAWS = 10
@@ -586,10 +585,6 @@ class AlphaReport(Report):
             mixture=_mixture(several, settings) if known and several.trace_sampling is not None else [],
             **about,
         )
-
-    def next_command(self, folder: Path) -> str | None:
-        """Training with what was found, re-estimated on the way."""
-        return "bvpo-stats train --alpha adaptive" + (on_model(self.model) and f"{on_model(self.model)} --pairs PAIRS")
 
     def present(self) -> Presentation:
         """The weights, errors, biases and variances, and the verdict in a sentence."""

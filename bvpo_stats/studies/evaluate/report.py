@@ -239,10 +239,6 @@ class EvaluationReport(TaskResults, Report):
             cautions=tuple(self._cautions()),
         )
 
-    def next_command(self, folder: Path) -> str | None:
-        """One page of this run and those beside it."""
-        return f"bvpo-stats report {folder.parent}"
-
     def written(self, folder: Path) -> str:
         """The report and the answer files."""
         answers = [str(folder / path) for modes in self.answer_files.values() for path in modes.values()]

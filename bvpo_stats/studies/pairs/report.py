@@ -10,7 +10,7 @@ from typing import ClassVar
 from bvpo_stats.records import Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.studies.base import Presentation, Report, ResultTable, number, on_model
+from bvpo_stats.studies.base import Presentation, Report, ResultTable, number
 
 _NAMES = {"thinking": "D_t (thinking)", "nothinking": "D_e (nothinking)"}
 _ROWS = (
@@ -187,10 +187,6 @@ class PairsReport(Report):
         return Presentation(
             "Preference pairs", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions())
         )
-
-    def next_command(self, folder: Path) -> str | None:
-        """alpha* of these pairs."""
-        return f"bvpo-stats alpha-star --pairs {folder}{on_model(self.model)}"
 
     def written(self, folder: Path) -> str:
         """The sets and the report."""

@@ -11,7 +11,7 @@ from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.sampling.sample import ModeSummary, SamplingTally
 from bvpo_stats.store.jsonl import write_atomic, write_sealed
 from bvpo_stats.store.run_folder import parse_shard
-from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report, ResultTable, on_model
+from bvpo_stats.studies.base import REPORT_FILE, Presentation, Report, ResultTable
 
 _HEAD = ("Mode", "Responses", "Length", "Trace", "Answer", "Cut", "Unclosed", "Empty")
 
@@ -61,13 +61,6 @@ class SampleReport(Report):
         return Presentation(
             "Sampled responses", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions())
         )
-
-    def next_command(self, folder: Path) -> str | None:
-        """Pairs of these responses; of a shard nothing."""
-        if self.shard != "1/1":
-            return None
-        reward = "model:REWARD-MODEL" if on_model(self.model) else "embedded"
-        return f"bvpo-stats pairs --samples {folder} --reward {reward}{on_model(self.model)}"
 
     def written(self, folder: Path) -> str:
         """The folder."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from bvpo_stats.sampling.scoring import SamplerRatio
 from bvpo_stats.sampling.traces import BankOptions, BankTally
-from bvpo_stats.studies.base import Presentation, Report, ResultTable, on_model
+from bvpo_stats.studies.base import Presentation, Report, ResultTable
 
 _MEANING = {
     "anchor": "the pair's own trace",
@@ -69,10 +69,6 @@ class TracesReport(Report):
         head = ("Source", "Meaning", "Traces", "Per answer", "Distinct per answer")
         table = ResultTable("Traces by source", head, rows, text_columns=(1,))
         return Presentation("Trace bank", tables=(table,), notes=tuple(self._notes()), cautions=tuple(self._cautions()))
-
-    def next_command(self, folder: Path) -> str | None:
-        """alpha* away from the reference, with this bank."""
-        return f"bvpo-stats alpha-star --adapter ADAPTER --pairs PAIRS --traces {folder}{on_model(self.model)}"
 
     def written(self, folder: Path) -> str:
         """The bank and the report."""

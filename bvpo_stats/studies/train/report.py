@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bvpo_stats.statistics.intervals import FEWEST
-from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, counted, number, on_model
+from bvpo_stats.studies.base import Finding, Presentation, Report, ResultTable, counted, number
 
 _METHODS = {"dpo": "DPO on D_t", "simpo": "SimPO on D_t", "bvpo": "BVPO"}
 _ROWS = {
@@ -88,10 +88,6 @@ class TrainReport(Report):
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
-
-    def next_command(self, folder: Path) -> str | None:
-        """What became of the model."""
-        return f"bvpo-stats evaluate --adapter {folder / 'model'}{on_model(self.model)}"
 
     def written(self, folder: Path) -> str:
         """The model and the report."""

@@ -15,7 +15,7 @@ from bvpo_stats.records import MODES, Completion, Mode, Truncation
 from bvpo_stats.sampling.engines.base import SamplingOptions
 from bvpo_stats.statistics.proportions import Interval, Statistic, jackknife_interval
 from bvpo_stats.statistics.tails import TailInterval, even_top_share, geometric_ratio, tail_interval, top_share
-from bvpo_stats.studies.base import MODE_NAMES, Finding, Mark, Presentation, Report, ResultTable, few_cautions, on_model
+from bvpo_stats.studies.base import MODE_NAMES, Finding, Mark, Presentation, Report, ResultTable, few_cautions
 
 Table = dict[str, Interval]
 Pooling = Literal["tokens", "questions"]
@@ -455,10 +455,6 @@ class VarianceReport(VarianceTables, Report):
             notes=tuple(self._notes()),
             cautions=tuple(self._cautions()),
         )
-
-    def next_command(self, folder: Path) -> str | None:
-        """From variances of log-probabilities to those of gradients."""
-        return f"bvpo-stats alpha-star{on_model(self.model)}" + (" --pairs PAIRS" if on_model(self.model) else "")
 
     def written(self, folder: Path) -> str:
         """As every run, and the samples."""
