@@ -37,7 +37,7 @@ from scipy import stats
 from bvpo_stats.embedded.task import generate_prompts, parse_answer
 from bvpo_stats.records import MODES, Completion, Mode, Prompt
 from bvpo_stats.store.jsonl import write_atomic
-from bvpo_stats.studies.style import PALETTE, panels
+from bvpo_stats.studies.style import INK, PALETTE, panels
 
 TRAIN, VALIDATION, TEST = 2000, 300, 400
 DRAWS = 2
@@ -420,7 +420,7 @@ def alignment_figure(result: dict[str, Any], folder: Path) -> Path:
     path, part = folder / "alignment.png", result["temperatures"][0]
     with panels(path, 2, width=8.4, height=4.2) as (fig, axes):
         for panel, mode in zip(axes, MODES, strict=True):
-            for (name, modes), colour in zip(part["rows"].items(), PALETTE, strict=False):
+            for (name, modes), colour in zip(part["rows"].items(), (INK, *PALETTE), strict=True):
                 win, correct = ({k: 100 * v for k, v in modes[mode][key].items()} for key in ("win", "correct"))
                 panel.errorbar(
                     win["value"],
