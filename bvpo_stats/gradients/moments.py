@@ -352,7 +352,7 @@ class DeviceMoments:
             parts.append(self._parts(block, x, sums, labels))
             if batch.second is not None:
                 apart = (batch.rows["t"][block] - batch.second[block]).double().square().sum(dim=1) / 2
-                parts[-1]["halved"] = _by_prompt(apart.cpu().numpy(), labels, len(own))
+                parts[-1]["halved"] = _added(apart.cpu().numpy(), labels, len(own))
         found = {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0] if "sketch" not in name}
         self._check(batch, own, found["plain/diagonal"])
         repeated, drawn = sizes > 1, batch.second is not None
@@ -401,11 +401,11 @@ class DeviceMoments:
             members, own = (part[: len(self.plan.members)] for part in (x, sums))
             for what, part, by in (("diagonal", members, labels), ("within", own, None)):
                 rows = [_inner(part[..., row :: self.plan.probe], None) for row in range(self.plan.probe)]
-                found[f"rows/{what}"] = _by_prompt(torch.stack(rows, dim=1).cpu().numpy(), by, sums.shape[1])
+                found[f"rows/{what}"] = _added(torch.stack(rows, dim=1).cpu().numpy(), by, sums.shape[1])
         for name in self._metrics:
             scale = root if name == "adam" else None
             each = _inner(x, scale).cpu().numpy()
-            found[f"{name}/diagonal"] = _by_prompt(each, labels, sums.shape[1])
+            found[f"{name}/diagonal"] = _added(each, labels, sums.shape[1])
             found[f"{name}/within"] = each if labels is None else _inner(sums, scale).cpu().numpy()
             if self.plan.n_groups is not None:
                 members = sums[: len(self.plan.members)]
@@ -513,8 +513,7 @@ class DeviceMoments:
         sizes = np.bincount(labels, self._cell_sizes)
         found = {block: np.empty((len(sizes), size), dtype=plan.dtype) for block, size in plan.layout.sizes.items()}
         for (block, start, stop), x in self._chunks():
-            added = np.zeros((len(sizes), stop - start))
-            np.add.at(added, labels, x[:, t].astype(np.float64) - x[:, e])
+            added = _added(x[:, t].astype(np.float64) - x[:, e], labels, len(sizes))
             found[block][:, start:stop] = world.sum_to(added, 0) / sizes[:, None]
         return found if world.leads else {}
 
@@ -553,9 +552,7 @@ class DeviceMoments:
         labels, n_groups, blocks = plan.group_labels, len(plan.groups), tuple(plan.layout.sizes)
 
         def grouped(values: NDArray[Any]) -> NDArray[Any]:
-            out = np.zeros((n_groups, *values.shape[1:]))
-            np.add.at(out, labels, values)
-            return out
+            return _added(values, labels, n_groups)
 
         counts = grouped(totals["counts"])
         sizes, prompts = counts[:, 0], round(counts[:, 1].sum())
@@ -624,9 +621,7 @@ class DeviceMoments:
         mix[0, plan.members.index("t")], mix[0, plan.members.index("e")], mix[1, -1] = 1, -1, 1
 
         def mixed(values: NDArray[Any]) -> NDArray[Any]:
-            out = np.zeros((n, len(plan.layout.sizes), 2, 2))
-            np.add.at(out, labels, np.einsum("ia,claj->clij", mix, values @ mix.T))
-            return out
+            return _added(np.einsum("ia,claj->clij", mix, values @ mix.T), labels, n)
 
         K = np.einsum("ia,lgahb,jb->lgihj", mix, _merged(gram.products, labels, n), mix)
         cross = np.einsum("lgihj->glij", K)
@@ -727,8 +722,8 @@ def _by_label(x: Tensor, labels: NDArray[Any], count: int) -> Tensor:
     return x.new_zeros(x.shape[0], count, x.shape[2]).index_add_(1, where, x)
 
 
-def _by_prompt(values: NDArray[Any], labels: NDArray[Any] | None, count: int) -> NDArray[Any]:
-    """Sums ``[examples, ...]`` over the examples of each prompt."""
+def _added(values: NDArray[Any], labels: NDArray[Any] | None, count: int) -> NDArray[Any]:
+    """Sums ``[examples or cells, ...]`` over those of each label; as they are where each has its own (None)."""
     if labels is None:
         return values
     total = np.zeros((count, *values.shape[1:]))

@@ -95,10 +95,8 @@ def captured(subset: Subset, tape: Tape) -> Iterator[None]:
             replaced.append((site.layer, site.layer.__dict__.get("forward")))
             if isinstance(site, LoraSite):
                 site.layer.forward = _lora_forward(site, tape)
-            elif subset.probe is not None:
-                site.layer.forward = _probe_forward(site, tape, subset.probe)
             else:
-                site.layer.forward = _linear_forward(site, tape)
+                site.layer.forward = _linear_forward(site, tape, subset.probe)
         yield
     finally:
         for layer, forward in replaced:
@@ -123,28 +121,16 @@ def _lora_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
     return forward
 
 
-def _linear_forward(site: Any, tape: Tape) -> Callable[..., Tensor]:
-    layer, transposed = site.layer, isinstance(site.layer, Conv1D)
+def _linear_forward(site: LinearSite, tape: Tape, probe: Probe | None) -> Callable[..., Tensor]:
+    layer, transposed, a = site.layer, isinstance(site.layer, Conv1D), None
+    if probe is not None:
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        a = probe.matrix(site.name_weight, layer.weight.shape[0 if transposed else 1]).to(layer.weight.device, wide)
 
     def forward(x: Tensor) -> Tensor:
         tape.expect(site.name_weight)
         rows = _rows(site.name, x, tape)
-        y = _LinearScores.apply(tape.anchor, rows, layer.weight, layer.bias, site, tape, transposed)  # type: ignore[no-untyped-call]
-        return _shaped_like(y, x)
-
-    return forward
-
-
-def _probe_forward(site: LinearSite, tape: Tape, probe: Probe) -> Callable[..., Tensor]:
-    layer, transposed = site.layer, isinstance(site.layer, Conv1D)
-    weight = layer.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    a = probe.matrix(site.name_weight, weight.shape[0 if transposed else 1]).to(weight.device, wide)
-
-    def forward(x: Tensor) -> Tensor:
-        tape.expect(site.name_weight)
-        rows = _rows(site.name, x, tape)
-        y = _ProbeScores.apply(tape.anchor, rows, weight, layer.bias, a, site, tape, transposed)  # type: ignore[no-untyped-call]
+        y = _LinearScores.apply(tape.anchor, rows, layer.weight, layer.bias, a, site, tape, transposed)  # type: ignore[no-untyped-call]
         return _shaped_like(y, x)
 
     return forward
@@ -245,7 +231,7 @@ class _LoraScores(torch.autograd.Function):
 
 
 class _LinearScores(torch.autograd.Function):
-    """y = W x + bias; backward gives grad x and hands dW per sequence to the tape."""
+    """y = W x + bias; backward gives grad x and hands dW per sequence to the tape; dW A', from x A', under a probe."""
 
     @staticmethod
     def forward(
@@ -254,52 +240,25 @@ class _LinearScores(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        a: Tensor | None,
         site: LinearSite,
         tape: Tape,
         transposed: bool,
     ) -> Tensor:
         ctx.site, ctx.tape, ctx.transposed = site, tape, transposed
-        ctx.save_for_backward(x, weight)
+        ctx.inputs_first = transposed and a is None  # what a probe sees is [out, r] either way
+        kept = x if a is None else nn.functional.linear(x, a) if x.dtype == a.dtype else _wide_product(x, a)
+        ctx.save_for_backward(kept, weight)
         return _linear(x, weight, bias, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = ctx.saved_tensors
+        kept, weight = ctx.saved_tensors
         grad_x = _input_gradient(grad, weight, ctx.transposed) if ctx.needs_input_grad[1] else None
-        scores = per_sequence_product(x, grad) if ctx.transposed else per_sequence_product(grad, x)
+        scores = per_sequence_product(kept, grad) if ctx.inputs_first else per_sequence_product(grad, kept)
         ctx.tape.add(ctx.site.name_weight, scores)
-        return None, grad_x, None, None, None, None, None
-
-
-class _ProbeScores(torch.autograd.Function):
-    """y = W x + bias; backward gives grad x and hands dW A' per sequence to the tape, from x A' instead of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        site: LinearSite,
-        tape: Tape,
-        transposed: bool,
-    ) -> Tensor:
-        ctx.site, ctx.tape, ctx.transposed = site, tape, transposed
-        low = nn.functional.linear(x, a) if x.dtype == a.dtype else _wide_product(x, a)
-        ctx.save_for_backward(low, weight)
-        return _linear(x, weight, bias, transposed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        low, weight = ctx.saved_tensors
-        grad_x = _input_gradient(grad, weight, ctx.transposed) if ctx.needs_input_grad[1] else None
-        ctx.tape.add(ctx.site.name_weight, per_sequence_product(grad, low))
         return None, grad_x, None, None, None, None, None, None
 
 

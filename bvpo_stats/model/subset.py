@@ -328,13 +328,14 @@ def probe_subset(model: nn.Module, probe: Probe | None = None, patterns: Sequenc
             for name, module in model.named_modules()
             if type(module) in (nn.Linear, Conv1D) and not _inside_adapter(name) and module is not head
         }
-        covered = {id(module.weight) for module in names.values()}
+        # no subset covers embeddings and the output head
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [head]
+        known = {id(getattr(module, "weight", None)) for module in (*names.values(), *tables)}
         odd = [
             (name, weight.numel())
             for name, weight in model.named_parameters()
-            if id(weight) not in covered and weight.squeeze().dim() > 1 and not _inside_adapter(name)
-            and not _is_word_table(model, weight)
-        ]  # fmt: skip
+            if id(weight) not in known and weight.squeeze().dim() > 1 and not _inside_adapter(name)
+        ]
         if odd or not names:
             missing = sum(size for _, size in odd) or sum(p.numel() for p in model.parameters())
             share = missing / sum(p.numel() for p in model.parameters())
@@ -346,13 +347,6 @@ def probe_subset(model: nn.Module, probe: Probe | None = None, patterns: Sequenc
         patterns = tuple(names)
     found = linear_subset(model, patterns)
     return replace(found, probe=probe or Probe())
-
-
-def _is_word_table(model: nn.Module, weight: torch.Tensor) -> bool:
-    """Whether a weight is an embedding's or the output head's, which no subset covers."""
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    head: Any = causal_lm_of(model).get_output_embeddings()
-    return any(weight is table for table in (*tables, getattr(head, "weight", None)))
 
 
 def uncovered_share(model: nn.Module, subset: Subset) -> float:

@@ -176,8 +176,7 @@ class LinearRatio:
         numerator: ``[..., 1 + G]``.
         denominator: ``[..., 1 + G]``.
         group_sizes: ``[..., G]``, examples in each jackknife group.
-        interactions: Of both, ``[..., I]`` each, or as matrices ``[..., G, G]`` (`calibration.pair_matrix`); None where
-            the summary has none, or they are not linear in U and M.
+        interactions: Of both, ``[..., I]`` each; None where the summary has none, or they are not linear in U and M.
         alone: The same with single prompts left out, to first order, where groups hold several; else None.
         projection: The same with each row of a random projection left out, where there was one; else None.
         norms: ``[..., P]``, size of the gradients of each prompt: mean of ``norm(t - e)^2``; None where not known.

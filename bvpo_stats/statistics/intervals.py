@@ -355,10 +355,7 @@ class RatioTest:
         sizes, calibration = ratio.group_sizes, None
         influences = jackknife_influences(values, sizes)
         if ratio.interactions is not None and sizes.shape[-1] >= MIN_GROUPS:
-            pairs = ratio.interactions
-            if pairs[0].ndim == values.ndim - 1:
-                pairs = pair_matrix(pairs[0], sizes.shape[-1]), pair_matrix(pairs[1], sizes.shape[-1])
-            matrices = np.stack(np.broadcast_arrays(*pairs), axis=-3)
+            matrices = pair_matrix(np.stack(np.broadcast_arrays(*ratio.interactions), axis=-2), sizes.shape[-1])
             share = (sizes / sizes.sum(axis=-1, keepdims=True))[..., None, :]
             each = influences / share * np.sqrt(1 - (share**2).sum(axis=-1, keepdims=True))
             calibration = DifferenceSkew.of(each, matrices), DifferenceSecondOrder.of(each, matrices, sizes)

@@ -171,7 +171,6 @@ _REFUSED = {
     "parallelism_config": ("tensor and context parallelism", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     "": ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
 }
-_SHARDING = {"fsdp": ("FSDP", "ACCELERATE_USE_FSDP")}
 _INSTEAD = "Take FSDP2, or the whole model in each process (DistributedDataParallel)."
 
 
@@ -190,10 +189,7 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
     for setting, (name, variable) in _REFUSED.items():
         if (setting and getattr(args, setting, None)) or _is_on(variable):
             raise UserError(f"{name} is not supported in training. {_INSTEAD}")
-    asked = [
-        name for setting, (name, variable) in _SHARDING.items() if getattr(args, setting, None) or _is_on(variable)
-    ]
-    if "FSDP" in asked:
+    if is_sharded(args):
         given: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
         if args.fsdp and not given:
             raise UserError(f"FSDP of PyTorch/XLA is not supported in training. {_INSTEAD}")
@@ -213,17 +209,16 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
         return
     if kind != "NO" and not kind.startswith("MULTI_") and kind != "FSDP":
         raise UserError(f"{kind} is not supported in training. {_INSTEAD}")
-    for name in asked:
-        if kind != name:
-            raise UserError(
-                f"{name} was asked for, but accelerate makes {kind} of it, without a word. It shards on accelerators "
-                "only, and only in processes that torchrun or accelerate launch has started."
-            )
+    if is_sharded(args) and kind != "FSDP":
+        raise UserError(
+            f"FSDP was asked for, but accelerate makes {kind} of it, without a word. It shards on accelerators "
+            "only, and only in processes that torchrun or accelerate launch has started."
+        )
 
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Whether the weights are asked to be spread over processes, so that none of them should load all onto its GPU."""
-    return any(getattr(args, setting, None) or _is_on(variable) for setting, (_, variable) in _SHARDING.items())
+    return bool(args.fsdp) or _is_on("ACCELERATE_USE_FSDP")
 
 
 def _is_on(variable: str) -> bool:

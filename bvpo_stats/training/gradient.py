@@ -108,8 +108,8 @@ class Backward:
     """How losses of microbatches become gradients on the weights, under whatever accelerate has wrapped the model in.
 
     Wrappers average gradients over processes, so losses are multiplied by their number: what arrives is the sum.
-    DistributedDataParallel and DeepSpeed add processes up at the last microbatch of a batch; FSDP2 at every one, since
-    a process would hold the whole, unsharded gradient until then.
+    DistributedDataParallel adds processes up at the last microbatch of a batch; FSDP2 at every one, since a process
+    would hold the whole, unsharded gradient until then.
 
     Attributes:
         accelerator: accelerate's.
@@ -119,40 +119,21 @@ class Backward:
     accelerator: Any
     model: nn.Module
 
-    @property
-    def processes(self) -> int:
-        """Their number."""
-        return int(self.accelerator.num_processes)
-
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one."""
-        state, kind = self.accelerator.gradient_state, self.accelerator.distributed_type.value
-        ends_step = state.sync_gradients
-        try:
-            if kind == "FSDP":
-                self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
-            state._set_sync_gradients(ends_step and last)  # DeepSpeed steps inside backward
-            if last or kind in ("FSDP", "DEEPSPEED"):
+        if self.accelerator.distributed_type.value == "FSDP":
+            self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        elif not last:
+            with self.accelerator.no_sync(self.model):
                 yield
-            else:
-                with self.accelerator.no_sync(self.model):
-                    yield
-        finally:
-            state._set_sync_gradients(ends_step)
+            return
+        yield
 
     def __call__(self, loss: Tensor) -> None:
         """Adds the gradient of a part of the loss."""
-        if not loss.requires_grad:
-            return  # what no weight has a gradient of is refused at the end of the batch
-        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type.value == "DEEPSPEED" else {}
-        self.accelerator.backward(loss * self.processes, **options)
-
-    def summed(self, value: Tensor) -> Tensor:
-        """Over processes."""
-        if self.processes == 1:
-            return value
-        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")  # type: ignore[no-any-return]
+        if loss.requires_grad:  # what no weight has a gradient of is refused at the end of the batch
+            self.accelerator.backward(loss * self.accelerator.num_processes)
 
 
 def add_gradient(
@@ -192,24 +173,24 @@ def shares(prompt: Example, alpha: float) -> list[tuple[PreferencePair, float]]:
     return [(pair, share) for pair, share in found if pair is not None and share]
 
 
-def check_gradient(loss: Tensor, weights: Sequence[Tensor], prompts: Sequence[Example], backward: Backward) -> None:
+def check_gradient(
+    loss: Tensor, weights: Sequence[Tensor], prompts: Sequence[Example], summed: Callable[[Tensor], Tensor]
+) -> None:
     """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer; in all processes alike.
 
     Args:
         loss: This process's part of the loss.
         weights: The trained weights, with their gradients.
         prompts: The step's prompts, for the message.
-        backward: What made the gradients.
+        summed: Adds a tensor up over processes.
 
     Raises:
         UserError: Names the step's prompts.
     """
-    if backward.accelerator.distributed_type.value == "DEEPSPEED":
-        return  # keeps gradients to itself, and checks them
     # One number to look at: a norm is finite exactly if every entry is (float64 keeps float32's squares from overflow).
     norms = [torch.linalg.vector_norm(own_part(w.grad), dtype=torch.float64) for w in weights if w.grad is not None]
     total = torch.stack([loss.detach(), *(norm.to(loss.device) for norm in norms)]).sum()
-    seen = backward.summed(torch.stack([total, loss.detach(), total.new_tensor(float(len(norms)))]))
+    seen = summed(torch.stack([total, loss.detach(), total.new_tensor(float(len(norms)))]))
     if not float(seen[2]):
         raise UserError(
             "No trained weight has a gradient: the loss does not depend on any of them, so a step would train nothing. "

@@ -131,7 +131,7 @@ class BVPOTrainer(Trainer):
             optimizers=optimizers,
         )
         check_distribution(args, self.accelerator.distributed_type.value)
-        self._sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        self._sharded = self.accelerator.distributed_type.value == "FSDP"
         if self.is_fsdp_enabled:  # autocast forms the products in bfloat16, as in one process
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         _check_trainable(self.policy.model, _step_size(args, optimizers[0]), mixed=args.bf16)
@@ -362,7 +362,7 @@ class BVPOTrainer(Trainer):
             else:
                 weighted = [(pair, part * share) for prompt in mine for pair, part in shares(prompt, alpha)]
                 loss = add_gradient(pair_model, weighted, backward, observe)
-        check_gradient(loss, pair_model.weights, batch, backward)
+        check_gradient(loss, pair_model.weights, batch, self._summed)
         return (loss * self._world.size).float().to(self.args.device)
 
     def _dealt(self, batch: Sequence[Example]) -> list[int]:
@@ -399,10 +399,9 @@ class BVPOTrainer(Trainer):
             raise UserError("There is nothing to evaluate on: give `eval_dataset`, here or to the trainer.")
         named: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}  # transformers asks name by name
         given: Any = eval_dataset
-        if given is None or isinstance(given, PromptRows) or (isinstance(given, str) and given in named):
-            self._check_evaluable()
-            return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
         self._check_evaluable()
+        if given is None or isinstance(given, PromptRows) or (isinstance(given, str) and given in named):
+            return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
         with self._added(given) as rows:
             return super().evaluate(rows, ignore_keys, metric_key_prefix)
 

@@ -1,7 +1,7 @@
 """Short runs of one process or of several, and what they did to the weights; ``python -m tests.training.sharded``.
 
-``MODEL FOLDER KIND CASE ...`` runs the cases one after the other in this process, ``KIND`` being ``plain``, ``ddp``,
-``fsdp2``, ``zero2`` or ``zero3``; the launcher's variables (``RANK``, ``WORLD_SIZE``, ...) say which of several it is.
+``MODEL FOLDER KIND CASE ...`` runs the cases one after the other in this process, ``KIND`` being ``plain``, ``ddp``
+or ``fsdp2``; the launcher's variables (``RANK``, ``WORLD_SIZE``, ...) say which of several it is.
 The first process leaves ``KIND-CASE.pt``: the gradient of the first step, all weights after the last, the log, and how
 the weights were held.
 
@@ -55,16 +55,6 @@ CASES: dict[str, dict[str, Any]] = {
 ``resumed``, for a run that stops after two steps and goes on in a trainer of its own."""
 
 
-ZERO: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "train_batch_size": "auto",
-    "gradient_clipping": "auto",
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
-
-
 def fsdp_on_cpu() -> None:
     """Lets accelerate shard by FSDP on a CPU too, in processes that gloo joins."""
     state: Any = accelerate_state.AcceleratorState
@@ -94,12 +84,7 @@ class FirstGradient(TrainerCallback):
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """All of a weight that may be sharded, by FSDP2 or ZeRO."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+    """All of a weight that FSDP2 may have sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
@@ -135,8 +120,6 @@ def trainer_of(model: Path, folder: Path, kind: str, case: dict[str, Any], world
     ]  # fmt: skip
     if kind == "fsdp2":
         case |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    if kind.startswith("zero"):
-        case |= {"use_cpu": False, "deepspeed": ZERO | {"zero_optimization": {"stage": int(kind[-1])}}}
     args = settings(
         folder, per_device_train_batch_size=batch // world // parts, gradient_accumulation_steps=parts, **case
     )

@@ -227,7 +227,7 @@ def quick_ratios(vectors: Sample, taus: Sequence[float], *, injected: bool = Fal
     found = _weights(h, e, m, parts_of, sizes, taus, injected)
     means = [x / sizes[:, None] for x in (h, e, m)]
     grams = [np.matmul(means[0], np.swapaxes(x, -1, -2)) for x in means]
-    r_h, r_e, r_m = (_centred((x + np.swapaxes(x, -1, -2)) / 2) for x in grams)
+    r_h, r_e, r_m = (u_centred((x + np.swapaxes(x, -1, -2)) / 2) for x in grams)
     norms = parts["h"]
     return [
         replace(
@@ -276,17 +276,3 @@ def _weights(
         )
         for tau in taus
     ]
-
-
-def _centred(products: Array) -> Array:
-    """U-centred matrices with a zero diagonal (`bvpo_stats.statistics.calibration.u_centred`)."""
-    n = products.shape[-1]
-    each = np.arange(n)
-    products = products.copy()
-    products[..., each, each] = 0
-    rows = products.sum(axis=-1)
-    own = rows / (n - 2) - rows.sum(axis=-1, keepdims=True) / (2 * (n - 1) * (n - 2))
-    products -= own[..., :, None]
-    products -= own[..., None, :]
-    products[..., each, each] = 0
-    return products
