@@ -134,7 +134,15 @@ def _check_groups(parameters: list[_Parameter], given: frozenset[str]) -> None:
                 raise UserError(f"`{other.path[-1]}` says nothing without `{needed.path[-1]}`; give that, too.")
 
 
-def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output: str, examples: str) -> None:
+def add_command(
+    app: typer.Typer,
+    name: str,
+    run: Callable[..., None],
+    *,
+    output: str,
+    examples: str,
+    find: Callable[[dict[str, Any], Path], dict[str, Any]] | None = None,
+) -> None:
     """Makes a command of a function ``(config, output)`` or ``(config, output, given)``.
 
     The options are those of the configuration's fields, ``--output`` and ``--config``; help, defaults and limits stand
@@ -146,6 +154,7 @@ def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output
         run: What it does; its docstring is the command's description.
         output: Default of ``--output``.
         examples: What ``--help`` ends with.
+        find: Gives values for options that the user left out, from what the user gave by option and ``--output``.
     """
     config: type = get_type_hints(run)["config"]
     parameters = list(_parameters(config))
@@ -157,6 +166,9 @@ def add_command(app: typer.Typer, name: str, run: Callable[..., None], *, output
         sources = {each: context.get_parameter_source(each) for each in words}
         given = frozenset(each for each, source in sources.items() if source and source.name != "DEFAULT")
         _check_groups(parameters, given)
+        if find is not None:
+            found = find({each: words[each] for each in given}, words["output"])
+            values |= {parameter.path: found[parameter.name] for parameter in parameters if parameter.name in found}
         arguments = [_filled(config, values), words["output"]]
         run(*arguments, given) if wants_given else run(*arguments)
 

@@ -1,13 +1,18 @@
-"""The last line of a command: what to go on with."""
+"""How one command goes on from another: the last line of each, and the runs that a bare command finds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bvpo_stats.embedded.assets import EMBEDDED
-from bvpo_stats.errors import one_line
-from bvpo_stats.studies.base import Report
+from bvpo_stats.errors import UserError, one_line
+from bvpo_stats.progress import say
+
+if TYPE_CHECKING:
+    from bvpo_stats.pages.runs import Run
+    from bvpo_stats.studies.base import Report
 
 
 def show(report: Report, output: Path) -> None:
@@ -25,7 +30,7 @@ def next_command(report: Any, output: Path) -> str | None:
         report: Of a study.
         output: Folder of its run.
     """
-    ours = str(getattr(report, "model", EMBEDDED)).partition("@")[0] == EMBEDDED
+    ours = is_embedded(getattr(report, "model", EMBEDDED))
     model = "" if ours else " --model MODEL"
     match report.study:
         case "sample" if report.shard == "1/1":
@@ -43,3 +48,50 @@ def next_command(report: Any, output: Path) -> str | None:
         case "evaluate":
             return f"bvpo-stats report {output.parent}"
     return None
+
+
+def is_embedded(model: Any) -> bool:
+    """Whether a model's identity, as a report has it, is that of the embedded model, whatever adapter is on it."""
+    return str(model).partition("@")[0] == EMBEDDED
+
+
+def newest_run(output: Path, study: str, fits: Callable[[Run], bool] = lambda run: True) -> Run | None:
+    """The finished run of a study that was finished last, among the folders beside a command's own.
+
+    Args:
+        output: The command's own folder.
+        study: Which study.
+        fits: Whether a run will do.
+    """
+    from bvpo_stats.pages.runs import read_run
+    from bvpo_stats.studies.base import REPORT_FILE
+
+    found = [
+        read_run(path.parent, path.parent.name)
+        for path in output.parent.glob(f"*/{REPORT_FILE}")
+        if path.parent.resolve() != output.resolve()
+    ]
+    runs = [run for run in found if run.report is not None and run.study == study and fits(run)]
+    return max(runs, key=lambda run: (run.folder / REPORT_FILE).stat().st_mtime, default=None)
+
+
+def found_run(output: Path, study: str, option: str, fits: Callable[[Run], bool] = lambda run: True) -> Run:
+    """That of `newest_run`, and says so.
+
+    Args:
+        output: The command's own folder.
+        study: Which study.
+        option: Which option it stands for.
+        fits: Whether a run will do.
+
+    Raises:
+        UserError: There is none.
+    """
+    run = newest_run(output, study, fits)
+    if run is None:
+        raise UserError(
+            f"`{option}` is not given, and {output.parent} holds no finished run of `bvpo-stats {study}` that would "
+            f"do. Give it, or run `bvpo-stats {study}` first."
+        )
+    say(f"Takes `{option}={str(run.folder)!r}`: the last finished run of `bvpo-stats {study}` there.")
+    return run

@@ -61,11 +61,11 @@ def root(
 app.command("demo", cls=Command, epilog=demo.EXAMPLES)(demo.demo)
 add_command(app, "variance", variance.variance, output="runs/variance", examples=variance.EXAMPLES)
 add_command(app, "sample", sample.sample, output="runs/samples", examples=sample.EXAMPLES)
-add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMPLES)
-add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES)
+add_command(app, "pairs", pairs.pairs, output="runs/pairs", examples=pairs.EXAMPLES, find=pairs.find)
+add_command(app, "traces", traces.traces, output="runs/traces", examples=traces.EXAMPLES, find=traces.find)
 add_command(app, "alpha-star", alpha_star.alpha_star, output="runs/alpha-star", examples=alpha_star.EXAMPLES)
 add_command(app, "train", train.train, output="runs/train", examples=train.EXAMPLES)
-add_command(app, "evaluate", evaluate.evaluate, output="runs/evaluate", examples=evaluate.EXAMPLES)
+add_command(app, "evaluate", evaluate.evaluate, output="runs/evaluate", examples=evaluate.EXAMPLES, find=evaluate.find)
 add_command(
     app,
     "oracle-training",

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bvpo_stats.studies.pairs.config import PairsConfig
 
 EXAMPLES = """Examples:
 
-bvpo-stats pairs --samples runs/sample --reward embedded --output runs/pairs
+bvpo-stats pairs
+
+bvpo-stats pairs --samples runs/samples --reward embedded --output runs/pairs
 
 bvpo-stats pairs --samples runs/r1 --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --reward model:PATH --ref-logps
 
 bvpo-stats pairs --samples runs/maths --reward math-verify --mode thinking"""
+
+
+def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Samples and reward, where the user gave none.
+
+    Args:
+        given: Values by option.
+        output: The command's folder.
+
+    Raises:
+        UserError: There are no samples, or nothing says what ranks their answers.
+    """
+    from bvpo_stats.errors import UserError
+    from bvpo_stats.pages.runs import read_run
+
+    from .following import found_run, is_embedded
+
+    found: dict[str, Any] = {}
+    if "samples" not in given:
+        found["samples"] = found_run(output, "sample", "samples").folder
+    if "reward" not in given:
+        samples = Path(given.get("samples", found.get("samples")))
+        if not is_embedded((read_run(samples, samples.name).report or {}).get("model")):
+            raise UserError(
+                f"`reward` is not given, and {samples} holds no finished run of the embedded model, whose answers "
+                "`reward='embedded'` would rank. Give e.g. `reward='model:REWARD-MODEL'` or `reward='math-verify'`."
+            )
+        found["reward"] = "embedded"
+    return found
 
 
 def pairs(config: PairsConfig, output: Path) -> None:

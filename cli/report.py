@@ -9,13 +9,13 @@ import typer
 
 EXAMPLES = """Examples:
 
-bvpo-stats report runs
+bvpo-stats report
 
 bvpo-stats report runs/alpha-star --output alpha.html --title 'alpha* of our checkpoint 200'"""
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or the folder of one run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or the folder of one run.")] = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The HTML file.", show_default="report.html in FOLDER")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
 ) -> None:

@@ -30,7 +30,9 @@ app = typer.Typer(
 
 @app.command(cls=Command, epilog=TRAIN_EXAMPLES)
 def train(
-    output: Annotated[Path, typer.Option(help="New folder for model, tokenizer and generation configuration.")],
+    output: Annotated[Path, typer.Option(help="New folder for model, tokenizer and generation configuration.")] = Path(
+        "runs/tiny"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the examples.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; the committed recipe's number by default.")

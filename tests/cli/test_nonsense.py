@@ -174,7 +174,6 @@ def test_nonsense_for_every_option_is_refused_by_name_or_means_something(
         ("sample --timeout 5", "--timeout says nothing without --base-url"),
         ("sample --concurrency 5", "--concurrency says nothing without --base-url"),
         ("train --warmup 1.5", "--warmup 1.5: a share of at most 1, or a whole number of steps"),
-        ("report", "Missing argument"),
         ("alpha-star --pairs \udcff", "--pairs '\\udcff': is not UTF-8"),
     ],
 )

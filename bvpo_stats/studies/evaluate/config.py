@@ -74,6 +74,7 @@ class EvaluateConfig:
             "PEFT adapter (or a fully fine-tuned model) to compare with the model: folder or hub id, NAME=PATH to name "
             "it; for a server, its name there. Repeatable.",
             name="adapter",
+            shown="without `model`: the last one trained on the embedded model, beside `output`",
         ),
     ] = ()
     task: Annotated[Task, o.Option("math, alpaca-eval or arena-hard.")] = "math"

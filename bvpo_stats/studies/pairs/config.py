@@ -24,12 +24,18 @@ class PairsConfig:
         min_gap: Least difference of the rewards of a pair.
     """
 
-    samples: Annotated[Path, o.Option("Folder of a sampling run (the `output` of `bvpo-stats sample`).")]
+    samples: Annotated[
+        Path,
+        o.Option(
+            "Folder of a sampling run (the `output` of `bvpo-stats sample`).", shown="the last one beside `output`"
+        ),
+    ]
     reward: Annotated[
         str,
         o.Option(
             "Ranks the final answers: embedded (the arithmetic's grade), embedded-judge (its wording alone), "
-            "math-verify, model:PATH, file:SCORES.jsonl or module:function."
+            "math-verify, model:PATH, file:SCORES.jsonl or module:function.",
+            shown="embedded for samples of the embedded model",
         ),
     ]
     policy: PolicyOptions = field(default_factory=PolicyOptions)

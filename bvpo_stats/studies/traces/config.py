@@ -39,8 +39,17 @@ class TracesConfig:
         limit: Use only the first so many pairs.
     """
 
-    pairs: Annotated[Path, o.Option("Folder of a pairs run that holds D_t (thinking.jsonl).")]
-    samples: Annotated[Path, o.Option("Folder of the sampling run that the pairs were made from.")]
+    pairs: Annotated[
+        Path,
+        o.Option("Folder of a pairs run that holds D_t (thinking.jsonl).", shown="the last one beside `output`"),
+    ]
+    samples: Annotated[
+        Path,
+        o.Option(
+            "Folder of the sampling run that the pairs were made from.",
+            shown="the run beside `output` with its samples",
+        ),
+    ]
     traces_per_answer: Annotated[
         int,
         o.Option(
