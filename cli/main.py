@@ -20,6 +20,7 @@ from bvpo_stats.errors import UserError, one_line
 from . import (
     alpha_star,
     demo,
+    doctor,
     evaluate,
     figures,
     oracle_training,
@@ -74,6 +75,7 @@ add_command(
     examples=oracle_training.EXAMPLES,
 )
 add_command(app, "theorems", theorems.theorems, output="runs/theorems", examples=theorems.EXAMPLES)
+add_command(app, "doctor", doctor.doctor, output="runs", examples=doctor.EXAMPLES)
 app.command("figures", cls=Command, epilog=figures.EXAMPLES)(figures.figures)
 app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
 app.add_typer(tiny.app, name="tiny")

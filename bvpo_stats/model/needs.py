@@ -98,34 +98,37 @@ class ModelShape:
         """Of a whole copy."""
         return self.parameters * dtype.itemsize
 
-    def training(self, gpus: int, tokens: int, rank: int | None) -> int:
+    def training(self, gpus: int, tokens: int, rank: int | None, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of each GPU in training with AdamW: weights, gradients, both moments, gathered layers, activations.
 
         All weights: float32 masters, gradients and moments (16 bytes each) over all GPUs (FSDP2), two gathered layers
-        and both word tables in bfloat16. LoRA: the base in bfloat16 and an adapter in float32, whole on each GPU (DDP).
+        and both word tables in `dtype`. LoRA: the base in it and an adapter in float32, whole on each GPU (DDP).
         Layers are computed again in backward; the head's logits come in chunks and are left out.
 
         Args:
             gpus: GPUs.
             tokens: Padded tokens of a microbatch.
             rank: Of the adapter; None for all weights.
+            dtype: Of the arithmetic; in float32 the masters are what is multiplied.
         """
-        held = self.activations(tokens, torch.bfloat16, rank or 0, checkpointed=True)
+        held = self.activations(tokens, dtype, rank or 0, checkpointed=True)
         if rank is not None:
-            return self.weights_bytes() + 16 * self.lora(rank) + held
+            return self.weights_bytes(dtype) + 16 * self.lora(rank) + held
         layer = sum(out * inner for out, inner in self.linear)
-        gathered = 2 * (2 * layer + self.words * self.hidden * (1 if self.tied else 2))
-        return 16 * self.parameters // gpus + (gathered if gpus > 1 else 2 * self.parameters) + held
+        gathered = dtype.itemsize * (2 * layer + self.words * self.hidden * (1 if self.tied else 2))
+        copy = 0 if dtype.itemsize >= 4 else dtype.itemsize * self.parameters
+        return 16 * self.parameters // gpus + (gathered if gpus > 1 else copy) + held
 
-    def alpha_star(self, tokens: int, numbers: int) -> int:
+    def alpha_star(self, tokens: int, numbers: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the GPU of one process of `alpha-star`: the model, a pass, and one prompt's and one group's rows.
 
         Args:
             tokens: Padded tokens of a pass.
             numbers: Of a gradient that are carried (`moving`, or of all weights `probed`).
+            dtype: Of the model.
         """
-        held = self.activations(tokens, torch.bfloat16, 16, checkpointed=True)
-        return self.weights_bytes() + held + 4 * numbers * (4 + 3)  # t, e, m, t2 of a prompt; t, e, m of a group
+        held = self.activations(tokens, dtype, 16, checkpointed=True)
+        return self.weights_bytes(dtype) + held + 4 * numbers * (4 + 3)  # t, e, m, t2 of a prompt; t, e, m of a group
 
     def closed(self, numbers: int, members: int = 3, groups: int = 20) -> int:
         """Bytes on disk of all groups' sums, in float16, the open one in float32 besides."""

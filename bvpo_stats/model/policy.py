@@ -240,7 +240,7 @@ def _load(options: PolicyOptions) -> Policy:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     except Exception as error:
-        raise _load_error(options.model, error) from error
+        raise load_error(options.model, error) from error
     template = find_template(tokenizer, name=options.template, empty_trace=options.empty_trace)  # before the weights
     try:
         with quiet_transformers():
@@ -254,7 +254,7 @@ def _load(options: PolicyOptions) -> Policy:
                 **common,
             )
     except Exception as error:
-        raise _load_error(options.model, error) from error
+        raise load_error(options.model, error) from error
     model, found = loaded
     check_loaded(f"`model={options.model!r}`", model, found)
     eos_ids = _eos_ids(model, tokenizer)
@@ -382,7 +382,13 @@ def model_source(model: str) -> str:
     return model
 
 
-def _load_error(model: str, error: Exception) -> UserError:
+def load_error(model: str, error: Exception) -> UserError:
+    """What a user can do about an exception of transformers on loading a model.
+
+    Args:
+        model: As it was asked for.
+        error: The exception.
+    """
     reason = _first_line(error)
     if "trust_remote_code" in str(error):
         return UserError(f"`model={model!r}` ships its own code. Trust it? Allow it: `trust_remote_code=True`.")
