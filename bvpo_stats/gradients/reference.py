@@ -91,9 +91,7 @@ def pair_batches(
         batch = batch_of(policy, [sequences[row] for row in rows], batch_names)
         found.append(PairBatch(members, [pairs[m] for m in members], batch, batch_names))
     found += [replace(found[-1], spare=True)] * ((world or World()).most(len(found)) - len(found))
-    if reference is None:
-        return found
-    return [replace(b, reference=logps) for b, logps in zip(found, reference.of_batches(found), strict=True)]
+    return found if reference is None else reference.added_to(found)
 
 
 def pair_sequences(pairs: Sequence[PreferencePair]) -> tuple[list[TokenSequence], list[str]]:
@@ -146,8 +144,8 @@ class Reference:
                 values[missing] = self.forward([sequences[i] for i in missing], [names[i] for i in missing])
         return values
 
-    def of_batches(self, batches: Sequence[PairBatch]) -> list[Float[Tensor, " rows"]]:
-        """Log pi_ref of the rows of batches of pairs.
+    def added_to(self, batches: Sequence[PairBatch]) -> list[PairBatch]:
+        """Batches of pairs with log pi_ref of their rows, in one pass: switching an adapter off and on is not free.
 
         Pairs change hands through :func:`fill_reference` where their values are to be taken once and for all.
         """
@@ -158,14 +156,14 @@ class Reference:
             device = micro.batch.input_ids.device
             found.append(torch.tensor(values, dtype=torch.float64, device=device) if known else None)
         if any(values is None for values in found):
-            with self.policy.reference() as model:  # switching an adapter off and on costs as much as a small forward
-                return [
+            with self.policy.reference() as model:
+                found = [
                     sequence_logprobs(log_probabilities(model, micro.batch, names=micro.names))
                     if known is None
                     else known
                     for micro, known in zip(batches, found, strict=True)
                 ]
-        return [values for values in found if values is not None]
+        return [replace(micro, reference=logps) for micro, logps in zip(batches, found, strict=True)]
 
     def tempered(
         self, sequences: Sequence[TokenSequence], names: Sequence[str], temperature: Float[np.ndarray, " sequences"]

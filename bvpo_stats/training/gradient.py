@@ -62,21 +62,22 @@ class PairModel:
             gather_anew(model)  # a forward without gradients leaves the gathered weights in the shards' places
         return [weight for weight in model.parameters() if weight.requires_grad]
 
-    def plan(self, pairs: Sequence[PreferencePair]) -> list[PairBatch]:
-        """Pairs as microbatches, longest first, with the reference's log-probabilities.
+    def plan(self, *sets: Sequence[PreferencePair]) -> list[list[PairBatch]]:
+        """Sets of pairs as microbatches of one set each, longest first, with the reference's log-probabilities.
+
+        Returns:
+            The microbatches of each set.
 
         Raises:
             UserError: A sequence is empty or too long, or a log-probability is not finite; the pair is named.
         """
+        budget: dict[str, Any] = {"max_tokens": self.max_tokens, "max_padding": self.max_padding, "world": self.world}
+        found = [pair_batches(self.policy, pairs, None, **budget) for pairs in sets]
+        if self.reference is None:
+            return found
         with self.arithmetic():
-            return pair_batches(
-                self.policy,
-                pairs,
-                self.reference,
-                max_tokens=self.max_tokens,
-                max_padding=self.max_padding,
-                world=self.world,
-            )
+            filled = iter(self.reference.added_to([micro for part in found for micro in part]))
+        return [[next(filled) for _ in part] for part in found]
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """In which every log-probability of the loss is taken."""
@@ -154,7 +155,7 @@ def add_gradient(
         UserError: A log-probability is not finite; the pair is named.
     """
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
-    micros = pair_model.plan([pair for pair, _ in weighted])
+    (micros,) = pair_model.plan([pair for pair, _ in weighted])
     for number, micro in enumerate(micros, start=1):
         share = torch.tensor([weighted[i][1] for i in micro.members], dtype=torch.float64, device=loss.device)
         with backward.microbatch(last=number == len(micros)), torch.enable_grad():
@@ -297,8 +298,8 @@ def add_parted_gradient(
     loss = torch.zeros((), dtype=torch.float64, device=pair_model.policy.device)
     sides: list[list[Tensor | None]] = []
     passes: Passes = []
-    for which, weight in enumerate((alpha, 1 - alpha)):
-        micros = pair_model.plan([example.both[which] for example in prompts])
+    parted = pair_model.plan(*([example.both[which] for example in prompts] for which in (0, 1)))
+    for which, (micros, weight) in enumerate(zip(parted, (alpha, 1 - alpha), strict=True)):
         for number, micro in enumerate(micros, start=1):
             with backward.microbatch(last=number == len(micros)), torch.enable_grad():
                 logps, terms = pair_model.forward(micro, backward.model)

@@ -597,7 +597,7 @@ def _evaluate(pair_model: PairModel, examples: Sequence[Example]) -> dict[str, T
     found: dict[str, Tensor] = {}
     for mode, prefix in PREFIXES.items():
         pairs = [pair for example in examples for pair in example.pairs if pair.mode == mode]
-        for micro in pair_model.plan(pairs):
+        for micro in pair_model.plan(pairs)[0]:
             with pair_model.arithmetic():
                 policy = log_probabilities(pair_model.policy.model, micro.batch, names=micro.names)
             for name, values in pair_values(*pair_model.terms(micro, sequence_logprobs(policy))).items():
