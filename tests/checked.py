@@ -61,10 +61,33 @@ def checked(thing: Any) -> Any:
     name = thing.__qualname__
     if name.endswith(("Config.__init__", "Options.__init__")) or f"{thing.__module__}.{name}" in DOORS:
         return thing
+    if "<locals>" in name:  # made anew at every call of the function around it, and so would its checks be
+        return thing
+    built: Callable[..., Any] | None = None
+
+    @functools.wraps(thing)
+    def at_first_call(*arguments: Any, **named: Any) -> Any:
+        nonlocal built
+        if built is None:
+            try:
+                built = _built(thing)
+            except NameError:  # what is imported for type checkers alone: jaxtyping checks the other hints, slowly
+                built = jaxtyping_jaxtyped(thing, typechecker=_check)
+        return built(*arguments, **named)
+
     try:
-        hints = get_type_hints(thing)
-    except Exception:  # names that the module defines further down: jaxtyping checks the rest
-        return jaxtyping_jaxtyped(thing, typechecker=_check)
+        return _built(thing)
+    except NameError:  # a hint names what the module defines further down
+        return at_first_call
+
+
+def _built(thing: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its checks.
+
+    Raises:
+        NameError: A hint names what is not there yet.
+    """
+    hints = get_type_hints(thing)
     function = _check(thing)
     if not any(map(_has_array, hints.values())):
         return function
