@@ -36,7 +36,9 @@ def next_command(report: Any, output: Path) -> str | None:
         case "sample" if report.shard == "1/1":
             return f"bvpo-stats pairs --samples {output} --reward {'embedded' if ours else 'model:REWARD-MODEL'}{model}"
         case "pairs":
-            return f"bvpo-stats alpha-star --pairs {output}{model}"
+            preferences = getattr(report, "preferences", None)
+            bank = f" --traces {output}" if preferences is not None and preferences.drawn else ""
+            return f"bvpo-stats alpha-star --pairs {output}{bank}{model}"
         case "traces":
             return f"bvpo-stats alpha-star --adapter ADAPTER --pairs PAIRS --traces {output}{model}"
         case "variance":

@@ -15,7 +15,9 @@ bvpo-stats pairs --samples runs/samples --reward embedded --output runs/pairs
 
 bvpo-stats pairs --samples runs/r1 --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --reward model:PATH --ref-logps
 
-bvpo-stats pairs --samples runs/maths --reward math-verify --mode thinking"""
+bvpo-stats pairs --samples runs/maths --reward math-verify --mode thinking
+
+bvpo-stats pairs --from-preferences HuggingFaceH4/ultrafeedback_binarized --split train_prefs --model MODEL"""
 
 
 def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -33,6 +35,8 @@ def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
 
     from .following import found_run, is_embedded
 
+    if "from_preferences" in given:
+        return {}
     found: dict[str, Any] = {}
     if "samples" not in given:
         found["samples"] = found_run(output, "sample", "samples").folder
@@ -48,7 +52,10 @@ def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def pairs(config: PairsConfig, output: Path) -> None:
-    """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3)."""
+    """Pair the best and the worst response of each prompt, by the final answer alone (Sections 3.3, 5.1, C.3).
+
+    With --from-preferences, of answers that others wrote and ranked: traces are drawn for them from the model.
+    """
     from bvpo_stats.studies.pairs.run import run_pairs
 
     from .following import show

@@ -13,6 +13,7 @@ from typing import Any
 
 from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.model.templates import PromptError, Template
+from bvpo_stats.progress import say
 from bvpo_stats.records import (
     MODES,
     Mode,
@@ -24,6 +25,7 @@ from bvpo_stats.records import (
     record_fields,
 )
 from bvpo_stats.sampling.pairs import training_text
+from bvpo_stats.sampling.preferences import preference_rows
 from bvpo_stats.sampling.prompts import prompt_from_row
 from bvpo_stats.store.tables import Source, read_rows
 
@@ -76,6 +78,10 @@ def as_pairs(
     - The same as messages: all turns up to a user turn, one assistant turn. ``reasoning_content`` is put in front of
       the content again, closing tag between them. The prompt may stand inside ``chosen`` and ``rejected``.
 
+    - UltraFeedback's, HelpSteer's and open-r1's own columns, as
+      :func:`~bvpo_stats.sampling.preferences.preference_rows` makes one of these of them; rows that prefer nothing are
+      left out, which is said.
+
     End-of-sequence is put behind a text or message that does not end in it, as TRL does, and never behind ids.
 
     In ``nothinking`` mode the pair gets its training form (see :class:`~bvpo_stats.records.PreferencePair`): the prompt
@@ -113,23 +119,32 @@ def all_pairs(source: Source, empty_source: Source | None, template: Template) -
 
 def _pairs(rows: Iterable[tuple[str, Any]], source: TemplateSource, mode: Mode | None) -> list[PreferencePair]:
     template: Template | None = None
-    found = []
-    for where, row in rows:
+    found, without = [], 0
+    for where, row in preference_rows(rows):
         if template is None:
             template = source if isinstance(source, Template) else source()
         if isinstance(row, PreferencePair):
             found.append(template.vocabulary.checked(row, where))
+        elif row is None:
+            without += 1
         elif not isinstance(row, Mapping):
             raise UserError(f"{where}: a {type(row).__name__}, neither a pair nor a row of columns.")
         elif "mode" in row and not missing_fields(PreferencePair, dict(row)):
             found.append(from_dict(PreferencePair, dict(row), where, template.vocabulary))
             _check_answer_starts(found[-1], template, where)
         else:
-            found.append(_foreign_pair(dict(row), template, mode, where))
+            found.append(foreign_pair(dict(row), template, mode, where))
+    if without:
+        say(f"{without} prompts prefer no answer (ties, or fewer than two with a score) and are left out.")
     return found
 
 
-def _foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, where: str) -> PreferencePair:
+def foreign_pair(row: dict[str, Any], template: Template, mode: Mode | None, where: str) -> PreferencePair:
+    """A pair from one row of texts, messages or ids; see :func:`as_pairs`.
+
+    Raises:
+        UserError: As there.
+    """
     mode = row.get("mode", mode)
     if mode not in MODES:
         raise UserError(
@@ -222,10 +237,17 @@ def _from_ids(
     return prompt, (chosen, rejected)
 
 
-def _from_texts(
-    row: dict[str, Any], template: Template, mode: Mode, where: str
-) -> tuple[Question, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(question, prompt ids, completions' ids) of a row of texts or messages."""
+def plain_row(row: dict[str, Any], template: Template, where: str) -> dict[str, Any]:
+    """A row of texts or messages as one whose `chosen` and `rejected` are texts, with the prompt apart.
+
+    Raises:
+        UserError: As in :func:`as_pairs`.
+    """
+    prompt, chosen, rejected = _prompt_and_texts(row, template, where)
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _prompt_and_texts(row: dict[str, Any], template: Template, where: str) -> tuple[Any, str, str]:
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
         names = " and ".join(f"`{name}`" for name in missing)
@@ -237,6 +259,14 @@ def _from_texts(
         raise UserError(f"{where}: `chosen` and `rejected` must both be text or both messages. {_NEEDED}")
     elif prompt is None:
         prompt, chosen, rejected = _shared_text(chosen, rejected, template, where)
+    return prompt, chosen, rejected
+
+
+def _from_texts(
+    row: dict[str, Any], template: Template, mode: Mode, where: str
+) -> tuple[Question, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(question, prompt ids, completions' ids) of a row of texts or messages."""
+    prompt, chosen, rejected = _prompt_and_texts(row, template, where)
     rendered = isinstance(prompt, str) and _is_rendered(prompt, template)
     question: Question
     if isinstance(prompt, str) and rendered:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -537,6 +537,41 @@ def log_acceptance(state: ScoredTrace, proposal: ScoredTrace, cut: int) -> float
     suffixes = state.token_logps[cut:].sum() - proposal.token_logps[cut:].sum()
     lengths = math.log(len(state.ids)) - math.log(len(proposal.ids))
     return proposal.joint_logp - state.joint_logp + float(suffixes) + lengths
+
+
+def traces_for_answers(
+    sides: Sequence[PairSide], drawer: TraceDrawer, options: BankOptions, tally: BankTally
+) -> list[list[TraceRecord]]:
+    """Traces for answers that came without one: chains under pi(r | x, y) that start at a draw of pi(r | x).
+
+    After ``options.burn_in`` moves (see :func:`metropolis_moves`) the first state that is kept is the answer's own
+    trace, the ``anchor`` of the bank; K - 1 more follow as ``mh``, and K ``prior`` ones. How far the chain is from its
+    law then is not known: an answer that the model would hardly give accepts few moves.
+
+    Args:
+        sides: The answers; their anchors are not looked at.
+        drawer: The model.
+        options: K, moves and burn-in.
+        tally: Is added to.
+
+    Returns:
+        The records of each side; none where no first draw closed its trace.
+    """
+    starts: dict[int, Trace] = {}
+    todo = list(range(len(sides)))
+    for attempt in range(_PRIOR_ROUNDS):
+        drawn = drawer.draw([sides[row] for row in todo], [()] * len(todo), "start", [attempt] * len(todo))
+        starts.update((row, trace) for row, trace in zip(todo, drawn, strict=True) if trace is not None)
+        todo = [row for row in todo if row not in starts]
+    rows = sorted(starts)
+    anchored = [replace(sides[row], anchor=starts[row]) for row in rows]
+    found: list[list[TraceRecord]] = [[] for _ in sides]
+    owners = {side.name: row for row, side in zip(rows, anchored, strict=True)}
+    wanted = replace(options, sources=("mh", "prior"))
+    for record in trace_bank(anchored, drawer.temperature, drawer, wanted, tally):
+        own = record.source == "mh" and record.index == 0
+        found[owners[f"{record.prompt_id}/{record.side}"]].append(replace(record, source="anchor") if own else record)
+    return found
 
 
 def trace_bank(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from bvpo_stats.records import Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
+from bvpo_stats.sampling.traces import BankOptions, BankTally
 from bvpo_stats.store.jsonl import write_atomic
 from bvpo_stats.studies.base import Presentation, Report, ResultTable, number
 
@@ -98,6 +99,7 @@ class ModeTally:
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
     gap_sum: float = 0.0
+    gaps: int = 0
     gap_range: tuple[float, float] = (float("inf"), float("-inf"))
     tokens: tuple[int, int] = (0, 0)
 
@@ -123,27 +125,82 @@ class ModeTally:
 
     def count_pair(self, pair: PreferencePair, *, exact_text: bool) -> None:
         """Counts a pair's gap and lengths."""
-        assert pair.chosen_reward is not None
-        assert pair.rejected_reward is not None
-        gap = pair.chosen_reward - pair.rejected_reward
-        self.gap_sum += gap
-        self.gap_range = (min(self.gap_range[0], gap), max(self.gap_range[1], gap))
+        if pair.chosen_reward is not None and pair.rejected_reward is not None:
+            gap = pair.chosen_reward - pair.rejected_reward
+            self.gap_sum += gap
+            self.gaps += 1
+            self.gap_range = (min(self.gap_range[0], gap), max(self.gap_range[1], gap))
         self.tokens = (self.tokens[0] + len(pair.chosen_ids), self.tokens[1] + len(pair.rejected_ids))
         self.counts["other_tokens"] += not exact_text
 
     def summary(self) -> ModeSummary:
         """The counts so far."""
         n = self.counts["pairs"]
-        means = [total / n if n else None for total in (self.gap_sum, *self.tokens)]
-        low, high = self.gap_range if n else (None, None)
+        means = [total / n if n else None for total in self.tokens]
+        low, high = self.gap_range if self.gaps else (None, None)
         return ModeSummary(
             **self.counts,
-            mean_gap=means[0],
+            mean_gap=self.gap_sum / self.gaps if self.gaps else None,
             min_gap=low,
             max_gap=high,
-            mean_chosen_tokens=means[1],
-            mean_rejected_tokens=means[2],
+            mean_chosen_tokens=means[0],
+            mean_rejected_tokens=means[1],
         )
+
+
+@dataclass(frozen=True)
+class PreferenceSummary:
+    """What became of preference data of elsewhere.
+
+    Attributes:
+        layouts: Rows by layout.
+        given: Pairs that brought a trace for either answer.
+        drawn: Pairs whose traces were drawn here.
+        bank: K, moves and burn-in of the chains.
+        tally: What the chains did.
+    """
+
+    layouts: dict[str, int]
+    given: int
+    drawn: int
+    bank: BankOptions
+    tally: BankTally
+
+    def notes(self) -> Iterator[str]:
+        """Where answers and traces come from."""
+        kinds = ", ".join(f"{count} of {name}" for name, count in self.layouts.items())
+        yield f"Rows: {kinds}. The answers are of elsewhere, ranked by whoever made the data."
+        if self.given:
+            yield f"{self.given} pairs brought their traces, which are kept; D_e has their answers without them."
+        if self.drawn:
+            options, tally = self.bank, self.tally
+            yield (
+                f"{self.drawn} pairs got traces from the model: chains under pi(r | x, y), started at a draw of "
+                f"pi(r | x), {options.burn_in} moves before the first, which is the pair's own, {options.mh_moves} "
+                f"between the {options.traces_per_answer} that are kept in traces.jsonl."
+            )
+            if tally.proposals:
+                yield f"{tally.moved / tally.proposals:.0%} of {tally.proposals} moves changed the trace."
+
+    def cautions(self) -> Iterator[str]:
+        """What this changes in the theory."""
+        if self.given:
+            yield (
+                "Traces that came with the data are no draws of this model: E g_t is not mu, by a bias that is not "
+                "known. Theorem 2's weights hold for pairs that the model sampled itself."
+            )
+        if self.drawn:
+            yield (
+                "The answers are not draws of this model, so alpha* is that of these answers. Given them, E g_t = mu "
+                "at the reference as far as the chains have reached pi(r | x, y); they started at pi(r | x), and how "
+                "far they are is not known. `bvpo-stats alpha-star` therefore does not take mu = E g_t, and asks for "
+                "the bank (`traces`)."
+            )
+            if self.tally.stuck > 0.2 * self.tally.sides:
+                yield (
+                    f"{self.tally.stuck} of {self.tally.sides} answers have a chain that never changed its trace: a "
+                    "draw of pi(r | x) stands behind them. Raise `burn_in`, or sample answers from the model."
+                )
 
 
 @dataclass(frozen=True)
@@ -162,6 +219,7 @@ class PairsReport(Report):
         modes: Counts by mode.
         ref_logps: Whether reference log-probabilities are stored.
         truncation: Responses without an answer by mode; their shares stand in every pair.
+        preferences: Of preference data; None for samples.
     """
 
     study: ClassVar[str] = "pairs"
@@ -177,6 +235,7 @@ class PairsReport(Report):
     modes: dict[Mode, ModeSummary]
     ref_logps: bool
     truncation: dict[Mode, Truncation] = field(default_factory=dict)
+    preferences: PreferenceSummary | None = None
 
     def present(self) -> Presentation:
         """Counts by mode."""
@@ -191,7 +250,8 @@ class PairsReport(Report):
     def written(self, folder: Path) -> str:
         """The sets and the report."""
         names = ", ".join(f"{mode}.jsonl and .parquet" for mode in self.modes)
-        return f"{names}, report.json in {folder}"
+        bank = "traces.jsonl, " if self.preferences is not None and self.preferences.drawn else ""
+        return f"{names}, {bank}report.json in {folder}"
 
     def write(self, folder: Path) -> None:
         """As every report, and README.md: tells ``datasets.load_dataset(FOLDER, "thinking")`` which file is which."""
@@ -202,10 +262,14 @@ class PairsReport(Report):
         super().write(folder)
 
     def _notes(self) -> list[str]:
-        lines = [
-            f"Samples of {self.model}, template {self.template}; final answers scored by {self.reward}.",
-            "Chosen and rejected: best and worst complete response by reward, the lowest sample index among equals.",
-        ]
+        if self.preferences is not None:
+            lines = [f"Model {self.model}, template {self.template}.", *self.preferences.notes()]
+        else:
+            lines = [
+                f"Samples of {self.model}, template {self.template}; final answers scored by {self.reward}.",
+                "Chosen and rejected: best and worst complete response by reward, the lowest sample index among "
+                "equals.",
+            ]
         if self.in_both_modes is not None:
             lines.append(f"{self.in_both_modes} prompts have a pair in both modes.")
         if self.half_written:
@@ -215,8 +279,11 @@ class PairsReport(Report):
         return lines
 
     def _cautions(self) -> list[str]:
-        lines = []
-        if self.set_aside:
+        lines = [] if self.preferences is None else list(self.preferences.cautions())
+        if self.preferences is not None and self.set_aside:
+            reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(self.set_aside.items()))
+            lines.append(f"{sum(self.set_aside.values())} rows were set aside ({reasons}); see set_aside.jsonl.")
+        elif self.set_aside:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.set_aside.items()))
             lines.append(
                 f"The sampling run set {sum(self.set_aside.values())} requests aside ({reasons}; see its "

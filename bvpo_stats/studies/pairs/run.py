@@ -51,6 +51,12 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
     Raises:
         UserError: Anything wrong with the input; see the message.
     """
+    if config.preferences is not None:
+        from bvpo_stats.studies.pairs.preferences import run_preferences
+
+        return run_preferences(config, config.preferences, output)
+    assert config.samples is not None  # the configuration says so
+    assert config.reward is not None
     fingerprint = samples_fingerprint(config.samples)
     template = load_template(config.policy)
     options = config.policy
