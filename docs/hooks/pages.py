@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bvpo_stats"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARTS = ("statistics", "model", "store", "sampling", "gradients", "training", "studies", "lab", "pages", "embedded")
+TUTORIAL = ROOT / "examples" / "real_model"
 DOCUMENTS = {"Architecture": "ARCHITECTURE.md", "Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md"}
 _NOTEBOOK_LINK = re.compile(r"\]\((\w+)\.ipynb")
 _BENCHMARK = re.compile(r"\[[^\]]+\]\(\.\./(benchmarks/[\w.]+)\)")
@@ -44,6 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {"api/bvpo_stats.md": front_door(), **{f"api/{name}.md": api_page(name) for name in _parts()}}
     pages |= {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "figures").rglob("*.png")}
     pages |= {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS.values()}
+    pages["real-model.md"] = tutorial()
+    pages |= {f"real-model-{path.name}": path.read_bytes() for path in TUTORIAL.glob("*.html")}
     for path in NOTEBOOKS:
         pages |= notebook(path)
     for name, content in pages.items():
@@ -102,6 +105,14 @@ def notebook(path: Path) -> dict[str, str | bytes]:
     pictures = {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
     body = _NOTEBOOK_LINK.sub(r"](\1.md", body)  # its neighbours are pages here, not notebooks
     return {f"notebooks/{path.stem}.md": body, **pictures}
+
+
+def tutorial() -> str:
+    """The tutorial, its links led to where their targets are here; its scripts, which are no pages, are named alone."""
+    text = (TUTORIAL / "README.md").read_text(encoding="utf-8")
+    text = text.replace("](../../docs/", "](").replace("](../../figures/", "](figures/")
+    text = text.replace("](report.html)", "](real-model-report.html)")
+    return re.sub(r"\[([\w.]+\.py)\]\(\1\)", r"`\1`", text)
 
 
 def commands() -> str:

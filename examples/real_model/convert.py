@@ -92,12 +92,13 @@ def perplexity(folder: Path, sentence: str = SENTENCE) -> float:
 
 
 def main() -> None:
-    """Converts, unless the folder is there."""
+    """Converts, and says how well the result reads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     output = parser.parse_args().output
     try:
         gguf = shipped()
+        print(f"Converting {gguf.name}: a minute or two", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         print(f"perplexity of {SENTENCE!r}: {convert(gguf, output):.1f}")
     except UserError as error:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from problems import grade, problem
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from bvpo_stats.errors import UserError
 
 USER, ASSISTANT, OPEN, CLOSE = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
-LIKE = {USER: "<|im_start|>user\n", ASSISTANT: "<|im_start|>assistant\n", OPEN: " think", CLOSE: " done"}
-"""What each new token starts as: the mean of tokens that the model knows."""
+LIKE = {USER: "<|im_start|>user\n", ASSISTANT: "<|im_start|>assistant\n", OPEN: "Let me think", CLOSE: "</think>"}
+"""What each new token starts as: the mean of several tokens that the model knows (like one of them, it would be taken
+for that one)."""
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
@@ -162,9 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=160)
     options = parser.parse_args()
     torch.manual_seed(0)
+    logging.disable_progress_bar()
     try:
         finetune(options.base, options.output, options.steps)
     except UserError as error:

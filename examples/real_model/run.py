@@ -41,22 +41,22 @@ class Sizes:
         questions: That pairs are made of.
         described: Questions of the study of variance.
         banked: Pairs with further traces, for alpha off the reference.
-        epochs: Passes of training over the pairs.
+        updates: Optimizer steps of each training.
         problems: That the models are compared on.
         draws: Answers to each of them in each mode.
     """
 
     work: str = "runs/real"
-    steps: int = 64
-    questions: int = 48
-    described: int = 32
-    banked: int = 12
-    epochs: int = 1
-    problems: int = 20
-    draws: int = 1
+    steps: int = 160
+    questions: int = 80
+    described: int = 48
+    banked: int = 16
+    updates: int = 20
+    problems: int = 32
+    draws: int = 2
 
 
-SHORT = Sizes("runs/short", steps=48, questions=16, described=8, banked=4, epochs=1, problems=6, draws=1)
+SHORT = Sizes("runs/short", steps=64, questions=16, described=8, banked=4, updates=2, problems=6, draws=1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def steps(sizes: Sizes) -> list[Step]:
     work = sizes.work
     model = f"--model {work}/model"
     data = f"{model} --pairs {work}/pairs"
-    training = f"{data} --lora-r 8 --learning-rate 1e-3 --batch-size 4 --epochs {sizes.epochs} --max-tokens 2048"
+    training = f"{data} --lora-r 8 --learning-rate 1e-3 --batch-size 4 --max-steps {sizes.updates} --max-tokens 2048"
     adapters = " ".join(f"--adapter {name}={work}/{name}/model" for name in METHODS)
     return [
         Step(f"python convert.py {work}/base", f"{work}/base"),
