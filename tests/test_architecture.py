@@ -87,6 +87,8 @@ HEAVY = (
     "peft",
     "scipy",
     "matplotlib",
+    "seaborn",
+    "pandas",
     "pyarrow",
     "datasets",
     "typer",

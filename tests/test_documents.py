@@ -14,6 +14,8 @@ import pytest
 import typer
 from bvpo_stats.cli.main import app
 
+from bvpo_stats.lab.theorems.report import TheoremsReport
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +29,40 @@ def command_lines(text: str) -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
             if words and words[0] == "bvpo-stats":
                 yield words[1:]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_block_is_tried(path: Path) -> None:
+    """Python runs (tests/test_front_door.py), commands are parsed below; another kind of block needs its test."""
+    text = path.read_text(encoding="utf-8")
+    kinds = re.findall(r"^ *```(\w*)", text, re.MULTILINE)[::2]
+    assert set(kinds) <= {"python", "console"}
+    if "python" in kinds:
+        assert path.name in ("README.md", "from-python.md", "tasks.md")
+
+
+def test_claims_of_the_reviewers_page() -> None:
+    """Every row is the committed report's: claim, quantity, measured, should be, verdict, source."""
+    page = (ROOT / "docs" / "reviewers.md").read_text(encoding="utf-8")
+    found = TheoremsReport.from_json((ROOT / "figures" / "theorems" / "report.json").read_text(encoding="utf-8"))
+    checks = [check for topic in found.topics for check in topic.checks]
+    for check in checks:
+        assert "| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in check.row) + " |" in page
+    assert len(re.findall(r"^\| .* \| (?:holds|holds with limits|loose|fails) \|", page, re.MULTILINE)) == len(checks)
+    star = report("alpha-star")["alpha_star"]
+    assert f"{star['value']:.3f} ({star['low']:.3f} to {star['high']:.3f})" in page
+    ratio, rise = report("variance")["table3"]["logp_variance_ratio"], report("variance")["table4"]["percent_increase"]
+    assert f"{ratio['value']:.3g} ({ratio['low']:.3g} to {ratio['high']:.3g})" in page
+    assert f"falls by {-rise['value']:.1f}% ({-rise['high']:.1f} to {-rise['low']:.1f})" in page
+
+
+def test_gallery_shows_every_figure() -> None:
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(\.\./(figures/[^)]+)\)", page))
+    assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "figures").rglob("*.png")}
+    for path in [*(ROOT / "bvpo_stats").rglob("figures.py")]:
+        for name in re.findall(r"^def (plot_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert f"`{name}`" in page
 
 
 def report(study: str) -> dict[str, Any]:

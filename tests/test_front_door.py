@@ -47,6 +47,12 @@ def test_the_pages_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_the_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in blocks(ROOT / "docs/tasks.md"):
+        exec(compile(block, "tasks.md", "exec"), {})
+
+
 @pytest.fixture(scope="module")
 def policy() -> bvpo.Policy:
     return bvpo.load_policy("embedded", lora=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -27,6 +28,17 @@ for cell in notebook.cells:
         shell.run_cell(cell.source).raise_error()
 print("to the bottom")
 """
+
+
+@pytest.mark.parametrize("path", [FIRST, *OTHERS], ids=lambda path: path.stem)
+def test_notebook_opens_in_colab(path: Path) -> None:
+    """A badge that leads to this notebook, and a first cell that installs the package where it is missing."""
+    title, install, *_ = nbformat.read(path, as_version=4).cells
+    badge = re.match(r"\[!\[Open in Colab\]\(\S+\)\]\(\S+/blob/main/(\S+)\)\n\n# ", title.source)
+    assert badge is not None
+    assert badge[1] == f"notebooks/{path.name}"
+    assert "import bvpo_stats\nexcept ImportError" in install.source
+    assert "%pip install" in install.source
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from html import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bvpo_stats.errors import UserError, one_line, wording
+from bvpo_stats.progress import say
 from bvpo_stats.store.jsonl import write_atomic, write_sealed, writing
 
 ReportT = TypeVar("ReportT", bound="Report")
@@ -122,17 +124,21 @@ class Presentation:
         for head, group in groupby(self.tables, key=lambda table: table.head):
             parts = list(group)
             title = self.title if len(parts) > 1 else parts[0].title
-            grid = Table(title=plain(title), title_justify="left", title_style="bold", min_width=64)
-            for column, name in enumerate(head):
-                grid.add_column(plain(name), justify="left" if parts[0].is_text(column) else "right")
-            for part in parts:
-                if len(parts) > 1:
-                    grid.add_section()
-                    grid.add_row(plain(part.title), style="bold")
-                for row in part.rows:
-                    indent = "  " if len(parts) > 1 else ""
-                    grid.add_row(indent + plain(row[0]), *map(plain, row[1:]))
-            console.print(grid)
+            indent = "  " if len(parts) > 1 else ""
+            rows = [(indent + row[0], *row[1:]) for part in parts for row in part.rows]
+            sections = [part.title for part in parts] if len(parts) > 1 else []
+            for widths in _column_widths([head, *rows], sections, console.width):
+                grid = Table(title=plain(title), title_justify="left", title_style="bold")
+                for column, width in widths.items():
+                    justify: Literal["left", "right"] = "left" if parts[0].is_text(column) else "right"
+                    grid.add_column(plain(head[column]), justify=justify, width=width)
+                for part in parts:
+                    if len(parts) > 1:
+                        grid.add_section()
+                        grid.add_row(plain(part.title), style="bold")
+                    for row in part.rows:
+                        grid.add_row(*(indent * (column == 0) + plain(row[column]) for column in widths))
+                console.print(grid)
         for finding in self.findings:
             console.print(plain(finding.sentence), highlight=False, soft_wrap=True, style="bold")
         for line in self.lines():
@@ -164,6 +170,38 @@ class Presentation:
         return "".join(parts)
 
 
+def _column_widths(rows: Sequence[Sequence[str]], sections: Sequence[str], most: int) -> list[dict[int, int]]:
+    """Widths of a table's columns by which no word is cut; a table too wide for that becomes several.
+
+    Args:
+        rows: Cells, the head's among them.
+        sections: What stands in the first column besides.
+        most: Characters of a line.
+
+    Returns:
+        Column to width, one entry a table; the first column is in all of them.
+    """
+    cells = [*zip(*rows, strict=True)]
+    cells[0] = (*cells[0], *sections)
+    needed = [max(len(word) for text in column for word in (text.split() or [""])) for column in cells]
+    needed[0] = max(needed[0] + 2, min(24, max(map(len, cells[0]))))  # the indent of a section's rows; room to read
+    tables = [{0: needed[0]}]
+    for column in range(1, len(cells)):
+        if len(tables[-1]) > 1 and sum(tables[-1].values()) + needed[column] + 3 * len(tables[-1]) + 4 > most:
+            tables.append({0: needed[0]})
+        tables[-1][column] = needed[column]
+    for table in tables:
+        wanted = {column: max(map(len, cells[column])) for column in table}
+        wanted[0] += max(0, min(64, most) - sum(wanted.values()) - 3 * len(table) - 1)  # room for the title
+        spare = max(0, most - sum(table.values()) - 3 * len(table) - 1)
+        for longest in (30, most):  # numbers stay on one line; then sentences share what is left
+            while spare and (short := [column for column in table if table[column] < min(longest, wanted[column])]):
+                for column in sorted(short, key=lambda column: wanted[column] - table[column])[:spare]:
+                    table[column] += 1
+                    spare -= 1
+    return tables
+
+
 def software_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
@@ -190,7 +228,7 @@ class Report:
     """What stands under ``study`` in ``report.json``."""
 
     drawn_by: ClassVar[str | None] = None
-    """Module with ``draw(report, folder)``; it is imported, and matplotlib with it, when figures are wanted."""
+    """Module with ``draw(report, folder)``; it is imported, and seaborn with it, when figures are wanted."""
 
     versions: dict[str, str] = field(default_factory=software_versions, kw_only=True)
 
@@ -279,8 +317,12 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Writes figures, ``report.md`` and, last, ``report.json``."""
-        with writing(folder / "figures"):
-            figures = self.figures(folder / "figures")
+        figures: list[Path] = []
+        if find_spec("seaborn") is None:
+            say("No figures: seaborn is not installed (pip install seaborn; then `bvpo-stats figures` draws them).")
+        else:
+            with writing(folder / "figures"):
+                figures = self.figures(folder / "figures")
         write_atomic(folder / "report.md", self.markdown(figures))
         write_sealed(folder / REPORT_FILE, self.to_json())
 

@@ -1,56 +1,136 @@
-"""The visual language of all figures.
+"""The visual language of all figures, on seaborn.
 
 - **Ground.** Figures are transparent, for light and dark pages alike. Text and axes are of one grey whose contrast is
   about 4.3:1 on white and on near-black, the most that one colour can have on both; data colours have 3:1 or more.
 - **Colour.** Five colours after Okabe and Ito's, moved so far that they keep their contrast on both grounds and stay
   apart for readers who see no red, no green or no blue. Series differ in marker or line as well, where they can.
-- **Uncertainty.** Every estimate stands with its interval: a bar (`interval_bar`) or a band (`band`).
+- **Uncertainty.** Every estimate stands with its interval, a bar or a band: `estimates` makes the table that seaborn's
+  ``lineplot`` and ``pointplot`` draw so, with `ESTIMATE`.
 - **Words.** Axes carry units; titles say what is shown and at which level; legends stand below the axes, where they can
-  cover no data (`legend_below`).
+  cover no data.
+
+A plot function takes a report and axes, and returns the axes. Without axes it makes a figure of its own in this style
+(`on`, `across`); axes that are given keep theirs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+
+from bvpo_stats.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BLUE, OCHRE, GREEN, RED, VIOLET = "#0173b2", "#cc8400", "#029e73", "#d04a3a", "#8844dd"
 PALETTE = [to_rgb(colour) for colour in (BLUE, OCHRE, GREEN, RED, VIOLET)]
 INK = "#767b82"
-_BAR: dict[str, Any] = {"lw": 2.2, "solid_capstyle": "butt"}
+PAPER: dict[str, Any] = {"color": RED, "lw": 1.2, "ls": "-."}
+"""Line of what the paper says."""
+REST: dict[str, Any] = {"color": INK, "lw": 1, "ls": ":"}
+"""Line of no effect."""
 _STYLE: dict[Any, Any] = {
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "axes.grid": True,
+    "grid.alpha": 0.2,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "font.size": 10,
-    "legend.frameon": False,
     "legend.fontsize": 9,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5,
 }
+_FOR_FILES = ContextVar("figures are for files, not for the screen", default=False)
+
+
+class _Seaborn:
+    """seaborn, imported when something is drawn: it brings pandas along and takes a second."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            import seaborn
+        except ImportError as error:
+            raise UserError("Figures need seaborn, which is not installed: pip install seaborn.") from error
+        return getattr(seaborn, name)
+
+
+sns: Any = _Seaborn()
+
+
+@contextmanager
+def across(
+    given: Sequence[Axes] | None, columns: int, *, width: float = 6.4, height: float = 3.6, most: int = 4, **layout: Any
+) -> Iterator[list[Axes]]:
+    """Axes to draw on, in a new figure where none are given, and one legend for all of them at the end.
+
+    Args:
+        given: The caller's axes, as many as columns; None for a new figure.
+        columns: Panels side by side.
+        width: Inches, of a new figure.
+        height: Inches, of a new figure.
+        most: Entries in a row of its legend.
+        **layout: ``sharex``, ``sharey``, ... of `matplotlib.pyplot.subplots`.
+
+    Raises:
+        UserError: Another number of axes than columns.
+    """
+    if given is not None:
+        if len(given) != columns:
+            raise UserError(f"`axes`: this plot has {columns} panels; {len(given)} axes were given.")
+        yield list(given)
+        for axes in given:
+            _legend(axes, axes.legend)
+        return
+    with plt.rc_context(_STYLE):
+        make: Any = Figure if _FOR_FILES.get() else plt.figure
+        figure = make(figsize=(width, height), layout="constrained")
+        made = list(figure.subplots(1, columns, squeeze=False, **layout).flat)
+        yield made
+        legend_below(made[0], most)
+        for axes in made[1:]:
+            if axes.get_legend():
+                axes.get_legend().remove()
+
+
+@contextmanager
+def on(given: Axes | None, *, width: float = 6.4, height: float = 3.6, most: int = 4) -> Iterator[Axes]:
+    """One panel of `across`."""
+    with across(None if given is None else [given], 1, width=width, height=height, most=most) as (axes,):
+        yield axes
+
+
+def draw_files(folder: Path, plots: Mapping[str, Callable[[], Axes | Sequence[Axes]]]) -> list[Path]:
+    """Draws plots as PNG files, ``FOLDER/NAME.png``, and returns their paths.
+
+    Args:
+        folder: Where they go.
+        plots: Name to what draws a figure of its own and returns its axes.
+    """
+    files = _FOR_FILES.set(True)
+    try:
+        for name, plot in plots.items():
+            drawn = plot()
+            first = drawn if isinstance(drawn, Axes) else drawn[0]
+            _save(first.figure, folder / f"{name}.png")
+    finally:
+        _FOR_FILES.reset(files)
+    return [folder / f"{name}.png" for name in plots]
 
 
 @contextmanager
@@ -81,43 +161,81 @@ def panels(
         **layout: ``sharex``, ``sharey``, ... of `matplotlib.pyplot.subplots`.
     """
     with plt.rc_context(_STYLE):
-        size = (width, height)
-        drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **layout)
-        try:
-            yield drawn, list(axes.flat)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.savefig(path, dpi=144, metadata={"Software": None})
-        finally:
-            plt.close(drawn)
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn, list(drawn.subplots(rows, columns, squeeze=False, **layout).flat)
+        _save(drawn, path)
 
 
-def interval_bar(
-    axes: Axes, low: float | None, high: float | None, row: float, *, colour: Any, certain: bool = True
-) -> None:
-    """A horizontal interval at height ``row``, dotted where its estimate is not to be quoted; nothing without ends."""
-    if low is not None and high is not None:
-        axes.plot([low, high], [row, row], ls="-" if certain else ":", color=colour, **_BAR)
+def _save(drawn: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(_STYLE):
+        drawn.savefig(path, dpi=144, metadata={"Software": None})
 
 
-def error_bar(
-    axes: Axes, x: float, low: float | None, high: float | None, *, colour: Any, certain: bool = True
-) -> None:
-    """A vertical interval at ``x``, dotted where its estimate is not to be quoted; nothing without ends."""
-    if low is not None and high is not None:
-        axes.plot([x, x], [low, high], ls="-" if certain else ":", color=colour, **_BAR)
+def estimates(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows with ``value``, ``low`` and ``high`` as a table in which each stands three times: low end, value, high end.
+
+    None is unknown: an interval without both ends is left out, and so is the point of a value that is not to be quoted.
+
+    Args:
+        rows: One an estimate; all other columns are kept.
+    """
+    import pandas as pd
+
+    long = []
+    for row in rows:
+        ends = (row["low"], row["high"])
+        low, high = ends if all(end is not None and math.isfinite(end) for end in ends) else (None, None)
+        long += [{**row, "value": value} for value in (low, row["value"], high)]
+    table = pd.DataFrame(long)
+    table["value"] = table["value"].astype(float)
+    return table
 
 
-def band(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, *, colour: Any) -> None:
-    """A confidence band behind a curve, its edges drawn; gaps where an end is missing (NaN)."""
-    at, lower, upper = (np.asarray(values, dtype=float) for values in (x, low, high))
-    axes.fill_between(at, lower, upper, color=colour, alpha=0.2, lw=0)
-    for edge in (lower, upper):
-        axes.plot(at, edge, color=colour, lw=0.8, alpha=0.7)
+def _value(seen: pd.Series[float]) -> float:
+    """Of what `estimates` left of a row: both ends and the value, the value alone, or both ends."""
+    return math.nan if len(seen) == 2 else float(seen.iloc[len(seen) // 2])
 
 
-def numbers(values: Sequence[float | None]) -> np.ndarray:
-    """Numbers of a report as an array, None as NaN."""
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
+def _ends(seen: pd.Series[float]) -> tuple[float, float]:
+    return float(seen.iloc[0]), float(seen.iloc[-1])
+
+
+ESTIMATE: dict[str, Any] = {"estimator": _value, "errorbar": _ends}
+"""Arguments with which seaborn draws the rows of `estimates`, each as one point with its interval."""
+
+
+def curves(axes: Axes, rows: Iterable[Mapping[str, Any]], *, x: str, hue: str | None = None, **how: Any) -> None:
+    """Curves through estimates, with their bands.
+
+    Args:
+        axes: Where.
+        rows: See `estimates`.
+        x: Column of the position.
+        hue: Column that tells curves apart; they differ in colour, line and marker.
+        **how: More arguments of ``seaborn.lineplot``.
+    """
+    apart = {} if hue is None else {"hue": hue, "style": hue, "markeredgewidth": 0}
+    if {"palette", "color"}.isdisjoint(how) and hue is None:
+        how["color"] = BLUE
+    sns.lineplot(estimates(rows), x=x, y="value", sort=False, ax=axes, **ESTIMATE, **apart, **how)
+
+
+def forest(axes: Axes, rows: Iterable[Mapping[str, Any]], *, y: str = "name", **how: Any) -> None:
+    """Estimates below one another, each with its interval.
+
+    Args:
+        axes: Where.
+        rows: See `estimates`.
+        y: Column with the words at the left.
+        **how: More arguments of ``seaborn.pointplot``.
+    """
+    defaults = {"linestyle": "none", "err_kws": {"linewidth": 2.2}, "color": BLUE, "markersize": 6}
+    how = {**defaults, **how}
+    if "hue" in how:
+        del how["color"]
+    sns.pointplot(estimates(rows), x="value", y=y, orient="h", native_scale=False, ax=axes, **ESTIMATE, **how)
+    axes.set_ylabel("")
 
 
 def plain_ticks(axes: Axes, *names: str) -> None:
@@ -128,7 +246,14 @@ def plain_ticks(axes: Axes, *names: str) -> None:
 
 def legend_below(axes: Axes, most: int = 4) -> None:
     """One legend for the figure of these axes, below them, in even rows of at most ``most`` entries."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        columns = math.ceil(len(labels) / math.ceil(len(labels) / most))
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # type: ignore[union-attr]
+    drawn: Any = axes.figure
+    _legend(axes, drawn.legend, most, loc="outside lower center")
+
+
+def _legend(axes: Axes, make: Callable[..., Any], most: int = 4, **where: Any) -> None:
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+    if axes.get_legend():
+        axes.get_legend().remove()
+    if entries:
+        rows = math.ceil(len(entries) / most)
+        make(entries.values(), entries.keys(), ncols=math.ceil(len(entries) / rows) if where else 1, **where)

@@ -100,6 +100,8 @@ def _modules(folder: Path) -> Iterator[Path]:
 def notebook(path: Path) -> dict[str, str | bytes]:
     """A notebook as it was executed, with its pictures."""
     content = nbformat.read(path, as_version=4)
+    content.cells[0].source = content.cells[0].source.partition("\n\n")[2]  # the badge: a page asks no network
+    del content.cells[1]  # installs the package where it is missing
     where = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
     body, resources = MarkdownExporter().from_notebook_node(content, resources=where)
     pictures = {f"notebooks/{name}": data for name, data in resources["outputs"].items()}

@@ -15,6 +15,8 @@ HEAVY = {
     "numpy",
     "scipy",
     "matplotlib",
+    "seaborn",
+    "pandas",
     "datasets",
     "peft",
     "accelerate",

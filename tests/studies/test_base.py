@@ -182,3 +182,22 @@ def test_figures_need_a_folder_outside_notebooks(tmp_path: Path) -> None:
     assert SMALL.plot(tmp_path / "figures") == [tmp_path / "figures" / "by_layer.png"]
     with pytest.raises(UserError, match="give plot"):
         SMALL.plot()
+
+
+def test_no_word_of_a_table_is_cut_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A table too wide for the terminal becomes several, each with the first column."""
+    monkeypatch.setenv("COLUMNS", "80")
+    head = ("alpha from", *(f"incomparably-{number}" for number in range(7)))
+    rows = tuple((f"a name of five words {row}", *(f"{row}.{n}234567890123" for n in range(7))) for row in range(2))
+    tables = tuple(ResultTable(f"A section with quite some words, {part}", head, rows) for part in "ab")
+    Presentation("Title", tables=tables).print()
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    for word in (*head[1:], *(cell for row in rows for cell in row[1:])):
+        assert word in said
+    assert said.count("a name of five words 1") == 2 * said.count("alpha from") > 2
+    Presentation("Title", tables=tables[:1]).print()
+    assert "A section with quite some words, a" in capsys.readouterr().out

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import Qwen2Config
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.lab.acceptance.replicates import isometric_coordinates
-from bvpo_stats.lab.oracle.language import N_STATES, PROMPT_LENGTH, Grammar, GrammarLM, build_tokenizer
+from bvpo_stats.lab.oracle.language import ANSWER_TOKENS, N_STATES, PROMPT_LENGTH, Grammar, GrammarLM, build_tokenizer
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.head import Head, completion_scores, head_logprobs
 from bvpo_stats.model.policy import Policy
@@ -178,10 +177,9 @@ def _scored(
     """Log-probabilities at temperature 1 and scores, in one pass."""
     subset, found = lora_subset(model), _Table(grammar)
     scores = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers, subset.size))
-    for rows, length, batch in _batches(grammar):
+    for rows, batch in _batches(grammar):
         kept = Keep()
-        tokens = score_pass(model, subset, batch, [kept])
-        found.fill(rows, length, tokens[:, PROMPT_LENGTH - 1 :])
+        found.fill(rows, batch, score_pass(model, subset, batch, [kept]))
         scores[rows] = kept.flat(subset, len(batch)).numpy().reshape(len(rows), -1, subset.size)
     return found.log_probs, scores.reshape(grammar.n_prompts, grammar.n_traces, grammar.n_answers, subset.size)
 
@@ -191,9 +189,10 @@ def _log_probs(model: torch.nn.Module, grammar: Grammar, temperature: float) -> 
         return head_logprobs(hidden, Head(head.weight / temperature, None), targets)  # scaled weights: scaled logits
 
     found = _Table(grammar)
-    for rows, length, batch in _batches(grammar):
-        shape = (len(batch), batch.input_ids.shape[1] - PROMPT_LENGTH)  # no padding: all that follows is completion
-        found.fill(rows, length, completion_scores(model, batch, tempered).reshape(shape))
+    for rows, batch in _batches(grammar):
+        tokens = torch.zeros(batch.completion_mask.shape, dtype=torch.float64)
+        tokens[batch.completion_mask] = completion_scores(model, batch, tempered)
+        found.fill(rows, batch, tokens)
     return found.log_probs
 
 
@@ -205,13 +204,15 @@ class _Table:
         self._trace = np.empty(grammar.n_prompts * grammar.n_traces)
         self._answer = np.empty((grammar.n_prompts * grammar.n_traces, grammar.n_answers))
 
-    def fill(
-        self, rows: Int[np.ndarray, " groups"], length: int, tokens: Float[Tensor, "sequences completion"]
-    ) -> None:
-        """Takes the log-probabilities of the completions' tokens, with traces of ``length`` symbols."""
+    def fill(self, rows: Int[np.ndarray, " groups"], batch: Batch, tokens: Float[Tensor, "sequences targets"]) -> None:
+        """Takes the log-probabilities of the completions' tokens: a trace with its end, an answer with its end."""
         n_answers = self._shape[-1]
-        self._trace[rows] = tokens[::n_answers, : length + 1].sum(-1).numpy()
-        self._answer[rows] = tokens[:, length + 1 :].sum(-1).numpy().reshape(-1, n_answers)
+        to_come = batch.completion_mask.flip(-1).cumsum(-1).flip(-1)
+        trace, answer = (
+            torch.where(part, tokens, 0.0).sum(-1) for part in (to_come > ANSWER_TOKENS, to_come <= ANSWER_TOKENS)
+        )
+        self._trace[rows] = trace[::n_answers].numpy()
+        self._answer[rows] = answer.numpy().reshape(-1, n_answers)
 
     @property
     def log_probs(self) -> LogProbs:
@@ -220,25 +221,25 @@ class _Table:
 
 
 @functools.lru_cache(maxsize=4)  # a path in theta asks for the same batches at every step
-def _batches(grammar: Grammar) -> tuple[tuple[Int[np.ndarray, " groups"], int, Batch], ...]:
-    """All sequences of all prompts, those of one trace length together, so that there is no padding.
+def _batches(grammar: Grammar) -> tuple[tuple[Int[np.ndarray, " groups"], Batch], ...]:
+    """All sequences of all prompts, short traces first, so that there is little padding.
 
     Returns:
-        ``prompt * n_traces + trace`` of each group of answers, symbols of the traces, and all answers of the groups.
+        ``prompt * n_traces + trace`` of each group of answers, and all answers of the groups.
     """
     groups_at_once, batches = max(1, _CHUNK // grammar.n_answers), []
-    for length, numbered in groupby(enumerate(grammar.traces()), key=lambda entry: len(entry[1])):
-        traces = list(numbered)
-        groups = [(prompt, number, trace) for prompt in range(grammar.n_prompts) for number, trace in traces]
-        for start in range(0, len(groups), groups_at_once):
-            some = groups[start : start + groups_at_once]
-            sequences = [
-                TokenSequence(grammar.prompt_ids(prompt), grammar.completion_ids(trace, answer))
-                for prompt, _, trace in some
-                for answer in range(grammar.n_answers)
-            ]
-            rows = np.array([prompt * grammar.n_traces + number for prompt, number, _ in some])
-            batches.append((rows, length, collate(sequences, pad_id=grammar.pad_id)))
+    groups = [
+        (number, trace, prompt) for number, trace in enumerate(grammar.traces()) for prompt in range(grammar.n_prompts)
+    ]
+    for start in range(0, len(groups), groups_at_once):
+        some = groups[start : start + groups_at_once]
+        sequences = [
+            TokenSequence(grammar.prompt_ids(prompt), grammar.completion_ids(trace, answer))
+            for _, trace, prompt in some
+            for answer in range(grammar.n_answers)
+        ]
+        rows = np.array([prompt * grammar.n_traces + number for number, _, prompt in some])
+        batches.append((rows, collate(sequences, pad_id=grammar.pad_id)))
     return tuple(batches)
 
 

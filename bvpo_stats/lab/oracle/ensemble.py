@@ -24,7 +24,8 @@ from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective
 from bvpo_stats.lab.oracle.build import Oracle
 from bvpo_stats.lab.oracle.draws import Draws
-from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, PairWeights, Scored, pair_weights, without_scores
+from bvpo_stats.lab.oracle.exact import PairWeights, Scored, pair_weights, without_scores
+from bvpo_stats.lab.oracle.language import ANSWER_TOKENS
 from bvpo_stats.model.batching import Batch, TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset

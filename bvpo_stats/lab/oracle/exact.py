@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from bvpo_stats.errors import UserError
 from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.lab.oracle.build import Oracle, SequenceTable, shortened
+from bvpo_stats.lab.oracle.language import ANSWER_TOKENS
 from bvpo_stats.statistics.estimates import Estimates
 
 DPO = Objective()
 """The default objective."""
-
-ANSWER_TOKENS = 2
-"""Tokens of an answer, end of sequence included: the length of y where an objective averages log pi(y | x)."""
 
 Array = NDArray[np.float64]
 Values = Callable[[Array, Array, Array], Array]

@@ -53,6 +53,9 @@ MOST_TOKENS = 1_000_000
 PROMPT_LENGTH = 5
 """Tokens of every prompt: BOS, User, question, Assistant, ``<think>``."""
 
+ANSWER_TOKENS = 2
+"""Tokens of an answer, end of sequence included: the length of y where an objective averages log pi(y | x)."""
+
 
 @dataclass(frozen=True)
 class Grammar:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from bvpo_stats.gradients.curvature import Spectrum, lanczos
 from bvpo_stats.gradients.objectives import Objective, PairLogps
 from bvpo_stats.lab.oracle.build import Oracle
-from bvpo_stats.lab.oracle.exact import ANSWER_TOKENS, DPO
+from bvpo_stats.lab.oracle.exact import DPO
+from bvpo_stats.lab.oracle.language import ANSWER_TOKENS
 from bvpo_stats.model.batching import TokenSequence, collate
 from bvpo_stats.model.exact import plain_attention
 from bvpo_stats.model.subset import lora_subset
@@ -54,19 +56,31 @@ class MarginalLoss:
 
     def value(self, theta: Vector) -> float:
         """L_m at theta."""
+        return float(self.values(theta[None])[0])
+
+    def values(self, thetas: Float[np.ndarray, "points parameters"]) -> Float[np.ndarray, " points"]:
+        """L_m at many thetas, in one pass over the language."""
         with torch.no_grad(), plain_attention(self._model):
-            return self._loss(self._named(theta)).item()
+            return vmap(self._loss)(self._named(thetas)).numpy()
 
     def product(self, theta: Vector, vector: Vector) -> Vector:
         """H(theta) v."""
+        return self.hessian(theta)(vector)
+
+    def hessian(self, theta: Vector) -> Callable[[Vector], Vector]:
+        """The map v to H(theta) v; the gradient is computed once, for all v."""
         named = {name: weight.requires_grad_() for name, weight in self._named(theta).items()}
-        weights, along = list(named.values()), list(self._named(vector).values())
+        weights = list(named.values())
         with torch.enable_grad(), plain_attention(self._model):  # fused attention has no second derivative
             gradients = torch.autograd.grad(self._loss(named), weights, create_graph=True)
-            slope = torch.stack([(g * v).sum() for g, v in zip(gradients, along, strict=True)]).sum()
-            second = torch.autograd.grad(slope, weights, allow_unused=True)
-        parts = [torch.zeros_like(w) if h is None else h for h, w in zip(second, weights, strict=True)]
-        return torch.cat([part.reshape(-1) for part in parts]).numpy()
+
+        def product(vector: Vector) -> Vector:
+            along = list(self._named(vector).values())
+            second = torch.autograd.grad(gradients, weights, along, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(w) if h is None else h for h, w in zip(second, weights, strict=True)]
+            return torch.cat([part.reshape(-1) for part in parts]).numpy()
+
+        return product
 
     def hessian_ends(self, theta: Vector, *, steps: int = 20, tolerance: float = 1e-3, seed: int = 0) -> Spectrum:
         """Both ends of the Hessian's spectrum at theta, by Lanczos; its ``smoothness`` is the local L.
@@ -77,13 +91,13 @@ class MarginalLoss:
             tolerance: Relative residual at which to stop.
             seed: Decides the first vector.
         """
-        return lanczos(lambda v: self.product(theta, v), len(theta), steps=steps, tolerance=tolerance, seed=seed)
+        return lanczos(self.hessian(theta), len(theta), steps=steps, tolerance=tolerance, seed=seed)
 
-    def _named(self, flat: Vector) -> dict[str, Tensor]:
-        pieces = np.split(np.asarray(flat), np.cumsum([weight.numel() for weight in self._weights.values()])[:-1])
+    def _named(self, flat: Float[np.ndarray, "*points parameters"]) -> dict[str, Tensor]:
+        ends = np.cumsum([weight.numel() for weight in self._weights.values()])[:-1]
         return {
-            name: torch.tensor(piece, dtype=torch.float64).reshape(weight.shape)
-            for piece, (name, weight) in zip(pieces, self._weights.items(), strict=True)
+            name: torch.tensor(piece, dtype=torch.float64).reshape(*flat.shape[:-1], *weight.shape)
+            for piece, (name, weight) in zip(np.split(flat, ends, axis=-1), self._weights.items(), strict=True)
         }
 
     def _loss(self, theta: dict[str, Tensor]) -> Tensor:

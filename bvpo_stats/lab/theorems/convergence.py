@@ -287,15 +287,15 @@ class OneStep:
         oracle, exact = ground.tiny, ground.tiny_exact
         loss, theta = MarginalLoss(oracle, ground.objective), oracle.theta
         atoms = population_atoms(oracle, ground.objective, full=True)
-        first = loss.hessian_ends(theta).smoothness
+        first, hessian = loss.hessian_ends(theta).smoothness, loss.hessian(theta)
         ends = [theta - mean / first for mean in (exact.mean_t, exact.mean_e)]
         return cls(
             loss=loss,
             theta=theta,
             exact=exact,
             atoms=atoms,
-            hessian_t=np.array([loss.product(theta, vector) for vector in atoms.t]),
-            hessian_e=np.array([loss.product(theta, vector) for vector in atoms.e]),
+            hessian_t=np.array([hessian(vector) for vector in atoms.t]),
+            hessian_e=np.array([hessian(vector) for vector in atoms.e]),
             smoothness=max(first, *(loss.hessian_ends(end).smoothness for end in ends)),
         )
 
@@ -304,7 +304,7 @@ class OneStep:
         if (alpha, eta) not in self._changes:
             t, e, probability = self.atoms.product()
             mixed = alpha * self.atoms.t[t] + (1 - alpha) * self.atoms.e[e]
-            after = np.array([self.loss.value(self.theta - eta * vector) for vector in mixed])
+            after = self.loss.values(self.theta - eta * mixed)
             self._changes[alpha, eta] = float(probability @ after) - self.exact.loss_m
         return self._changes[alpha, eta]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -120,7 +121,8 @@ class TransformersEngine:
     ) -> Iterator[list[tuple[Request, Outcome]]]:
         """Draws batch by batch."""
         for batch in batches:
-            with in_hand(len(batch)):
+            # an adapter that changes nothing yet is passed by: the same numbers in half the time
+            with in_hand(len(batch)), self._policy.reference() if self._policy.at_reference else nullcontext():
                 draws = self.generate(batch, options)
             yield list(zip(batch, draws, strict=True))
 

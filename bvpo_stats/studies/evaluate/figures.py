@@ -2,75 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bvpo_stats.statistics.proportions import Interval
-from bvpo_stats.studies.evaluate.report import Column, EvaluationReport
-from bvpo_stats.studies.style import INK, RED, interval_bar, legend_below, panels
+from bvpo_stats.studies.evaluate.report import EvaluationReport
+from bvpo_stats.studies.style import RED, REST, across, draw_files, forest
 from bvpo_stats.studies.variance.figures import COLOURS, NAMES
 
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
-_PAPER = {"base": "|", "BVPO": "x"}
 
 
 def draw(report: EvaluationReport, folder: Path) -> list[Path]:
     """Draws scores, and where several models were compared, their differences from the base; nothing unjudged."""
-    if not report.columns:
-        return []
-    paths = [folder / "scores.png"]
-    _draw(report, "scores", paths[0])
-    if report.differences:
-        paths.append(folder / "differences.png")
-        _draw(report, "differences", paths[-1])
-    return paths
+    plots = {"scores": plot_scores} if report.columns else {}
+    if report.columns and report.differences:
+        plots["differences"] = plot_differences
+    return draw_files(folder, {name: partial(plot, report) for name, plot in plots.items()})
 
 
-def _draw(report: EvaluationReport, what: str, path: Path) -> None:
+def plot_scores(report: EvaluationReport, axes: Sequence[Axes] | None = None) -> list[Axes]:
+    """Every score with its interval, a panel a mode, beside what the paper prints of the same model.
+
+    Args:
+        report: Of an evaluation.
+        axes: Where to draw, one a mode; a new figure when None.
+    """
+    return _plot(report, "scores", axes)
+
+
+def plot_differences(report: EvaluationReport, axes: Sequence[Axes] | None = None) -> list[Axes]:
+    """Every compared model less the base model, paired by prompt.
+
+    Args:
+        report: Of an evaluation of several models.
+        axes: Where to draw, one a mode; a new figure when None.
+    """
+    return _plot(report, "differences", axes)
+
+
+def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> list[Axes]:
     """A panel for each mode; in it a row for each column of the table and a mark for each model."""
-    columns = [column for column in report.columns if column.percent]
-    entries, difference = getattr(report, what), what == "differences"
-    modes = list(next(iter(entries.values())))
-    height = 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)
-    width = 6.4 if len(modes) == 1 else 8.4
-    with panels(path, len(modes), width=width, height=height, sharex=True, sharey=True) as (figure, axes):
-        for panel, mode in zip(axes, modes, strict=True):
+    columns, entries = [column for column in report.columns if column.percent], getattr(report, what)
+    modes, difference = list(next(iter(entries.values()))), what == "differences"
+    names = [f"{column.title}\n{column.metric}" for column in columns]
+    size = {"width": 6.4 if len(modes) == 1 else 8.4, "height": 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)}
+    with across(given, len(modes), sharex=True, sharey=True, **size) as axes:
+        for ax, mode in zip(axes, modes, strict=True):
+            rows = [
+                {"name": name, "model": model}
+                | {key: None if (end := getattr(cell, key)) is None else 100 * end for key in ("value", "low", "high")}
+                for model in entries
+                for name, column in zip(names, columns, strict=True)
+                for cell in (entries[model][mode][column.name],)
+            ]
+            several = (
+                {"hue": "model", "palette": [COLOURS[mode]] * len(entries), "dodge": 0.6} if len(entries) > 1 else {}
+            )
+            markers = [_MARKERS[list(report.models).index(model) % len(_MARKERS)] for model in entries]
+            forest(ax, rows, markers=markers if several else markers[0], **({"color": COLOURS[mode]} | several))
             if difference:
-                panel.axvline(0, color=INK, lw=1, ls=":")
-            else:
-                _published(report, columns, mode, panel)
-            for place, label in enumerate(entries):
-                step = 0.7 / len(entries) * (place - (len(entries) - 1) / 2)
-                marker = _MARKERS[list(report.models).index(label) % len(_MARKERS)]
-                _marks(panel, [entries[label][mode][column.name] for column in columns], step, label, mode, marker)
-            panel.set_title(NAMES[mode])
-            panel.set_xlabel("Difference from the base (points)" if difference else "Score (percent)")
-            panel.margins(x=0.08)
-        axes[0].set_yticks(range(len(columns)), [f"{column.title}\n{column.metric}" for column in columns])
+                ax.axvline(0, **REST)
+            for name, marker in (("base", "|"), ("BVPO", "x")) if report.published and not difference else ():
+                printed = report.published["scores"].get(name, {}).get(mode, {})
+                points = [(printed[c.name], row - 0.42) for row, c in enumerate(columns) if c.name in printed]
+                label = f"{report.published['model'] if name == 'base' else name}, paper"
+                ax.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=label)
+            ax.set(title=NAMES[mode], xlabel="Difference from the base (points)" if difference else "Score (percent)")
+            ax.margins(x=0.08)
         axes[0].set_ylim(len(columns) - 0.5, -0.6)
         level = f"{report.level:.0%} intervals"
-        figure.suptitle(f"What changed, paired by prompt ({level})" if difference else f"Scores ({level})")
-        if len(entries) > 1 or report.published:
-            legend_below(axes[0])
-
-
-def _marks(axes: Axes, cells: list[Interval], step: float, label: str, mode: str, marker: str) -> None:
-    colour = COLOURS[mode]
-    for row, cell in enumerate(cells):
-        low, high = (None if end is None else 100 * end for end in (cell.low, cell.high))
-        interval_bar(axes, low, high, row + step, colour=colour)
-    known = [(100 * cell.value, row + step) for row, cell in enumerate(cells) if cell.value is not None]
-    if known:
-        axes.plot(*zip(*known, strict=True), marker, color=colour, ms=6, lw=0, label=label)
-
-
-def _published(report: EvaluationReport, columns: list[Column], mode: str, axes: Axes) -> None:
-    """The paper's figures for its base model and for BVPO, above the measured ones."""
-    published = report.published or {"scores": {}}
-    for method, marker in _PAPER.items():
-        printed = published["scores"].get(method, {}).get(mode, {})
-        points = [(printed[c.name], row - 0.42) for row, c in enumerate(columns) if c.name in printed]
-        if points:
-            name = published["model"] if method == "base" else method
-            axes.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=f"{name}, paper")
+        if given is None:
+            axes[0].figure.suptitle(f"What changed, paired by prompt ({level})" if difference else f"Scores ({level})")  # type: ignore[union-attr]
+    return axes
