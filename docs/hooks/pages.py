@@ -55,8 +55,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Pictures beside the package are pictures of the site; benchmark tables, which are no pages, are named alone."""
-    return _BENCHMARK.sub(r"`\1`", markdown.replace("](../figures/", "](figures/"))
+    """Pictures and the tutorial beside the package are on the site; benchmark tables, which are no pages, are named."""
+    markdown = markdown.replace("](../figures/", "](figures/").replace(
+        "](../examples/real_model/README", "](real-model"
+    )
+    return _BENCHMARK.sub(r"`\1`", markdown)
 
 
 def on_page_content(html: str, **_: object) -> str:
