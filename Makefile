@@ -34,7 +34,7 @@ $(VENV)/.base: constraints.txt
 	touch $@
 
 $(STAMP): $(VENV)/.base pyproject.toml
-	$(INSTALL) -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e ".[cli]"
 	$(COMPILE)
 	touch $@
 

@@ -236,6 +236,10 @@ Modes = Annotated[tuple[Mode, ...], Option("thinking, nothinking or both.", name
 MaxTokens = Annotated[
     int, Option("Padded tokens per forward: what bounds memory. Does not change the results.", low=1, high=10**9)
 ]
+PushToHub = Annotated[
+    str | None,
+    Option("Repository on the Hugging Face hub, OWNER/NAME, that takes the result and its card; a new one is private."),
+]
 Prompts = Annotated[str, Option("JSONL file with a field `prompt`, a dataset's folder or hub id, or `embedded`.")]
 ConfigName = Annotated[str | None, Option("Configuration of a dataset that has several.", shown="the only one")]
 PromptSplit = Annotated[str, Option("Split of a dataset given as `prompts`.")]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TypeVar
 
 from bvpo_stats.errors import wording
@@ -159,7 +160,7 @@ def progress(description: str, total: int, unit: str, *, done: int = 0) -> Itera
     Yields:
         A function that is told how many more units are finished.
     """
-    shown = _bar if sys.stderr.isatty() else _lines
+    shown = _bar if sys.stderr.isatty() and find_spec("rich") else _lines
     with shown(description, total, unit, done) as course:
         _open.append(course)
         try:

@@ -23,6 +23,7 @@ from . import (
     doctor,
     evaluate,
     figures,
+    missing_extra,
     oracle_training,
     pairs,
     report,
@@ -171,6 +172,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, OSError) and error.strerror:  # files and disks are the user's
         place = "" if error.filename is None else f" {error.filename}"
         _say(f"Error: cannot use{place or ' a file'}: {error.strerror}. Check the path, its permissions and the disk.")
+        return 2
+    if isinstance(error, ModuleNotFoundError) and (message := missing_extra(error)) is not None:
+        _say(message)
         return 2
     if isinstance(error, MemoryError):
         _say("Error: out of memory. Lower --max-tokens or --batch-size, or take a machine with more.")

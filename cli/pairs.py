@@ -60,4 +60,10 @@ def pairs(config: PairsConfig, output: Path) -> None:
 
     from .following import show
 
-    show(run_pairs(config, output), output)
+    report = run_pairs(config, output)
+    if config.push_to_hub is not None:
+        from bvpo_stats.store.hub import push_folder
+
+        files = ["README.md", "*thinking.jsonl", "*thinking.parquet", "traces.jsonl"]
+        print(f"Pushed: {push_folder(output, config.push_to_hub, 'dataset', files)}")
+    show(report, output)

@@ -34,4 +34,9 @@ def train(config: TrainConfig, output: Path, given: frozenset[str]) -> None:
 
     report = run_train(config if "model" in given else config.with_preset_model(), output)
     if report is not None:
+        if config.push_to_hub is not None:
+            from bvpo_stats.store.hub import push_folder
+            from bvpo_stats.studies.train.config import MODEL
+
+            print(f"Pushed: {push_folder(output / MODEL, config.push_to_hub, 'model', ['*'])}")
         show(report, output)

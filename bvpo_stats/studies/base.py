@@ -113,6 +113,9 @@ class Presentation:
         Args:
             written: What was written, and where, for a last line.
         """
+        if find_spec("rich") is None:  # the extra [cli] is not there
+            print(self.text())
+            return
         from rich.console import Console
         from rich.markup import escape as without_markup
         from rich.table import Table

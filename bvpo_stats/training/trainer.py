@@ -30,10 +30,11 @@ from bvpo_stats.model.subset import check_adapter_config, sharing_copy
 from bvpo_stats.progress import within
 from bvpo_stats.records import MODES, Mode, PreferencePair, TraceRecord
 from bvpo_stats.sampling.layouts import read_pairs
-from bvpo_stats.store.jsonl import writing
+from bvpo_stats.store.jsonl import write_atomic, writing
 from bvpo_stats.store.run_folder import SEAL, differences, folder_damage, seal_folder
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
+from bvpo_stats.training.card import model_card
 from bvpo_stats.training.config import BVPOConfig, check_distribution, is_sharded
 from bvpo_stats.training.data import PromptRows, collate_rows, deal, join_for, select
 from bvpo_stats.training.gradient import (
@@ -315,6 +316,18 @@ class BVPOTrainer(Trainer):
         vectors = estimator.vectors() if folder.name.startswith("checkpoint-") else {}  # to go on from
         if self.args.should_save:
             save_state(folder, self.identity, estimator.to_state() | {"before": self.before}, vectors)
+            if folder.name.startswith("checkpoint-"):
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, with nothing in it
+            else:
+                write_atomic(folder / "README.md", self._card())
+
+    def _card(self) -> str:
+        return model_card(self.config, self.policy, self.selection, self.identity, self.state.log_history)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes the card of `model_card`; transformers asks for one where it pushes to the hub."""
+        if self.is_world_process_zero():
+            write_atomic(Path(str(self.args.output_dir)) / "README.md", self._card())
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

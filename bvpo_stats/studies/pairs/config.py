@@ -68,6 +68,7 @@ class PairsConfig:
         ref_logps: Store the reference log-probabilities of both sides of each pair.
         min_gap: Least difference of the rewards of a pair.
         preferences: Preference data in the place of samples and reward.
+        push_to_hub: Repository on the hub that takes the pairs with their card.
     """
 
     samples: Annotated[
@@ -100,6 +101,7 @@ class PairsConfig:
         float, o.Option("Least difference of the rewards of a pair; 0 takes any but a tie.", low=0, high=1e12)
     ] = 0.0
     preferences: PreferenceOptions | None = None
+    push_to_hub: o.PushToHub = None
 
     def __post_init__(self) -> None:
         o.check_options(self)

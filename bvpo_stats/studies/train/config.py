@@ -48,6 +48,7 @@ class TrainConfig:
         bf16: Products in bfloat16, trained weights in float32; None for the preset's.
         report_to: Trackers of transformers.
         resume: Refuse to start anew.
+        push_to_hub: Repository on the hub that takes the trained model with its card.
     """
 
     policy: Annotated[PolicyOptions, _POLICY] = field(default_factory=PolicyOptions)
@@ -180,6 +181,7 @@ class TrainConfig:
     seed: o.Seed = 0
     allow_mismatch: Annotated[bool, o.Option("Take pairs and traces of another model or template.")] = False
     resume: Annotated[bool, o.Option("Refuse to start anew (a run in its folder goes on anyway).")] = False
+    push_to_hub: o.PushToHub = None
 
     def __post_init__(self) -> None:
         o.check_options(self)
