@@ -48,15 +48,15 @@ class Sizes:
 
     work: str = "runs/real"
     steps: int = 160
-    questions: int = 80
-    described: int = 48
-    banked: int = 16
-    updates: int = 20
-    problems: int = 32
+    questions: int = 64
+    described: int = 40
+    banked: int = 12
+    updates: int = 16
+    problems: int = 24
     draws: int = 2
 
 
-SHORT = Sizes("runs/short", steps=64, questions=16, described=8, banked=4, updates=2, problems=6, draws=1)
+SHORT = Sizes("runs/short", steps=56, questions=16, described=8, banked=4, updates=2, problems=6, draws=1)
 
 
 @dataclass(frozen=True)
