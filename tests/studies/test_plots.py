@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from bvpo_stats.errors import UserError
 from bvpo_stats.pages.runs import find_runs
 from bvpo_stats.studies import style
+from bvpo_stats.studies.evaluate.figures import plot_differences, plot_scores
 from bvpo_stats.studies.style import ESTIMATE, across, curves, estimates, forest, on
 
 RUNS = {run.name: run for run in find_runs(Path(__file__).parents[2] / "figures")}
@@ -82,6 +84,30 @@ def test_trace_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plot_trace_weights(report).get_ylabel() == "Answers"
     answers["anchor_gap"] = [0.5, 1.0, None]
     assert plot_trace_weights(report).get_ylabel() == "Effective traces"
+
+
+def test_several_models_and_what_the_paper_prints(tmp_path: Path) -> None:
+    report = RUNS["evaluate"].read()
+    scores = report.scores["base"]
+    models = dict.fromkeys(("base", "one", "two"), report.models["base"])
+    printed = {name: {"thinking": {"embedded": 50.0}} for name in ("base", "BVPO")}
+    several = replace(
+        report,
+        models=models,
+        scores=dict.fromkeys(models, scores),
+        differences={"one": scores, "two": scores},
+        published={"model": "A model", "scores": printed},
+    )
+    thinking, nothinking = several.plot(tmp_path) and plot_scores(several)
+    assert [line.get_label() for line in thinking.lines if "paper" in line.get_label()] == [
+        "A model, paper",
+        "BVPO, paper",
+    ]
+    assert not [line for line in nothinking.lines if "paper" in line.get_label()]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "differences.png"}
+    left, _ = plot_differences(several)
+    shown = sorted(x for line in left.lines for x in line.get_xdata() if len(line.get_xdata()) == 1)
+    np.testing.assert_allclose(shown, [100 * scores["thinking"]["embedded"].value] * 2)
 
 
 def test_a_wrong_number_of_axes_is_refused() -> None:

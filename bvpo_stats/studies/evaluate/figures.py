@@ -69,7 +69,8 @@ def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> 
                 printed = report.published["scores"].get(name, {}).get(mode, {})
                 points = [(printed[c.name], row - 0.42) for row, c in enumerate(columns) if c.name in printed]
                 label = f"{report.published['model'] if name == 'base' else name}, paper"
-                ax.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=label)
+                if points:
+                    ax.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=label)
             ax.set(title=NAMES[mode], xlabel="Difference from the base (points)" if difference else "Score (percent)")
             ax.margins(x=0.08)
         axes[0].set_ylim(len(columns) - 0.5, -0.6)
