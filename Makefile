@@ -95,6 +95,7 @@ bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/alpha_star.py
+	-DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation "setuptools<81" wheel ".[deepspeed]" && $(BIN)/python benchmarks/zero.py
 
 gpu: $(STAMP)-bench
 	$(BIN)/python benchmarks/gpu.py

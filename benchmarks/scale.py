@@ -57,7 +57,7 @@ def page() -> str:
         "GB are 10^9 bytes. What was measured on a CPU is in [benchmarks/scale.md](../benchmarks/scale.md).", "",
         "## Training: GB on each GPU", "",
         f"AdamW, {TOKENS:,} padded tokens a microbatch, layers computed again in backward. All weights: float32",
-        "masters and moments, sharded (FSDP2). LoRA: the base in bfloat16 on each GPU.", "",
+        "masters and moments, sharded (FSDP2, ZeRO-3). LoRA: the base in bfloat16 on each GPU.", "",
         "| GPUs | " + " | ".join(f"{name}, all | {name}, LoRA" for name in SHAPES) + " |",
         "|--:|" + "--:|--:|" * len(SHAPES),
     ]  # fmt: skip
@@ -66,6 +66,16 @@ def page() -> str:
         lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
     lines += [
         "", "A GPU of 80 GB takes what is below about 70. LoRA does not shrink with GPUs: each holds the base.", "",
+        "`examples/` has a configuration of accelerate for each way: `ddp`, `fsdp2`, `zero2`, `zero3`. In two",
+        "processes on CPUs the weights are those of one: DistributedDataParallel and FSDP2 to 1e-10 in float64 (the",
+        "tests), ZeRO to 1e-5 in float32 ([benchmarks/zero.md](../benchmarks/zero.md)). Adaptive alpha needs the",
+        "gradients of D_t and D_e apart, which ZeRO gives to no process: refused there; take FSDP2.", "",
+        "With `--bf16` weights travel between GPUs in float32 (12 bytes a weight and microbatch: gathered for forward",
+        "and for backward, and the gradient), and products are formed in bfloat16 by autocast. FSDP2's",
+        "`MixedPrecisionPolicy(param_dtype=bfloat16)` would make these 8 bytes, and is not used: it rounds norms,",
+        "embeddings and the residual stream too, which autocast in one process does not, so several processes would",
+        "not be one; and it is fixed once for all forwards, while curvature and looks at the bias need float32 - their",
+        "finite differences would be its rounding.", "",
         "## `alpha-star`", "",
         "Each process holds a whole model in bfloat16: GPUs divide the time, not the memory; what does not fit",
         f"one GPU does not run. {TOKENS:,} padded tokens a pass (`--max-tokens`), 20 groups, t, e and m;",

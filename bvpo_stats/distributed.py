@@ -108,6 +108,11 @@ def own_part(tensor: Any) -> Any:
     return tensor if local is None else local()
 
 
+def whole_size(weight: Any) -> int:
+    """Numbers in a weight, all processes' parts of it together: ZeRO-3 leaves an empty tensor between its uses."""
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:
     """Joins the processes that the launcher started, by its environment variables; leaves them at the end."""

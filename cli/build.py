@@ -40,6 +40,12 @@ class _Parameter:
         return "--" + (self.option.name or self.path[-1]).replace("_", "-")
 
     @property
+    def declared(self) -> str:
+        """The flag; with its opposite where neither is the default, e.g. ``--bf16/--no-bf16`` for the preset's."""
+        open_switch = set(members(self.kind)) == {bool, NoneType}
+        return f"{self.flag}/--no-{self.flag.lstrip('-')}" if open_switch else self.flag
+
+    @property
     def name(self) -> str:
         return self.flag.lstrip("-").replace("-", "_")
 
@@ -53,7 +59,7 @@ class _Parameter:
         if option.shown is not None or default is None or default == ():
             kind, default = (kind if NoneType in members(kind) else kind | None), None
         info = typer.Option(
-            self.flag,
+            self.declared,
             help=in_options(option.help, names),
             metavar=option.metavar,
             show_default=True if option.shown is None else in_options(option.shown, names) or False,

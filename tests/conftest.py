@@ -22,15 +22,13 @@ jaxtyping.jaxtyped = tests.checked.jaxtyped
 jaxtyping.install_import_hook("bvpo_stats", "tests.checked.checked")
 
 
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_random_model(folder: Path) -> Path:
     """A small random-weight model with the embedded tokenizer, saved to a folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from bvpo_stats.embedded.tokenizer import build_tokenizer
 
-    folder = tmp_path_factory.mktemp("random-model")
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -50,6 +48,12 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random-weight model with the embedded tokenizer, saved to a folder."""
+    return save_random_model(tmp_path_factory.mktemp("random-model"))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from bvpo_stats.errors import UserError, check_choice, check_number, check_whole
 from bvpo_stats.gradients.examples import Unmatched
@@ -83,9 +86,10 @@ class BVPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
-        except (TypeError, ValueError, AttributeError) as error:  # transformers' ways to say that a setting cannot be
+        except (TypeError, ValueError, AttributeError, ImportError) as error:  # ways to say that a setting cannot be
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"transformers refuses these settings: {reason}") from error
+        unset_hf_deepspeed_config()  # or a model loaded from now on would come in ZeRO-3's parts
         self._check_inherited()
         if isinstance(self.loss_type, (list, tuple)) and len(self.loss_type) == 1:
             (self.loss_type,) = self.loss_type  # as TRL spells a single loss
@@ -167,11 +171,10 @@ def _positive(field: str, value: float | str) -> float:
 
 
 _REFUSED = {
-    "deepspeed": ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
     "parallelism_config": ("tensor and context parallelism", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     "": ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
 }
-_INSTEAD = "Take FSDP2, or the whole model in each process (DistributedDataParallel)."
+_INSTEAD = "Take FSDP2, DeepSpeed's ZeRO-2 or -3, or the whole model in each process (DistributedDataParallel)."
 
 
 def check_distribution(args: TrainingArguments, kind: str | None = None) -> None:
@@ -184,11 +187,19 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
         kind: accelerate's ``distributed_type``, once it is known.
 
     Raises:
-        UserError: Anything but one process, DistributedDataParallel or FSDP2.
+        UserError: Anything but one process, DistributedDataParallel, FSDP2, or DeepSpeed's ZeRO-2 and ZeRO-3.
     """
     for setting, (name, variable) in _REFUSED.items():
         if (setting and getattr(args, setting, None)) or _is_on(variable):
             raise UserError(f"{name} is not supported in training. {_INSTEAD}")
+    zero = bool(args.deepspeed) or _is_on("ACCELERATE_USE_DEEPSPEED")
+    if zero and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed was asked for and is not installed: `pip install 'bvpo-stats[deepspeed]'`.")
+    if zero and (started := int(os.environ.get("WORLD_SIZE", "1"))) != args.world_size:
+        raise UserError(
+            f"DeepSpeed was asked for in {started} processes, but accelerate sees {args.world_size}: each would train "
+            "a model of its own. On a CPU give `ddp_backend='gloo'` and leave `deepspeed` to accelerate launch."
+        )
     if is_sharded(args):
         given: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
         if args.fsdp and not given:
@@ -207,13 +218,56 @@ def check_distribution(args: TrainingArguments, kind: str | None = None) -> None
             raise UserError("`torch_compile=True` is not supported together with FSDP2.")
     if kind is None:
         return
-    if kind != "NO" and not kind.startswith("MULTI_") and kind != "FSDP":
+    if kind != "NO" and not kind.startswith("MULTI_") and kind not in ("FSDP", "DEEPSPEED"):
         raise UserError(f"{kind} is not supported in training. {_INSTEAD}")
+    if zero and kind != "DEEPSPEED":
+        raise UserError(
+            f"DeepSpeed was asked for, but accelerate makes {kind} of it, without a word: it leaves DeepSpeed out on a "
+            "CPU (`use_cpu`) and in processes that neither torchrun nor accelerate launch has started."
+        )
     if is_sharded(args) and kind != "FSDP":
         raise UserError(
             f"FSDP was asked for, but accelerate makes {kind} of it, without a word. It shards on accelerators "
             "only, and only in processes that torchrun or accelerate launch has started."
         )
+
+
+def check_zero(args: BVPOConfig, zero: Mapping[str, Any]) -> None:
+    """Refuses what DeepSpeed would do to the weights, or keep from us.
+
+    Args:
+        args: The settings.
+        zero: DeepSpeed's configuration, as accelerate has it.
+
+    Raises:
+        UserError: Another stage than ZeRO-2 and -3, offloading, an optimizer or schedule of DeepSpeed's own, a model
+            that could not be saved, or an alpha that is estimated.
+    """
+    part: Mapping[str, Any] = zero.get("zero_optimization") or {}
+    stage = part.get("stage", 0)
+    if stage not in (2, 3):
+        raise UserError(f"DeepSpeed's ZeRO stage {stage} is not supported in training: set `zero_stage` to 2 or 3.")
+    for name in ("offload_optimizer", "offload_param"):
+        if str((part.get(name) or {}).get("device", "none")).lower() != "none":
+            raise UserError(f"DeepSpeed's `{name}` is not supported in training; set its device to none.")
+    for name in ("optimizer", "scheduler"):
+        if name in zero:
+            raise UserError(
+                f"DeepSpeed's own `{name}` is not supported: leave it out of its configuration; `optim` and "
+                "`lr_scheduler_type` say what is used."
+            )
+    if stage == 3 and not part.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "Under ZeRO-3 no model could be saved: set `zero3_save_16bit_model: true` (in DeepSpeed's own "
+            "configuration `stage3_gather_16bit_weights_on_model_save`; float32 weights are saved as such)."
+        )
+    if args.adaptive:
+        raise UserError(
+            "`alpha='adaptive'` is not supported under DeepSpeed, which gives no process the gradients of D_t and D_e "
+            "apart. Take FSDP2 or DistributedDataParallel, or a fixed or scheduled alpha."
+        )
+    if args.torch_compile:
+        raise UserError("`torch_compile=True` is not supported together with DeepSpeed.")
 
 
 def is_sharded(args: TrainingArguments) -> bool:

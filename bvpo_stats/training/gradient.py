@@ -109,8 +109,8 @@ class Backward:
     """How losses of microbatches become gradients on the weights, under whatever accelerate has wrapped the model in.
 
     Wrappers average gradients over processes, so losses are multiplied by their number: what arrives is the sum.
-    DistributedDataParallel adds processes up at the last microbatch of a batch; FSDP2 at every one, since a process
-    would hold the whole, unsharded gradient until then.
+    DistributedDataParallel adds processes up at the last microbatch of a batch; FSDP2 and ZeRO at every one, since a
+    process would hold the whole, unsharded gradient until then.
 
     Attributes:
         accelerator: accelerate's.
@@ -123,8 +123,12 @@ class Backward:
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one."""
-        if self.accelerator.distributed_type.value == "FSDP":
+        kind = self.accelerator.distributed_type.value
+        if kind == "FSDP":
             self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        elif kind == "DEEPSPEED":  # which must know what it need not add to; `step` takes the step
+            engine: Any = self.model
+            engine.set_gradient_accumulation_boundary(last and self.accelerator.sync_gradients)
         elif not last:
             with self.accelerator.no_sync(self.model):
                 yield
@@ -133,8 +137,20 @@ class Backward:
 
     def __call__(self, loss: Tensor) -> None:
         """Adds the gradient of a part of the loss."""
-        if loss.requires_grad:  # what no weight has a gradient of is refused at the end of the batch
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+        if not loss.requires_grad:  # what no weight has a gradient of is refused at the end of the batch
+            return
+        loss = loss * self.accelerator.num_processes
+        if self.accelerator.distributed_type.value == "DEEPSPEED":  # accelerate would take the step at once
+            engine: Any = self.model
+            engine.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+
+def zero_gradients(engine: Any) -> list[Tensor]:
+    """This process's parts of the gradients under DeepSpeed's ZeRO, which takes them off the weights."""
+    groups = engine.optimizer.averaged_gradients.values()
+    return [part for group in groups if group is not None for part in group if part is not None]
 
 
 def add_gradient(
@@ -175,13 +191,13 @@ def shares(prompt: Example, alpha: float) -> list[tuple[PreferencePair, float]]:
 
 
 def check_gradient(
-    loss: Tensor, weights: Sequence[Tensor], prompts: Sequence[Example], summed: Callable[[Tensor], Tensor]
+    loss: Tensor, gradients: Sequence[Tensor], prompts: Sequence[Example], summed: Callable[[Tensor], Tensor]
 ) -> None:
     """Refuses a step whose loss or gradient is not finite, before it reaches the optimizer; in all processes alike.
 
     Args:
         loss: This process's part of the loss.
-        weights: The trained weights, with their gradients.
+        gradients: This process's parts of the gradients.
         prompts: The step's prompts, for the message.
         summed: Adds a tensor up over processes.
 
@@ -189,7 +205,7 @@ def check_gradient(
         UserError: Names the step's prompts.
     """
     # One number to look at: a norm is finite exactly if every entry is (float64 keeps float32's squares from overflow).
-    norms = [torch.linalg.vector_norm(own_part(w.grad), dtype=torch.float64) for w in weights if w.grad is not None]
+    norms = [torch.linalg.vector_norm(own_part(gradient), dtype=torch.float64) for gradient in gradients]
     total = torch.stack([loss.detach(), *(norm.to(loss.device) for norm in norms)]).sum()
     seen = summed(torch.stack([total, loss.detach(), total.new_tensor(float(len(norms)))]))
     if not float(seen[2]):

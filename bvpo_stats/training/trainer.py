@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from bvpo_stats.distributed import World, among_peers
+from bvpo_stats.distributed import World, among_peers, whole_size
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError, rows_of
 from bvpo_stats.gradients.examples import Example, Joined, join
@@ -35,7 +36,7 @@ from bvpo_stats.store.run_folder import SEAL, differences, folder_damage, seal_f
 from bvpo_stats.store.tables import Source, is_saved_dataset, read_records
 from bvpo_stats.training.alpha.estimator import make_estimator
 from bvpo_stats.training.card import model_card
-from bvpo_stats.training.config import BVPOConfig, check_distribution, is_sharded
+from bvpo_stats.training.config import BVPOConfig, check_distribution, check_zero, is_sharded
 from bvpo_stats.training.data import PromptRows, collate_rows, deal, join_for, select
 from bvpo_stats.training.gradient import (
     Backward,
@@ -48,6 +49,7 @@ from bvpo_stats.training.gradient import (
     gather_anew,
     moving_share,
     shares,
+    zero_gradients,
 )
 from bvpo_stats.training.metrics import PREFIXES, PairMetrics, evaluation_metrics, pair_values
 from bvpo_stats.training.state import TRAINER_STATE_FILE, last_checkpoint, load_state, run_identity, save_state
@@ -133,6 +135,9 @@ class BVPOTrainer(Trainer):
         )
         check_distribution(args, self.accelerator.distributed_type.value)
         self._sharded = self.accelerator.distributed_type.value == "FSDP"
+        self._zero = self.accelerator.distributed_type.value == "DEEPSPEED"
+        if self._zero:
+            _take_over(self.accelerator.state.deepspeed_plugin, args)
         if self.is_fsdp_enabled:  # autocast forms the products in bfloat16, as in one process
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         _check_trainable(self.policy.model, _step_size(args, optimizers[0]), mixed=args.bf16)
@@ -153,7 +158,7 @@ class BVPOTrainer(Trainer):
             self._reference(),
             args.max_tokens,
             precision=torch.bfloat16 if args.bf16 else None,
-            world=world if self._sharded else None,
+            world=world if self._sharded or self._zero else None,
         )
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # fewer at the end of an epoch
         self._settled = False
@@ -214,7 +219,11 @@ class BVPOTrainer(Trainer):
 
     def _finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Takes over a checkpoint of the last step: transformers would train one more from there."""
-        if self._sharded:
+        if self._zero:
+            optimizer, _ = deepspeed_init(self, num_training_steps=state.max_steps)
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+            self.deepspeed = self.model_wrapped
+        elif self._sharded:
             self.create_optimizer()
             model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model = self.model_wrapped = model
@@ -375,7 +384,12 @@ class BVPOTrainer(Trainer):
             else:
                 weighted = [(pair, part * share) for prompt in mine for pair, part in shares(prompt, alpha)]
                 loss = add_gradient(pair_model, weighted, backward, observe)
-        check_gradient(loss, pair_model.weights, batch, self._summed)
+        if not self._zero:
+            gradients = [weight.grad for weight in pair_model.weights if weight.grad is not None]
+            check_gradient(loss, gradients, batch, self._summed)
+        elif self.accelerator.sync_gradients:
+            check_gradient(loss, zero_gradients(model), batch, self._summed)
+            cast(Any, model).step()
         return (loss * self._world.size).float().to(self.args.device)
 
     def _dealt(self, batch: Sequence[Example]) -> list[int]:
@@ -470,10 +484,10 @@ class BVPOTrainer(Trainer):
         """6 operations per parameter and token, as usual: the batch's own padding is not counted."""
         batch = [self._examples[row] for row in inputs["rows"].tolist()]
         tokens = sum(pair.tokens for number in self._dealt(batch) for pair in batch[number].pairs)
-        return 6 * tokens * sum(int(weight.numel()) for weight in self.policy.model.parameters())
+        return 6 * tokens * sum(map(whole_size, self.policy.model.parameters()))
 
     def _check_evaluable(self) -> None:
-        if self._sharded and not self._settled:
+        if (self._sharded and not self._settled) or (self._zero and self.deepspeed is None):
             raise UserError(
                 "A model that is sharded over processes can be evaluated once its training has begun: give "
                 "`eval_dataset` to the trainer and set `eval_strategy` or `eval_on_start`, or evaluate in one process."
@@ -654,6 +668,13 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
     return policy if tokenizer is None else with_tokenizer(policy, tokenizer)
 
 
+def _take_over(plugin: Any, args: BVPOConfig) -> None:
+    """Has DeepSpeed keep float32 weights as they are; autocast forms products in bfloat16, as in one process."""
+    check_zero(args, plugin.deepspeed_config)
+    for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+        config["bf16"] = config["fp16"] = {"enabled": False}
+
+
 def _step_size(args: BVPOConfig, optimizer: Any) -> float:
     """The largest step that Adam takes in a weight, its learning rate; 0 (unknown) for an optimizer of another kind."""
     if optimizer is None:
@@ -687,6 +708,11 @@ def _check_trainable(model: nn.Module, step: float, *, mixed: bool = False) -> N
         raise UserError(
             "The model's weights are sharded (DTensor: FSDP2 or tensor parallelism), which is not supported here; give "
             "the whole model to each process."
+        )
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        raise UserError(
+            "The model was loaded in ZeRO-3's parts (zero.Init); load it before the BVPOConfig is made, or leave "
+            "`deepspeed` out of that and start with accelerate launch and `zero3_init_flag: false`."
         )
     odd = sorted({str(w.dtype).removeprefix("torch.") for w in weights if w.dtype != torch.float32})
     if mixed and odd:

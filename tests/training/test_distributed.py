@@ -46,62 +46,49 @@ found = trainer.evaluate() | {"predictions": trainer.predict(pairs).predictions[
 (output / f"{args.world_size}-{args.process_index}.json").write_text(json.dumps(found))
 """
 PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}  # for the processes that a launcher starts
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run"],
-    # On a machine without GPUs only --multi_gpu makes accelerate start more than one process.
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no"],
-}
 
 
 @pytest.fixture(scope="module")
-def torchrun(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of two processes of one start, which evaluate and then train with an adaptive alpha."""
-    folder = tmp_path_factory.mktemp("torchrun")
+def launched(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of two processes of one start, which evaluate and then train with an adaptive alpha.
+
+    accelerate's launcher calls torchrun's; on a machine without GPUs only --multi_gpu makes it start more than one
+    process.
+    """
+    folder = tmp_path_factory.mktemp("launched")
     pairs = write_run(random_model, folder / "pairs", 40)
-    return folder, launched("torchrun", EVALUATION + WORKER, folder, random_model, folder, pairs, "adaptive")
-
-
-def launched(launcher: str, code: str, folder: Path, *arguments: object) -> str:
-    """What two processes have printed that a launcher has started on a script in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = folder / "worker.py"
-    script.write_text(code)
-    count = "--nproc_per_node=2" if launcher == "torchrun" else "--num_processes=2"
-    port_option = "--master_port" if launcher == "torchrun" else "--main_process_port"
-    done = python("-m", *LAUNCHERS[launcher], count, f"{port_option}={port}", script, *arguments, env=PATHS)
+    script.write_text(EVALUATION + WORKER)
+    done = python(
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no",
+        "--num_processes=2", f"--main_process_port={port}", script, random_model, folder, pairs, "adaptive", env=PATHS,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return folder, done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "alpha"), [("torchrun", "adaptive"), ("accelerate", "0.5")])
-def test_two_processes_give_the_trajectory_of_one(
-    random_model: Path, torchrun: tuple[Path, str], tmp_path: Path, launcher: str, alpha: str
-) -> None:
-    folder, printed = torchrun
-    pairs = folder / "pairs"
-    if launcher == "accelerate":
-        folder = tmp_path
-        printed = launched(launcher, WORKER, folder, random_model, folder, pairs, alpha)
-    run_train(run_config(random_model, pairs, alpha=alpha), folder / "single")
+def test_two_processes_give_the_trajectory_of_one(random_model: Path, launched: tuple[Path, str]) -> None:
+    folder, printed = launched
+    run_train(run_config(random_model, folder / "pairs", alpha="adaptive"), folder / "single")
     assert sorted(line for line in printed.splitlines() if line in ("led", "followed")) == ["followed", "led"]
     expected, found = (json.loads((folder / name / "report.json").read_text()) for name in ("single", "double"))
     assert found["settings"] == expected["settings"]
     for name in ("loss", "grad_norm", "rewards/margins", "alpha", "logps/chosen"):
         ours, theirs = ([entry[name] for entry in report["history"]] for report in (found, expected))
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=name)
-    if alpha == "adaptive":
-        assert len(set(theirs_alpha := [entry["alpha"] for entry in expected["history"]])) > 1, theirs_alpha
+    assert len(set(theirs_alpha := [entry["alpha"] for entry in expected["history"]])) > 1, theirs_alpha
     adapters = [load_file(folder / name / "model" / "adapter_model.safetensors") for name in ("double", "single")]
     for name, values in adapters[1].items():
         np.testing.assert_allclose(adapters[0][name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, torchrun: tuple[Path, str]) -> None:
-    folder, _ = torchrun
+def test_two_processes_evaluate_to_the_numbers_of_one(random_model: Path, launched: tuple[Path, str]) -> None:
+    folder, _ = launched
     alone = python("-c", EVALUATION, random_model, folder)
     assert alone.returncode == 0, alone.stderr
     expected, *found = (json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))

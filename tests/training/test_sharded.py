@@ -16,43 +16,53 @@ from tests.processes import Python, start
 from tests.training.records import settings
 
 pytestmark = pytest.mark.slow
-NAMES = ("tied", "checkpointed", "accumulated", "resumed-lora", "adaptive-all", "odd", "float32")
+ALIKE = ("tied", "checkpointed", "accumulated", "resumed-lora", "adaptive-all", "odd")
+NAMES = (*ALIKE, "float32", "killed")
 
 
-def started(model: Path, folder: Path, kind: str, names: tuple[str, ...]) -> list[Python]:
-    """The processes of a kind of run, as a launcher starts them."""
+def started(model: Path, folder: Path, runs: list[str], world: int) -> list[Python]:
+    """The processes of some runs, as a launcher starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    world = 1 if kind == "plain" else 2
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start("-m", "tests.training.sharded", model, folder, kind, *names,
+        start("-m", "tests.training.sharded", model, folder, *runs,
               env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
         for rank in range(world)
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folder(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all cases left of all kinds of runs."""
+def ended(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[str]]:
+    """What all runs left, and what the first of two processes said last when the other was killed or differed."""
     folder = tmp_path_factory.mktemp("sharded")
-    running = started(random_model, folder, "plain", NAMES) + started(random_model, folder, "fsdp2", NAMES)
-    running += started(random_model, folder, "ddp", NAMES[:-1])
-    for result in [process.wait(600) for process in running]:
-        assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    alone = started(random_model, folder, [f"plain-{name}" for name in NAMES], 1)
+    both = [f"{kind}-{name}" for kind in ("ddp", "fsdp2") for name in ALIKE]
+    killed = [process.wait(600) for process in started(random_model, folder, [*both, "fsdp2-killed"], 2)]
+    assert not (folder / "fsdp2-killed.pt").exists()
+    assert [result.returncode for result in killed] == [1, -9], killed[0].stderr[-3000:]
+    goes_on = ["fsdp2-killed", "fsdp2-float32", "fsdp2-differs"]
+    differed = [process.wait(600) for process in started(random_model, folder, goes_on, 2)]
+    assert 0 not in [result.returncode for result in differed]
+    (reference,) = [process.wait(600) for process in alone]
+    assert reference.returncode == 0, reference.stderr[-3000:]
+    return folder, killed[0].stderr.splitlines()[-1:], differed[0].stderr.splitlines()[-1:]
+
+
+@pytest.fixture(scope="module")
+def folder(ended: tuple[Path, list[str], list[str]]) -> Path:
+    return ended[0]
 
 
 def found(folder: Path, kind: str, name: str) -> dict[str, Any]:
     return torch.load(folder / f"{kind}-{name}.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("ddp", "fsdp2") for name in (ALIKE if kind == "ddp" else NAMES)]
+)
 def test_two_processes_are_one(folder: Path, kind: str, name: str) -> None:
-    if (kind, name) == ("ddp", "float32"):
-        pytest.skip("rounding is the same, and a run costs seconds")
     one, two = found(folder, "plain", name), found(folder, kind, name)
     assert two["wrapper"].startswith("FSDP" if kind == "fsdp2" else "DistributedDataParallel")
     assert two["types"] == (["DTensor"] if kind == "fsdp2" else one["types"])
@@ -60,7 +70,7 @@ def test_two_processes_are_one(folder: Path, kind: str, name: str) -> None:
     assert two["parts"] < 0.6 * one["parts"] if kind == "fsdp2" else two["parts"] == one["parts"]
     gradient, weights = (1e-12, 1e-10) if name != "float32" else (1e-5, 1e-5)
     assert set(one["gradient"]) == set(two["gradient"]) != set()
-    for key, value in one["gradient"].items():
+    for key, value in one["gradient"].items() if name != "killed" else ():  # whose first step is another now
         torch.testing.assert_close(two["gradient"][key], value, rtol=0, atol=gradient, msg=key)
     assert set(one["weights"]) == set(two["weights"])
     for key, value in one["weights"].items():
@@ -68,6 +78,8 @@ def test_two_processes_are_one(folder: Path, kind: str, name: str) -> None:
     assert len(one["log"]) == len(two["log"]) >= 3
     for ours, theirs in zip(two["log"], one["log"], strict=True):
         for key in theirs.keys() - {"alpha/time_share", "epoch", "step"}:
+            if key.endswith("accuracies") and theirs["step"] == 1:
+                continue  # of margins that are 0 up to rounding
             assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-6), key
     for when in ("before", "after"):
         assert two[when] == pytest.approx(one[when], rel=1e-6)
@@ -105,21 +117,12 @@ def test_a_model_saved_by_many_is_read_by_one(folder: Path, kind: str) -> None:
     assert load_policy(str(folder / f"{kind}-checkpointed" / "model"), device="cpu").at_reference
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("dies", "Another process of this run has ended or cannot be reached"),
-        (
-            "differs",
-            "not the same to train on: learning_rate: 0.001 there, 0.002 now (there: process 0, now: process 1",
-        ),
-    ],
-)
-def test_processes_that_die_or_differ(random_model: Path, tmp_path: Path, name: str, words: str) -> None:
-    results = [process.wait(200) for process in started(random_model, tmp_path, "ddp", (name,))]
-    assert results[0].returncode != 0
-    assert words in results[0].stderr.splitlines()[-1]
-    assert results[1].returncode != 0
+def test_processes_that_die_or_differ(ended: tuple[Path, list[str], list[str]]) -> None:
+    """The run that was killed is among those above: it went on to the weights of one that was not."""
+    _, (killed,), (differed,) = ended
+    assert "Another process of this run has ended or cannot be reached" in killed
+    words = "not the same to train on: learning_rate: 0.001 there, 0.002 now (there: process 0, now: process 1"
+    assert words in differed
 
 
 def test_prompts_are_dealt_by_tokens() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import DTYPES, Policy, PolicyOptions, load_policy
-from bvpo_stats.training.config import BVPOConfig, check_distribution
+from bvpo_stats.training.config import BVPOConfig, check_distribution, check_zero
 from bvpo_stats.training.gradient import moving_share
 from bvpo_stats.training.trainer import BVPOTrainer
 from tests.training.records import adapted, both_sets, settings, step_of
@@ -276,7 +276,7 @@ def test_the_share_that_moves_is_that_of_an_adam_step() -> None:
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}, "FSDP was asked for, but accelerate makes NO of it"),
         ({}, {"fsdp": True, "fsdp_config": {"version": 2}}, "FSDP2 was asked for in a single process"),
         ({}, {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}}, "offloaded to the CPU"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported in training"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed was asked for"),  # and is not installed here, or NO of it
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported in training"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "tensor and context parallelism is not supported"),
     ],
@@ -304,9 +304,39 @@ def test_distributed_types_that_are_not_ours_are_refused() -> None:
     args = BVPOConfig(use_cpu=True)
     for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP"):
         check_distribution(args, kind)
-    for kind in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP"):
+    for kind in ("MEGATRON_LM", "XLA", "TP"):
         with pytest.raises(UserError, match=f"{kind} is not supported"):
             check_distribution(args, kind)
+
+
+@pytest.mark.parametrize(
+    ("zero", "changes", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 1}},
+            {},
+            "ZeRO stage 1 is not supported .* to 2 or 3",
+        ),
+        ({}, {}, "ZeRO stage 0 is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}, "`offload_optimizer` is not"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, {}, "own `optimizer` is not supported"),
+        ({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}, {}, "own `scheduler` is not"),
+        ({"zero_optimization": {"stage": 3}}, {}, "no model could be saved: set `zero3_save_16bit_model: true`"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {"alpha": "adaptive"},
+            "`alpha='adaptive'` is not supported",
+        ),
+    ],
+)
+def test_what_deepspeed_would_do_to_the_weights_or_keep_from_us_is_refused(
+    zero: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        check_zero(BVPOConfig(use_cpu=True, **changes), zero)
+    saves = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "offload_param": {"device": "none"}}
+    for fine in ({"stage": 2}, saves):
+        check_zero(BVPOConfig(use_cpu=True, alpha="0:0.2,5:0.7"), {"zero_optimization": fine})
 
 
 def test_quantised_bases_and_optimizers_that_step_in_backward_are_refused(random_model: Path, tmp_path: Path) -> None:

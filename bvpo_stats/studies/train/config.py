@@ -164,7 +164,7 @@ class TrainConfig:
         bool | None,
         o.Option(
             "Products in bfloat16, trained weights in float32.",
-            shown="the preset's",
+            shown="the preset's: on for the paper's, off otherwise",
         ),
     ] = None
     gradient_checkpointing: Annotated[bool, o.Option("Recompute activations: less memory, more time.")] = False

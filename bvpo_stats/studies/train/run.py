@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 from transformers.trainer_callback import PrinterCallback
 
-from bvpo_stats.distributed import World
+from bvpo_stats.distributed import World, whole_size
 from bvpo_stats.embedded.assets import EMBEDDED
 from bvpo_stats.errors import UserError
 from bvpo_stats.model.policy import load_policy, load_template, on_own_device, pick_device, with_lora
@@ -219,7 +219,7 @@ def train_report(trainer: BVPOTrainer, method: Method) -> TrainReport:
     history = [entry for entry in map(_stable, trainer.state.log_history) if "loss" in entry]
     objective = args.objective()
     constants = {"beta": args.beta} | ({"simpo_gamma": args.simpo_gamma} if objective.name == "simpo" else {})
-    trained = sum(int(w.numel()) for w in trainer.policy.model.parameters() if w.requires_grad)
+    trained = sum(whole_size(w) for w in trainer.policy.model.parameters() if w.requires_grad)
     adapter = trainer.policy.has_adapter
     return TrainReport(
         method=method,
