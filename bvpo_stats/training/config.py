@@ -241,7 +241,7 @@ def check_zero(args: BVPOConfig, zero: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: Another stage than ZeRO-2 and -3, offloading, an optimizer or schedule of DeepSpeed's own, a model
-            that could not be saved, or an alpha that is estimated.
+            that could not be saved, an alpha that is estimated, or products in bfloat16.
     """
     part: Mapping[str, Any] = zero.get("zero_optimization") or {}
     stage = part.get("stage", 0)
@@ -265,6 +265,11 @@ def check_zero(args: BVPOConfig, zero: Mapping[str, Any]) -> None:
         raise UserError(
             "`alpha='adaptive'` is not supported under DeepSpeed, which gives no process the gradients of D_t and D_e "
             "apart. Take FSDP2 or DistributedDataParallel, or a fixed or scheduled alpha."
+        )
+    if args.bf16:
+        raise UserError(
+            "`bf16=True` is not supported under DeepSpeed, whose engine turns autocast off: the loss would be in "
+            "another precision than its reference. Give `bf16=False`, or take FSDP2."
         )
     if args.torch_compile:
         raise UserError("`torch_compile=True` is not supported together with DeepSpeed.")

@@ -669,7 +669,7 @@ def _as_policy(model: Any, tokenizer: PreTrainedTokenizerBase | None, args: BVPO
 
 
 def _take_over(plugin: Any, args: BVPOConfig) -> None:
-    """Has DeepSpeed keep float32 weights as they are; autocast forms products in bfloat16, as in one process."""
+    """Has DeepSpeed keep weights and arithmetic as they are."""
     check_zero(args, plugin.deepspeed_config)
     for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
         config["bf16"] = config["fp16"] = {"enabled": False}

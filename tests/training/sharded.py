@@ -50,7 +50,6 @@ CASES: dict[str, dict[str, Any]] = {
     "lora32": {"lora": True, "dtype": "float32", "accumulated": 2},
     "scheduled32": {"lora": True, "dtype": "float32", "alpha": "0:0.2,2:0.7"},
     "resumed32": {"untied": True, "dtype": "float32", "resumed": True},
-    "bf16": {"untied": True, "dtype": "float32", "bf16": True},
     "odd": {"lora": True, "batch": 6, "dataloader_drop_last": False, "max_steps": 3},
 }
 """Settings of the trainer, and the case's own: ``lora``, ``untied``, ``dtype``, ``accumulated``, ``batch``;

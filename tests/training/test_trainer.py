@@ -321,6 +321,7 @@ def test_distributed_types_that_are_not_ours_are_refused() -> None:
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}, "`offload_optimizer` is not"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, {}, "own `optimizer` is not supported"),
         ({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}, {}, "own `scheduler` is not"),
+        ({"zero_optimization": {"stage": 2}}, {"bf16": True}, "`bf16=True` is not supported under DeepSpeed"),
         ({"zero_optimization": {"stage": 3}}, {}, "no model could be saved: set `zero3_save_16bit_model: true`"),
         (
             {"zero_optimization": {"stage": 2}},
