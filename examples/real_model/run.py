@@ -77,7 +77,7 @@ def steps(sizes: Sizes) -> list[Step]:
     work = sizes.work
     model = f"--model {work}/model"
     data = f"{model} --pairs {work}/pairs"
-    training = f"{data} --lora-r 8 --learning-rate 1e-3 --batch-size 4 --max-steps {sizes.updates} --max-tokens 2048"
+    training = f"{data} --lora-r 8 --learning-rate 1e-3 --batch-size 4 --max-steps {sizes.updates} --unmatched drop"
     adapters = " ".join(f"--adapter {name}={work}/{name}/model" for name in METHODS)
     return [
         Step(f"python convert.py {work}/base", f"{work}/base"),
