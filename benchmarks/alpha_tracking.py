@@ -121,7 +121,7 @@ def track(t: Array, e: Array, batch_size: int, eta_l: float, runs: int) -> dict[
 def main() -> None:
     """Runs all settings and keeps ``alpha_tracking.json`` and ``alpha_tracking.md``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     t, e = embedded_gradients()

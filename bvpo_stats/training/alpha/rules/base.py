@@ -15,8 +15,8 @@ from bvpo_stats.statistics.moments import Array
 SPREAD = 0.25
 """s, standard deviation of alpha about the prior before anything is known."""
 
-MIN_PRODUCTS = 3
-"""Lagged products without which a spread means nothing."""
+MIN_PRODUCTS = 2
+"""Lagged products without which they have no spread."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
         alpha = clip(prior + (d / A) s^2 A^2 / (s^2 A^2 + v), 0, 1),
 
     so a noisy estimate moves alpha a little and a sharp one all the way: there is no threshold. norm(h)^2 is not let
-    below 0 in A. v is that of few steps too often, so it grows by (n + 1) / (n - 1) with n the effective steps.
+    below 0 in A. v is estimated from n effective steps: it grows by (t_{n - 1} / z)^2, the quantiles at 97.5%, so that
+    a normal interval with it is as long as Student's. After two products that is a factor of 42, so they say little.
 
     The set is that of every other alpha (`bvpo_stats.statistics.intervals`) with steps in the place of prompts: wider
     for tails, and no interval where fewer than four effective steps rule. What it lacks: the corrections for
@@ -157,9 +158,10 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     ahead, behind = both(y[..., None, :] + 1e-3 * moves), both(y[..., None, :] - 1e-3 * moves)
     slopes = (ahead - behind) / (2e-3 * scale[..., None])  # [..., 8, 2]
     n = max(seen.effective, 1.0 + 1e-9)
+    few = (stats.t.ppf(0.975, max(n - 1, 1.0)) / stats.norm.ppf(0.975)) ** 2
     covariance, widest = (
-        np.einsum("...ip,...ij,...jq->...pq", slopes, x, slopes) * (n + 1) / (n - 1)
-        for x in (seen.covariance, seen.widest)
+        np.einsum("...ip,...ij,...jq->...pq", slopes, x, slopes)
+        for x in (few * seen.covariance, (n + 1) / (n - 1) * seen.widest)
     )
     numerator, denominator = np.moveaxis(both(y[..., None, :])[..., 0, :], -1, 0)
     floored = y.copy()
