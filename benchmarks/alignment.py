@@ -44,7 +44,7 @@ DRAWS = 2
 """Answers to each validation and test prompt, in each mode."""
 
 TEMPERATURES = (0.8, 1.0)
-BATCH, EPOCHS = 32, 1
+BATCH, EPOCHS = 8, 1
 SEEDS = range(1, 6)
 """Of the final runs; the search has seed 0."""
 
