@@ -232,9 +232,12 @@ def forest(axes: Axes, rows: Iterable[Mapping[str, Any]], *, y: str = "name", **
     """
     defaults = {"linestyle": "none", "err_kws": {"linewidth": 2.2}, "color": BLUE, "markersize": 6}
     how = {**defaults, **how}
+    table = estimates(rows)
     if "hue" in how:
         del how["color"]
-    sns.pointplot(estimates(rows), x="value", y=y, orient="h", native_scale=False, ax=axes, **ESTIMATE, **how)
+        if table[how["hue"]].nunique() < 2:  # seaborn divides by the number of others
+            how.pop("dodge", None)
+    sns.pointplot(table, x="value", y=y, orient="h", native_scale=False, ax=axes, **ESTIMATE, **how)
     axes.set_ylabel("")
 
 

@@ -124,7 +124,7 @@ def test_steps_of_unequal_size() -> None:
 
 def test_noise_moves_alpha_a_little_and_signal_all_the_way() -> None:
     """No threshold: the shrunk estimate nears the plain one as steps go by, and no data leave the prior."""
-    assert stream(np.random.default_rng(7), 3).controller.alpha == 0.5
+    assert stream(np.random.default_rng(7), 2).controller.alpha == 0.5
     few, many = (stream(np.random.default_rng(7), n, shape=(300,)).controller.decision for n in (5, 300))
     for decision, least, most in ((few, 0.2, 0.99), (many, 0.97, 1.0)):
         inside = (decision.estimate > 0) & (decision.estimate < 1)
