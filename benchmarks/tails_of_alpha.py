@@ -35,6 +35,8 @@ from bvpo_stats.studies.style import BLUE, INK, RED, figure, legend_below
 
 SEED = 0x4727645
 """The commit that froze the procedure."""
+CHOOSING = 101
+"""Seed of the populations on which settings were chosen."""
 SIZES = (20, 50, 200, 1000)
 HERE = Path(__file__).parent
 
@@ -131,7 +133,18 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--only", default="", help="populations whose name holds this; the others stay as they are")
     parser.add_argument("--cache", type=Path, default=HERE.parent / "runs" / "embedded_gradients.npz")
+    parser.add_argument("--choose", action="store_true", help="other populations, for choosing; prints the table")
     arguments = parser.parse_args()
+    if arguments.choose:
+        chosen = [
+            line
+            for population in populations(CHOOSING)
+            if arguments.only in population.name
+            for size in arguments.sizes
+            for line in coverage(population, size, arguments.replicates, CHOOSING)
+        ]
+        print(markdown(chosen))
+        return
     data = HERE / "tails_of_alpha.json"
     lines = read(data)
     drawn = [*populations(SEED), embedded(arguments.cache)]

@@ -14,7 +14,7 @@ the mean squared error of the paper's Theorem 2 at ``tau = 1`` (one example, eta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -179,7 +179,7 @@ class LinearRatio:
         interactions: Of both, ``[..., I]`` each; None where the summary has none, or they are not linear in U and M.
         alone: The same with single prompts left out, to first order, where groups hold several; else None.
         projection: The same with each row of a random projection left out, where there was one; else None.
-        norms: ``[..., P]``, size of the gradients of each prompt: mean of ``norm(t - e)^2``; None where not known.
+        norms: ``[..., P]``, size of the gradients of each prompt (`prompt_norms`); None where not known.
     """
 
     numerator: Array
@@ -239,7 +239,7 @@ class LinearRatio:
         seen = None
         if summary.projection is not None:
             seen = cls.of(summary.projection, pick, per_block=per_block, marginal=marginal, linear=False)
-        return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary), seen)
+        return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary, per_block=per_block), seen)
 
     @classmethod
     def alpha(cls, summary: MomentSummary, tau: float, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
@@ -261,6 +261,7 @@ class LinearRatio:
             if self.interactions is None
             else (self.interactions[0][..., k], self.interactions[1][..., k]),
             alone=None if self.alone is None else self.alone.block(k),
+            norms=None if self.norms is None else self.norms[..., k],
             projection=None if self.projection is None else self.projection.block(k),
         )
 
@@ -280,20 +281,35 @@ class LinearRatio:
             denominator=move(self.denominator) + raised,
             group_sizes=self.group_sizes * spread,
             interactions=pairs,
+            alone=None if self.alone is None else self.alone.scaled(spread, raised),
         )
 
 
-def prompt_norms(summary: MomentSummary) -> Array | None:
-    """Mean of ``norm(t - e)^2`` of each prompt's own examples, ``[..., P]``; None where that is not known."""
+def prompt_norms(
+    summary: MomentSummary, members: Sequence[str] = ("t", "e"), *, per_block: bool = False
+) -> Array | None:
+    """How far the estimators of a prompt's own examples lie from their mean, squared: of two, half ``norm(t - e)^2``.
+
+    Args:
+        summary: Moments.
+        members: The estimators.
+        per_block: Keep the block axis.
+
+    Returns:
+        Mean over the examples of each prompt, ``[..., P]``; None where single prompts or a member are not known.
+    """
     alone = summary if summary.prompts is None else summary.prompts
-    if alone.n_groups != summary.n_prompts or not {"t", "e"} <= set(summary.members):
+    if alone.n_groups != summary.n_prompts or not set(members) <= set(summary.members):
         return None
-    t, e = summary.index("t"), summary.index("e")
-    both = alone.M.sum(axis=-3)
-    squares = both[..., t, t] - 2 * both[..., t, e] + both[..., e, e]
-    sizes = alone.group_sizes
-    total = sizes.sum(axis=-1, keepdims=True)
-    return (total * squares[..., :1] - (total - sizes) * squares[..., 1:]) / sizes
+    at = [summary.index(name) for name in members]
+    own = (alone.M if per_block else alone.M.sum(axis=-3))[..., at, :][..., at]
+    squares = np.trace(own, axis1=-2, axis2=-1) - own.mean(axis=(-2, -1)) * len(at)
+    sizes = alone.group_sizes[..., None] if per_block else alone.group_sizes
+    axis = -2 if per_block else -1
+    total = sizes.sum(axis=axis, keepdims=True)
+    whole, left = np.split(squares, [1], axis=axis)
+    # differences of sums leave rounding below zero
+    return np.maximum((total * whole - (total - sizes) * left) / sizes, 0.0)
 
 
 def _pick(per_block: bool, products: Array, a: int, b: int) -> Array:

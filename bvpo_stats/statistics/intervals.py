@@ -8,13 +8,17 @@ intervals cover too little. The jackknife leaves prompts out and keeps U unbiase
 - influences summed per prompt (a prompt with eight pairs is one draw, not eight);
 - the statistic freed of its dependence on its own standard error (see `bvpo_stats.statistics.calibration`);
 - the hull with the set corrected for the skewness of the influences (Hall 1992);
-- a quantile that grows by `TAIL_WIDENING` (1 / n_eff - 3 / N), at most by `WIDEST`: n_eff is N / 3 where influences are
-  normal, and what falls short of that are tails, of which a sample shows too little.
+- the hull with what the sets would be if prompts larger than those seen had been among them (below).
 
-**When no interval is given.** Two signs say that the sample does not show what rules the ratio: fewer than `FEWEST`
-effective prompts; or influences that go with the size of the prompts' gradients while sizes scatter widely
-(`Tails.slope` above `STEEPEST`): then the estimate is a mean of a heavy-tailed size, of which the prompts that matter
-most are likely not among the sample. The set is the whole line then: "not identified", whatever the estimate.
+**Sizes.** Where few prompts have most of the size ``w_i = norm(t_i - e_i)^2``, a sample's mean of w lies below the
+population's more often than normal theory says, and where the prompts' values ``y_i`` of ``B - a A`` follow w, that
+moves the estimate. How far the mean of w may lie above the sample's is read off a log-normal tail (`unseen_mean`) and
+taken `UNSEEN` times; how y follows w is read off two regressions (`size_slopes`). Their product is a change of (B, A),
+and the set holds every a that some part of such a change makes acceptable. So a set is wider on the side to which
+larger prompts than those seen would move the estimate, and hardly anywhere else.
+
+**When no interval is given.** Fewer than `FEWEST` effective prompts: then the sample says as little about the spread of
+the estimate as one prompt would. The set is the whole line then: "not identified", whatever the estimate.
 
 The constants were chosen on simulated populations and judged on others: ``benchmarks/tails_of_alpha.md``.
 
@@ -32,8 +36,9 @@ jackknife variance ``v`` is the first part's estimate,
 
 an interval in closed form. ``E r^2 = tr(Sigma^2)`` comes from the interactions.
 
-Sources: Fieller (1954) for the set; Shao and Wu (1989) for the delete-a-group jackknife; Liang and Zeger (1986) for
-clusters of unequal size; Helmers (1991) and Hall (1992) for the corrections; Kish (1965) for n_eff.
+Sources: Fieller (1954) for the set; MacKinnon and White (1985) for standard errors of slopes; Shao and Wu (1989) for
+the delete-a-group jackknife; Liang and Zeger (1986) for clusters of unequal size; Helmers (1991) and Hall (1992) for
+the corrections; Kish (1965) for n_eff.
 """
 
 from __future__ import annotations
@@ -61,13 +66,14 @@ from bvpo_stats.statistics.calibration import (
 )
 from bvpo_stats.statistics.estimates import LinearRatio
 from bvpo_stats.statistics.moments import Array, MomentSummary
+from bvpo_stats.statistics.tails import effective_number, unseen_mean
 
-FEWEST = 4.0
+FEWEST = 2.0
 """Effective prompts below which no interval is given."""
-STEEPEST = 0.35
-"""`Tails.slope` above which none is given, up to 100 prompts; times sqrt(N / 100) beyond, as means of sizes settle."""
-TAIL_WIDENING, WIDEST = 3.0, 0.35
-"""How much wider sets are for tails: by the first times ``1 / n_eff - 3 / N``, at most by the second."""
+UNSEEN = 2.0
+"""How many times what the tail of the sizes adds to their mean (`unseen_mean`) the sets allow for."""
+SLOPE_REACH, SLOPE_NOISE = 2.0, 0.5
+"""Standard errors to either side of the slope in w; share of the variance by which the slope beside sqrt(w) shrinks."""
 
 BOUNDED, COMPLEMENT, WHOLE_LINE = 0, 1, 2
 """Shapes of Fieller's set: ``[low, high]``; ``(-inf, low] or [high, inf)``; every real number."""
@@ -114,39 +120,6 @@ def jackknife_corrected(values: Array, group_sizes: Array) -> tuple[Array, Array
     corrected = values.shape[-1] * values[..., 0] - values[..., 0] - ((1 - share) * values[..., 1:]).sum(axis=-1)
     variance = jackknife_covariance(values[..., None, :], group_sizes)[..., 0, 0]
     return corrected, np.sqrt(variance)
-
-
-def effective_number(squares: Array) -> tuple[Array, Array]:
-    """How many clusters an estimate rests on, and the largest one's share of its variance.
-
-    With psi_i the influence of cluster i (its centred pseudo-value) and p_i = psi_i^2 / sum psi^2,
-
-        n_eff = 1 / sum p_i^2 = (sum psi^2)^2 / sum psi^4,      share = max p_i.
-
-    N where all matter alike, about N / 3 where the influences are normal, near 1 where one cluster rules: then the
-    sample says as little about the spread of the estimate as one observation would, and an interval means little.
-
-    Args:
-        squares: ``[..., G]``, psi_i^2, or any multiple of the parts that the clusters have in a variance.
-
-    Returns:
-        n_eff and the share, ``[...]`` each. Where nothing varies (all zero) all clusters matter alike; NaN where a
-        square is not finite or there is none.
-
-    Source:
-        Kish's (1965) effective sample size, with the squared influences as weights.
-
-    >>> [x.tolist() for x in effective_number(np.array([[4.0, 4.0, 4.0, 4.0], [4.0, 0.0, 0.0, 0.0]]))]
-    [[4.0, 1.0], [0.25, 1.0]]
-    """
-    values = np.asarray(squares, dtype=np.float64)
-    if not values.shape[-1]:
-        return np.full(values.shape[:-1], np.nan), np.full(values.shape[:-1], np.nan)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        largest = values.max(axis=-1, keepdims=True)
-        relative = np.where(largest == 0, 1.0, values / largest)  # of the largest, so that no square overflows
-        total = relative.sum(axis=-1)
-        return total**2 / (relative**2).sum(axis=-1), 1 / total
 
 
 @dataclass(frozen=True)
@@ -254,80 +227,109 @@ def fieller_sets(numerator: Array, denominator: Array, covariance: Array, q: Arr
 
 @dataclass(frozen=True)
 class Tails:
-    """How many prompts a ratio rests on.
+    """How many prompts a ratio rests on, and what larger ones than those seen would change.
 
     Attributes:
         n_eff: Effective prompts, ``(sum psi^2)^2 / sum psi^4`` (`effective_number`), but no more than their numbers of
             pairs allow: an estimate that one prompt's pairs rule lies so near to them that psi does not show it.
         largest: The largest prompt's share of ``sum psi^2``, but no less than its pairs make it.
-        slope: |rank correlation of the influences with the prompts' sizes| times the spread of the logarithm of the
-            sizes in the upper half (the standard deviation, were it normal); 0 where sizes are not known.
-        n_prompts: Prompts (or groups, where only those are known).
+        moves: ``[..., 3, 2]``, changes of (B, A) that larger prompts may make (`size_slopes`); none, ``[..., 0, 2]``,
+            where sizes are not known.
     """
 
     n_eff: Array
     largest: Array
-    slope: Array
-    n_prompts: int
+    moves: Array
 
     @classmethod
-    def of(cls, ratio: LinearRatio) -> Tails:
+    def of(cls, ratio: LinearRatio, level: float = 0.95) -> Tails:
         """Of the influences of single prompts on ``B - (B / A) A``, groups standing in where prompts are not known."""
         alone = ratio if ratio.alone is None else ratio.alone
+        sizes = alone.group_sizes
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             estimate = ratio.numerator[..., 0] / ratio.denominator[..., 0]
             values = np.stack(np.broadcast_arrays(alone.numerator, alone.denominator), axis=-2)
-            b, a = np.moveaxis(jackknife_influences(values, alone.group_sizes), -2, 0)
-        found = cls.of_influences(b, a, estimate, b.shape[-1], ratio.norms)
-        n_eff, largest = effective_number(alone.group_sizes**2)
+            influences = jackknife_influences(values, sizes)
+        share = sizes / sizes.sum(axis=-1, keepdims=True)
+        found = cls.of_influences(influences, estimate, share, ratio.norms, level)
+        n_eff, largest = effective_number(sizes**2)
         return replace(found, n_eff=np.minimum(found.n_eff, n_eff), largest=np.maximum(found.largest, largest))
 
     @classmethod
-    def of_influences(cls, b: Array, a: Array, estimate: Array, count: int, norms: Array | None = None) -> Tails:
-        """Of the influences ``[..., P]`` on B and A.
+    def of_influences(
+        cls, influences: Array, estimate: Array, share: Array, norms: Array | None = None, level: float = 0.95
+    ) -> Tails:
+        """Of the influences on B and A.
 
         Args:
-            b: On B.
-            a: On A.
+            influences: ``[..., 2, P]``.
             estimate: B / A, ``[...]``.
-            count: Prompts (steps, groups), in effect: P, or fewer where some are meant to weigh less.
-            norms: Sizes of the prompts' gradients.
+            share: Of each prompt in the means, ``[..., P]``: its influence over it is the value of the prompt.
+            norms: Sizes of the prompts' gradients, ``[..., P]``.
+            level: Confidence level.
         """
+        b, a = np.moveaxis(influences, -2, 0)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             psi = b - estimate[..., None] * a
             scale = np.abs(b).max(axis=-1, keepdims=True) + np.abs(estimate[..., None] * a).max(axis=-1, keepdims=True)
             psi = np.where(np.abs(psi) <= 1e-12 * scale, 0.0, psi)  # B and A in a fixed ratio leave rounding
-        n_eff, largest = effective_number(psi**2)
-        slope = np.zeros(np.shape(n_eff)) if norms is None else size_slope(psi, norms)
-        return cls(n_eff, largest, slope, count)
-
-    def widening(self, growth: Array | float = 1.0) -> Array:
-        """Factor of the quantile, for so many times the prompts."""
-        short = 1 / (self.n_eff * growth) - 3 / (self.n_prompts * np.asarray(growth))
-        return 1 + np.clip(TAIL_WIDENING * short, 0, WIDEST)
+            moves = np.zeros((*np.shape(estimate), 0, 2))
+            if norms is not None:
+                relative = norms / norms.mean(axis=-1, keepdims=True)
+                slopes = size_slopes(influences / share[..., None, :], relative, estimate)
+                moves = UNSEEN * unseen_mean(norms, level)[..., None, None] * slopes
+        return cls(*effective_number(psi**2), moves)
 
     def enough(self, growth: Array | float = 1.0) -> Mask:
         """Whether an interval may be given, for so many times the prompts."""
-        steepest = STEEPEST * np.sqrt(np.maximum(self.n_prompts * np.asarray(growth) / 100, 1))
-        return (self.n_eff * growth >= FEWEST) & (self.slope <= steepest)
+        return self.n_eff * growth >= FEWEST
 
 
-def size_slope(influences: Array, norms: Array) -> Array:
-    """|Spearman's correlation| of influences with sizes, times the upper spread of the logarithm of sizes.
+def size_slopes(values: Array, sizes: Array, estimate: Array) -> Array:
+    """How the values of prompts on (B, A) follow their sizes w, in three ways, weights ``1 / w``.
 
-    >>> w = np.exp(np.linspace(-1, 1, 9))
-    >>> round(float(size_slope(w - w.mean(), w)), 3), float(size_slope(w, np.ones(9)))
-    (0.645, 0.0)
+    The part of a value that is quadratic in a gradient goes with w and the linear part with its root; both have noise
+    that grows with w. So: the slope in ``(1, w)``, with `SLOPE_REACH` standard errors of that of ``B - a A`` on either
+    side, a the estimate; and the slope in w of ``(1, sqrt(w), w)``, which is what counts in the tail but is uncertain
+    where sizes scatter little, shrunk by `SLOPE_NOISE` of its variance as James and Stein do. Where sizes are all alike
+    there is no slope: 0.
+
+    Args:
+        values: ``[..., 2, P]``.
+        sizes: w over its mean, ``[..., P]``.
+        estimate: a, ``[...]``.
+
+    Returns:
+        ``[..., 3, 2]``.
+
+    >>> w = np.array([1.0, 2.0, 4.0, 9.0]) / 4
+    >>> size_slopes(np.stack([3 * w + 1, 5 - w]), w, np.array(0.5)).round(6).tolist()
+    [[3.0, -1.0], [3.0, -1.0], [3.0, -1.0]]
     """
-    influences, norms = np.broadcast_arrays(influences, norms)
+    values, sizes = np.nan_to_num(values), np.nan_to_num(sizes)
+    root = np.sqrt(np.maximum(sizes, 1e-6))
+    slopes, covariances = [], []
+    for columns in ([1 / root, sizes / root], [1 / root, np.sqrt(sizes) / root, sizes / root]):
+        x = np.stack(columns, axis=-1)
+        unit = np.sqrt((x**2).sum(axis=-2, keepdims=True))
+        x = x / np.where(unit > 0, unit, 1.0)
+        inverse = np.linalg.pinv(np.einsum("...pk,...pl->...kl", x, x), rcond=1e-10, hermitian=True)
+        rows = np.matmul(x, inverse)
+        fitted = np.einsum("...pk,...cp->...ck", rows, values / root[..., None, :])
+        left = values / root[..., None, :] - np.einsum("...pk,...ck->...cp", x, fitted)
+        # MacKinnon and White's (1985) HC3: residuals as of a fit without the prompt
+        left = left * (rows[..., -1] / np.maximum(1 - (x * rows).sum(axis=-1), 0.05))[..., None, :]
+        scale = np.where(unit > 0, unit, np.inf)[..., 0, -1]
+        slopes.append(fitted[..., -1] / scale[..., None])
+        covariances.append(np.einsum("...cp,...dp->...cd", left, left) / (scale**2)[..., None, None])
+    direction = np.stack([np.ones_like(estimate), -np.nan_to_num(estimate)], axis=-1)
+    reach, spread = (np.einsum("...cd,...d->...c", x, direction) for x in covariances)
+    variances = [np.maximum((x * direction).sum(axis=-1), 0.0) for x in (reach, spread)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        logs = np.log(np.maximum(norms, 1e-300))
-        above = np.maximum(logs - np.median(logs, axis=-1, keepdims=True), 0)
-        spread = np.sqrt(2 * (above**2).mean(axis=-1))
-        ranks = [stats.rankdata(x, axis=-1) for x in (influences, norms)]
-        x, y = (rank - rank.mean(axis=-1, keepdims=True) for rank in ranks)
-        correlation = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
-    return np.where(spread > 1e-9, np.abs(np.nan_to_num(correlation)) * spread, 0.0)
+        side = np.nan_to_num(SLOPE_REACH * reach / np.sqrt(variances[0])[..., None])
+        along = (slopes[1] * direction).sum(axis=-1)
+        kept = np.where(along**2 > SLOPE_NOISE * variances[1], 1 - SLOPE_NOISE * variances[1] / along**2, 0.0)
+    return np.stack(np.broadcast_arrays(slopes[0] - side, slopes[0] + side, kept[..., None] * slopes[1]), axis=-2)
 
 
 @dataclass(frozen=True)
@@ -339,17 +341,17 @@ class RatioTest:
         influences: Of both, ``[..., 2, G]``, scaled to the covariance.
         calibration: k12 and the second order, where the interactions of enough groups are known.
         q: Quantile of the studentised difference.
-        wider: Factor of it for tails, ``[...]``.
+        moves: Changes of (B, A) that larger prompts may make, ``[..., F, 2]``.
     """
 
     estimate: Array
     influences: Array
     calibration: tuple[DifferenceSkew, DifferenceSecondOrder] | None
     q: float
-    wider: Array
+    moves: Array
 
     @classmethod
-    def of(cls, ratio: LinearRatio, q: float, wider: Array) -> RatioTest:
+    def of(cls, ratio: LinearRatio, q: float, moves: Array) -> RatioTest:
         """The test of a ratio."""
         values = np.stack(np.broadcast_arrays(ratio.numerator, ratio.denominator), axis=-2)
         sizes, calibration = ratio.group_sizes, None
@@ -359,10 +361,10 @@ class RatioTest:
             share = (sizes / sizes.sum(axis=-1, keepdims=True))[..., None, :]
             each = influences / share * np.sqrt(1 - (share**2).sum(axis=-1, keepdims=True))
             calibration = DifferenceSkew.of(each, matrices), DifferenceSecondOrder.of(each, matrices, sizes)
-        return cls(values[..., 0], influences, calibration, q, wider)
+        return cls(values[..., 0], influences, calibration, q, moves)
 
-    def studentised(self, candidate: Array) -> tuple[Array, Array, Array]:
-        """T(a) freed of the interactions, Hall's h(T(a)), and the bound on both before it is widened.
+    def studentised(self, candidate: Array) -> tuple[Array, Array, Array, Array]:
+        """T(a) freed of the interactions, its bound, l of Hall's h, and the standard error of ``B - a A``.
 
         Args:
             candidate: a, ``[...]`` or ``[C, ...]``.
@@ -379,30 +381,37 @@ class RatioTest:
                 k12 = skew.at(candidate)
                 bound = second.quantile(candidate, variance, k12, b.shape[-1], self.q)
                 T = undo_interaction(T, shrunk(*k12)[0], b.shape[-1])
-            return T, hall_transform(T, np.nan_to_num(polynomial(cubes, candidate) / variance**1.5)), bound
+            return T, bound, np.nan_to_num(polynomial(cubes, candidate) / variance**1.5), np.sqrt(variance)
 
     def holds(self, candidate: Array) -> Mask:
-        """Whether |T(a)| or |h(T(a))| is at most the quantile."""
-        T, corrected, bound = self.studentised(candidate)
-        return np.minimum(np.abs(T), np.abs(corrected)) <= bound * self.wider
+        """Whether T(a) or h(T(a)), with some part of what larger prompts may add, lies within the bound."""
+        T, bound, slant, error = self.studentised(candidate)
+        low, high = T, T
+        for k in range(self.moves.shape[-2]):
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+                moved = T + np.nan_to_num((self.moves[..., k, 0] - candidate * self.moves[..., k, 1]) / error)
+            low, high = np.minimum(low, moved), np.maximum(high, moved)
+        plain = (low <= bound) & (high >= -bound)
+        return plain | ((hall_transform(low, slant) <= bound) & (hall_transform(high, slant) >= -bound))
 
 
 def ratio_sets(ratio: LinearRatio, level: float = 0.95, growth: Array | float = 1.0) -> RatioSets:
     """Confidence sets of a ratio of U-statistics: the one interval of every mixing weight, and of every other ratio.
 
-    The part that holds the estimate of ``{a : |T(a)| <= q w or |h(T(a))| <= q w}`` with ``T(a) = (B - a A) / se(B - a
-    A)`` freed of the interactions, h Hall's transformation, q Student's quantile of second order and w that of
-    `Tails.widening`; the whole line where that part has no end, where A is not positive, or where `Tails.enough` says
-    that no interval may be given. Where gradients were seen through a random projection, both arms are lengthened by
-    Student's quantile of its rows times what its draw adds to the standard error, squares added.
+    The part that holds the estimate of ``{a : |T(a) + s d(a)| <= q or |h(T(a) + s d(a))| <= q, some s in [0, 1]}`` with
+    ``T(a) = (B - a A) / se(B - a A)`` freed of the interactions, h Hall's transformation, q Student's quantile of
+    second order and ``d(a) = (dB - a dA) / se(B - a A)`` for any (dB, dA) of `Tails.moves`; the whole line where that
+    part has no end, where A is not positive, or where `Tails.enough` says that no interval may be given. Where
+    gradients were seen through a random projection, both arms are lengthened by Student's quantile of its rows times
+    what its draw adds to the standard error, squares added.
 
     Args:
         ratio: B, A and what is known of their groups and prompts, with leading axes.
         level: Confidence level.
-        growth: Judge tails as for so many times the prompts (`bvpo_stats.statistics.alpha.prompts_needed`).
+        growth: Count effective prompts as for so many times the prompts (`bvpo_stats.statistics.alpha.prompts_needed`).
     """
-    tails = Tails.of(ratio)
-    test = RatioTest.of(ratio, t_quantile(level, ratio.group_sizes.shape[-1]), tails.widening(growth))
+    tails = Tails.of(ratio, level)
+    test = RatioTest.of(ratio, t_quantile(level, ratio.group_sizes.shape[-1]), tails.moves)
     numerator, denominator = test.estimate[..., 0], test.estimate[..., 1]
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate = numerator / denominator

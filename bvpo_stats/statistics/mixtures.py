@@ -146,7 +146,7 @@ class ErrorMatrix:
             each = tops(self.alone)
             alone = LinearRatio(each[..., 0], each.sum(axis=-1), self.summary.prompts.group_sizes)
         known = alone is not None or self.summary.prompts is None
-        norms = prompt_norms(self.summary) if known else None
+        norms = prompt_norms(self.summary, ("t", "e") if "t" in self.summary.members else self.names) if known else None
         return LinearRatio(rows[..., 0], rows.sum(axis=-1), self.summary.group_sizes, pairs, alone, norms)
 
 

@@ -29,7 +29,6 @@ from scipy import stats
 from scipy.special import digamma, log_ndtr, ndtr
 
 from bvpo_stats.errors import UserError, check_level
-from bvpo_stats.statistics.intervals import effective_number
 from bvpo_stats.statistics.moments import Array
 from bvpo_stats.statistics.proportions import Interval, Values, jackknife_interval
 
@@ -56,6 +55,39 @@ class TailInterval(Interval):
     n_eff: float | None = None
     largest_share: float | None = None
     few: bool = False
+
+
+def effective_number(squares: Array) -> tuple[Array, Array]:
+    """How many clusters an estimate rests on, and the largest one's share of its variance.
+
+    With psi_i the influence of cluster i (its centred pseudo-value) and p_i = psi_i^2 / sum psi^2,
+
+        n_eff = 1 / sum p_i^2 = (sum psi^2)^2 / sum psi^4,      share = max p_i.
+
+    N where all matter alike, about N / 3 where the influences are normal, near 1 where one cluster rules: then the
+    sample says as little about the spread of the estimate as one observation would, and an interval means little.
+
+    Args:
+        squares: ``[..., G]``, psi_i^2, or any multiple of the parts that the clusters have in a variance.
+
+    Returns:
+        n_eff and the share, ``[...]`` each. Where nothing varies (all zero) all clusters matter alike; NaN where a
+        square is not finite or there is none.
+
+    Source:
+        Kish's (1965) effective sample size, with the squared influences as weights.
+
+    >>> [x.tolist() for x in effective_number(np.array([[4.0, 4.0, 4.0, 4.0], [4.0, 0.0, 0.0, 0.0]]))]
+    [[4.0, 1.0], [0.25, 1.0]]
+    """
+    values = np.asarray(squares, dtype=np.float64)
+    if not values.shape[-1]:
+        return np.full(values.shape[:-1], np.nan), np.full(values.shape[:-1], np.nan)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        largest = values.max(axis=-1, keepdims=True)
+        relative = np.where(largest == 0, 1.0, values / largest)  # of the largest, so that no square overflows
+        total = relative.sum(axis=-1)
+        return total**2 / (relative**2).sum(axis=-1), 1 / total
 
 
 def few_limit(clusters: int) -> float:
@@ -97,6 +129,39 @@ def tail_interval(above: Values, below: Values | None = None, *, level: float = 
         return TailInterval(value, None, None)
     few = n_eff < few_limit(columns[0].shape[1])
     return TailInterval(value, float(np.exp(low)), float(np.exp(high)), n_eff, share, few)
+
+
+def unseen_mean(values: Array, level: float = 0.95) -> Array:
+    """How far the mean over clusters may lie above the sample's, beyond what light tails allow, relative to the latter.
+
+    The upper end of the interval for heavy tails (`log_ends`, of what values have above the least of them) less that
+    for an exponential law of the same variance, ``mean + sd (q / sqrt(N) + q^2 / 2 N)`` with Student's q: 0 or little
+    where values scatter as sums of squares do.
+
+    Args:
+        values: At least zero, ``[..., P]``.
+        level: Confidence level.
+
+    Returns:
+        ``[...]``, at least 0; 0 where all are alike or a value is not finite.
+
+    >>> even, one = np.tile([1.0, 2.0], 20), np.append(np.arange(1.0, 40.0), 500.0)
+    >>> unseen_mean(np.stack([even, one])).round(2).tolist()
+    [0.0, 4.75]
+    """
+    rows = np.reshape(values, (-1, values.shape[-1]))
+    n = rows.shape[-1]
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        above = rows / rows.mean(axis=-1, keepdims=True)
+        spread = above.std(axis=-1, ddof=1) if n > 1 else np.zeros(len(rows))
+        above = above - above.min(axis=-1, keepdims=True)
+        centre = above.mean(axis=-1, keepdims=True)
+        known = np.isfinite(above).all(axis=-1) & (centre[:, 0] > 0)
+        high = np.full(len(rows), np.nan)
+        high[known] = np.exp(np.minimum(log_ends((above / centre)[known], level=level)[1], 50.0))
+        q = stats.t.ppf(0.5 + level / 2, max(n - 1, 1))
+        beyond = (high - 1) * centre[:, 0] - spread * (q / np.sqrt(n) + q**2 / (2 * n))
+    return np.maximum(np.nan_to_num(beyond), 0.0).reshape(values.shape[:-1])
 
 
 def log_ends(

@@ -106,10 +106,15 @@ class Design:
             common=float(optimize.brentq(lambda c: replace(self, common=c).alpha(1 / 8) - alpha, grid[k], grid[k + 1])),
         )
 
-    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Sample:
-        """Vectors ``[*shape, d]``; with more dimensions than three a vector needs, a rotation of them."""
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...], *, rotated: bool = True) -> Sample:
+        """Vectors ``[*shape, d]``; with more dimensions than three a vector needs, a rotation of them.
+
+        Not ``rotated`` where draws are added to each other: each would have a rotation of its own.
+        """
         d, n = len(self.variances), shape[-1]
-        if d > 3 * n + 3:  # the rows of a triangle have the inner products that d isotropic coordinates would have
+        if (
+            rotated and d > 3 * n + 3
+        ):  # the rows of a triangle have the inner products that d isotropic coordinates would have
             rows = 3 * n
             noise = np.zeros((*shape[:-1], rows, rows + 3))
             noise[..., :3] = rng.normal(size=(*shape[:-1], rows, 3))
@@ -145,8 +150,7 @@ def _padded(mean: Array, d: int) -> Array:
 
 def with_pairs(design: Design, rng: np.random.Generator, shape: tuple[int, int]) -> Sample:
     """Eight pairs a prompt, ``[R, N, 8, d]``: half of the noise, and the scale, is the prompt's."""
-    one = design.draw(rng, shape)
-    drawn = [design.draw(rng, shape) for _ in range(8)]
+    one, *drawn = (design.draw(rng, shape, rotated=False) for _ in range(9))
     means = dict(zip("tem", design.means, strict=True))
     half = math.sqrt(0.5)
     found = {}
@@ -291,12 +295,12 @@ def coverage(
     for found in samples(population, n_prompts, replicates, seed, injected=injected):
         for k, ratio in enumerate(found):
             tails = Tails.of(ratio)
-            test = RatioTest.of(ratio, t_quantile(0.95, ratio.group_sizes.shape[-1]), tails.widening())
+            test = RatioTest.of(ratio, t_quantile(0.95, ratio.group_sizes.shape[-1]), tails.moves)
             shape = np.shape(tails.n_eff)
             truth, far = np.full(shape, population.truth[k]), np.full((2, *shape), 1e6)
             far[0] *= -1
-            T, _, bound = test.studentised(truth)
-            T_far, _, bound_far = test.studentised(far)
+            T, bound, *_ = test.studentised(truth)
+            T_far, bound_far, *_ = test.studentised(far)
             outside = np.abs(T_far) > bound_far
             bounded = ~test.holds(far).any(axis=0) & (test.estimate[..., 1] > 0) & tails.enough()
             old = outside.all(axis=0) & (test.estimate[..., 1] > 0)
@@ -304,8 +308,7 @@ def coverage(
             columns[k].append(tuple(np.atleast_1d(x) for x in row))
             if population.honest and len(widths[k]) < 100:
                 sets = ratio_sets(ratio)
-                narrower = RatioTest(test.estimate, test.influences, test.calibration, test.q, np.ones(shape))
-                widths[k] += _relative_widths(sets.low, sets.high, sets.shape == BOUNDED, narrower)
+                widths[k] += _relative_widths(sets.low, sets.high, sets.shape == BOUNDED, test)
     lines = []
     for k, tau in enumerate(TAUS):
         inside, given, before, old, n_eff, largest = (np.concatenate(x) for x in zip(*columns[k], strict=True))
@@ -336,7 +339,7 @@ def _relative_widths(low: Array, high: Array, given: Mask, before: RatioTest) ->
         inner, outer = middle, np.where(given, end, middle)
         for _ in range(30):
             half = (inner + outer) / 2
-            T, _, bound = before.studentised(half)
+            T, bound, *_ = before.studentised(half)
             inner, outer = np.where(np.abs(T) <= bound, half, inner), np.where(np.abs(T) <= bound, outer, half)
         ends.append(inner)
     width = np.where(given, (high - low) / np.where(given, ends[1] - ends[0], 1), np.nan)

@@ -125,6 +125,8 @@ class AdaptiveController:
             alpha=self.decision.alpha,
             latest=np.concatenate([products.within, products.lagged], axis=-1) if lagged and products else None,
             influences=averages.influences,
+            shares=None if averages.shares is None else averages.shares[:, 0],
+            sizes=None if averages.recent is None else averages.recent[..., 0],
         )
         return self.rule.decide(seen, self.options.level)
 

@@ -191,13 +191,19 @@ class ProductAverages:
         )
 
     @property
-    def influences(self) -> Array | None:
-        """Of the last K steps on `mean`, ``[..., K, 6]``: ``u_k (y_k - y) / U``; None where nothing was seen."""
-        if self.recent is None or self.recent_weights is None:
+    def shares(self) -> Array | None:
+        """Of the last K steps in `mean`, ``[K, 6]``; None where nothing was seen."""
+        if self.recent_weights is None:
             return None
         age = np.arange(len(self.recent_weights))[::-1, None]
-        share = DECAY**age * self.recent_weights / np.where(self.weights > 0, self.weights, 1.0)
-        return np.asarray(share * (self.recent - self.mean[..., None, :]))
+        return np.asarray(DECAY**age * self.recent_weights / np.where(self.weights > 0, self.weights, 1.0))
+
+    @property
+    def influences(self) -> Array | None:
+        """Of the last K steps on `mean`, ``[..., K, 6]``: ``u_k (y_k - y) / U``; None where nothing was seen."""
+        if self.recent is None or self.shares is None:
+            return None
+        return np.asarray(self.shares * (self.recent - self.mean[..., None, :]))
 
     @property
     def batch(self) -> float:

@@ -74,6 +74,8 @@ class Seen:
         alpha: The alpha of the step just done, ``[...]``.
         latest: ``[..., 6]``, products of the step just done; None where it had no lagged ones.
         influences: ``[..., K, 6]``, of the last steps on the first six statistics; None where they are not known.
+        shares: ``[K]``, of these steps in the averages.
+        sizes: ``[..., K]``, norm(h_k)^2 of these steps.
     """
 
     statistics: Array
@@ -89,6 +91,8 @@ class Seen:
     alpha: Array
     latest: Array | None
     influences: Array | None = None
+    shares: Array | None = None
+    sizes: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -173,14 +177,17 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
         moved = d * SPREAD**2 * A / (SPREAD**2 * A**2 + np.maximum(v, 0.0))
         alpha = np.where((A > 0) & np.isfinite(moved), np.clip(prior + moved, 0.0, 1.0), prior)
     q: Array = np.asarray(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0)))
-    if seen.influences is None:
+    if seen.influences is None or seen.shares is None:
         low, high, _ = fieller_sets(numerator, denominator, widest, q).clipped()
         return Decision(alpha, _ratio(numerator, denominator), low, high)
-    psi = np.einsum("...kp,...pq->...kq", seen.influences, slopes[..., :6, :])
-    tails = Tails.of_influences(psi[..., 0], psi[..., 1], _ratio(numerator, denominator), round(n))
-    low, high, _ = fieller_sets(numerator, denominator, widest, q * tails.widening()).clipped()
+    psi = np.einsum("...kp,...pq->...qk", seen.influences, slopes[..., :6, :])
+    tails = Tails.of_influences(psi, _ratio(numerator, denominator), seen.shares, seen.sizes, level)
+    # Where larger steps than those seen would move (B, A): the ends of a set move one way between here and there.
+    moves = np.concatenate([np.zeros((*tails.moves.shape[:-2], 1, 2)), tails.moves], axis=-2)
+    moved = (numerator[..., None] + moves[..., 0], denominator[..., None] + moves[..., 1])
+    low, high, _ = fieller_sets(*moved, widest[..., None, :, :], q).clipped()
     enough = tails.enough()
-    low, high = np.where(enough, low, 0.0), np.where(enough, high, 1.0)
+    low, high = np.where(enough, low.min(axis=-1), 0.0), np.where(enough, high.max(axis=-1), 1.0)
     return Decision(
         alpha,
         _ratio(numerator, denominator),
