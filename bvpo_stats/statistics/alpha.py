@@ -605,7 +605,7 @@ def trace_sampling_share(summary: MomentSummary, *, level: float = 0.95) -> Alph
     parts = estimates(summary)
     if parts.var_trace_sampling is None:
         raise UserError("the trace-sampling share needs a second trace draw (trace2) for some examples; give it.")
-    return alpha_interval(LinearRatio(parts.var_trace_sampling, parts.var_trace, summary.group_sizes), summary, level)
+    return alpha_interval(LinearRatio.of_rows(parts.var_trace_sampling, parts.var_trace, summary), summary, level)
 
 
 @dataclass(frozen=True)
@@ -642,7 +642,7 @@ def conditional_variance_ratio(
     if not 0 <= alpha < 1:
         raise UserError(f"alpha must lie in [0, 1), got {alpha}.")
     # A group without such prompts changes nothing when it is left out; one that holds them all cannot be left out.
-    sets = ratio_sets(LinearRatio(parts.within_empty, parts.within_trace, summary.group_sizes), level)
+    sets = ratio_sets(LinearRatio.of_rows(parts.within_empty, parts.within_trace, summary), level)
     threshold = (1 + alpha) / (1 - alpha)
     contrast = jackknife_normal(parts.within_empty - threshold * parts.within_trace, summary.group_sizes, level)
     holds: Answer = "yes" if contrast.high < 0 else "no" if contrast.low > 0 else "undecided"

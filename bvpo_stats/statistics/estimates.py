@@ -242,6 +242,18 @@ class LinearRatio:
         return cls(*pick(rows), summary.group_sizes, pairs, alone, prompt_norms(summary, per_block=per_block), seen)
 
     @classmethod
+    def of_rows(
+        cls,
+        numerator: Array,
+        denominator: Array,
+        summary: MomentSummary,
+        interactions: tuple[Array, Array] | None = None,
+    ) -> LinearRatio:
+        """Of statistics that are known with each group left out only; with sizes where a group is a prompt."""
+        norms = prompt_norms(summary) if summary.prompts is None else None
+        return cls(numerator, denominator, summary.group_sizes, interactions, norms=norms)
+
+    @classmethod
     def alpha(cls, summary: MomentSummary, tau: float, *, per_block: bool = False, marginal: str = "m") -> LinearRatio:
         """alpha_unc at ``tau = eta L / B``: ``(P0 + tau P1) / (Q0 + tau Q1)`` (Theorem 2)."""
         return cls.of(
@@ -288,7 +300,7 @@ class LinearRatio:
 def prompt_norms(
     summary: MomentSummary, members: Sequence[str] = ("t", "e"), *, per_block: bool = False
 ) -> Array | None:
-    """How far the estimators of a prompt's own examples lie from their mean, squared: of two, half ``norm(t - e)^2``.
+    """Twice the squared distances of a prompt's estimators to their mean: of two, ``norm(t - e)^2``.
 
     Args:
         summary: Moments.
@@ -303,7 +315,7 @@ def prompt_norms(
         return None
     at = [summary.index(name) for name in members]
     own = (alone.M if per_block else alone.M.sum(axis=-3))[..., at, :][..., at]
-    squares = np.trace(own, axis1=-2, axis2=-1) - own.mean(axis=(-2, -1)) * len(at)
+    squares = 2 * (np.trace(own, axis1=-2, axis2=-1) - own.mean(axis=(-2, -1)) * len(at))
     sizes = alone.group_sizes[..., None] if per_block else alone.group_sizes
     axis = -2 if per_block else -1
     total = sizes.sum(axis=axis, keepdims=True)

@@ -431,7 +431,7 @@ def budget_advice(
 def _compared(error: Rows, base: Rows, summary: MomentSummary, level: float) -> tuple[float, float]:
     """Ends of the set of an error over the reference's, infinite where it has none."""
     pairs = None if error[1] is None or base[1] is None else (error[1], base[1])
-    sets = ratio_sets(LinearRatio(error[0], base[0], summary.group_sizes, pairs), level)
+    sets = ratio_sets(LinearRatio.of_rows(error[0], base[0], summary, pairs), level)
     return (float(sets.low), float(sets.high)) if sets.shape == BOUNDED else (-np.inf, np.inf)
 
 

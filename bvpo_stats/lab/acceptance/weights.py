@@ -281,6 +281,11 @@ class WeightCoverage:
     width: float
 
     @property
+    def error(self) -> float:
+        """Binomial standard error of the coverage, were it the floor."""
+        return math.sqrt(FLOOR * (1 - FLOOR) / max(self.given * self.replicates, 1))
+
+    @property
     def passed(self) -> bool:
         """Coverage reaches the floor; where hardly ever an interval is given, misleading ones are at most 1 - floor."""
         return self.misled <= 1 - FLOOR if self.given < COUNTED else self.coverage >= FLOOR

@@ -319,7 +319,7 @@ class OptimizerStep:
                 f"`optimizer={name!r}`: eta L cannot be measured, for the loss has no curvature along the noise of "
                 f"g_t - g_e (tr P H P Sigma = {curved[0]:.3g}, tr P Sigma = {size[0]:.3g}); give a number for `eta_l`."
             )
-        sets = ratio_sets(LinearRatio(rows, size, summary.group_sizes), settings.level)
+        sets = ratio_sets(LinearRatio.of_rows(rows, size, summary), settings.level)
         low, high = (finite(float(end)) if sets.shape == BOUNDED else None for end in (sets.low, sets.high))
         return cls(
             name, learning_rate, metric, float(sets.ratio), None if low is None else max(low, 0.0), high, n_pairs
@@ -718,7 +718,7 @@ class AlphaReport(Report):
             f"Model {self.model}, template {self.template}; {loss}; theta: {self.subset}, {self.n_parameters:,} "
             "parameters.",
             f"{self.n_prompts} prompts, {self.n_examples} examples, seed {self.seed}. Intervals: {self.level:.0%}, "
-            f"{jackknife}, sets by Fieller and Hall for weights, wider where few prompts weigh much.",
+            f"{jackknife}, sets by Fieller and Hall for weights, longer where larger prompts would move them.",
             "The error of a step is norm(bias)^2 + (eta L / B) Var; of mixing weights, alpha multiplies g_t.",
             f"mu: {self.marginal.reason}",
             *([] if self.sampler is None else [self.sampler.words]),

@@ -128,7 +128,7 @@ class AlphaRecord:
         low: Lower end of its confidence interval, clipped to [0, 1].
         high: Upper end.
         level: Level of that interval.
-        n_eff: Effective steps behind the estimate; below 4 the interval is all of [0, 1].
+        n_eff: Effective steps behind the estimate; below 2 the interval is all of [0, 1].
         largest: The largest step's share of its variance.
         h_sq: ``norm(E g_t - E g_e)^2`` in the optimizer's metric, as all that follow.
         e_h: ``E g_e . h``.

@@ -145,9 +145,9 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     below 0 in A. v is estimated from n effective steps: it grows by (t_{n - 1} / z)^2, the quantiles at 97.5%, so that
     a normal interval with it is as long as Student's. After two products that is a factor of 42, so they say little.
 
-    The set is that of every other alpha (`bvpo_stats.statistics.intervals`) with steps in the place of prompts: wider
-    for tails, and no interval where fewer than four effective steps rule. What it lacks: the corrections for
-    interactions and skewness, which need single prompts, and the refusal by their sizes. Instead the spread of the
+    The set is that of every other alpha (`bvpo_stats.statistics.intervals`) with steps in the place of prompts:
+    longer where larger steps than those seen would move it, and no interval where fewer than two effective steps rule.
+    What it lacks: the corrections for interactions and skewness, which need single prompts. Instead the spread of the
     lagged products, which share an average, is taken `SHARED_AT_MOST` times.
     """
     if seen.products < MIN_PRODUCTS:
