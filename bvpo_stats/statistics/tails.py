@@ -156,7 +156,7 @@ def unseen_mean(values: Array, level: float = 0.95) -> Array:
         spread = above.std(axis=-1, ddof=1) if n > 1 else np.zeros(len(rows))
         above = above - above.min(axis=-1, keepdims=True)
         centre = above.mean(axis=-1, keepdims=True)
-        known = np.isfinite(above).all(axis=-1) & (centre[:, 0] > 0)
+        known = np.isfinite(above).all(axis=-1) & (centre[:, 0] > 1e-12)  # rounding is no spread
         high = np.full(len(rows), np.nan)
         high[known] = np.exp(np.minimum(log_ends((above / centre)[known], level=level)[1], 50.0))
         q = stats.t.ppf(0.5 + level / 2, max(n - 1, 1))

@@ -15,6 +15,7 @@ from bvpo_stats.lab.oracle import exact_moments
 from bvpo_stats.model.subset import lora_subset
 from bvpo_stats.statistics.alpha import adam_metric, alpha_from_gradients, direction_alpha, in_metric
 from bvpo_stats.statistics.estimates import noise_scale
+from bvpo_stats.statistics.intervals import FEWEST
 from bvpo_stats.statistics.mixtures import CHOICES
 from bvpo_stats.statistics.moments import summary_of_arrays
 from bvpo_stats.studies.alpha_star import run as study
@@ -154,7 +155,7 @@ def test_no_alpha_star_without_mu(oracle, monkeypatch, tmp_path):
     assert set(refused.mse.values()) | set(refused.bias_sq.values()) == {None}
     assert refused.variance["trace"] > 0
     assert 0 < refused.alpha_var.value < 1
-    assert refused.alpha_var.identified == (refused.alpha_var.n_eff >= 4)
+    assert refused.alpha_var.identified == (refused.alpha_var.n_eff >= FEWEST)
     rows = [label for rows in refused.sections().values() for label, *_ in rows]
     assert not [label for label in rows if label.startswith("alpha*")]
     assert "not estimable" in refused.answer
