@@ -184,8 +184,8 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     tails = Tails.of_influences(psi, _ratio(numerator, denominator), seen.shares, seen.sizes, level)
     # Where larger steps than those seen would move (B, A): the ends of a set move one way between here and there.
     moves = np.concatenate([np.zeros((*tails.moves.shape[:-2], 1, 2)), tails.moves], axis=-2)
-    moved = (numerator[..., None] + moves[..., 0], denominator[..., None] + moves[..., 1])
-    low, high, _ = fieller_sets(*moved, widest[..., None, :, :], q).clipped()
+    larger = (numerator[..., None] + moves[..., 0], denominator[..., None] + moves[..., 1])
+    low, high, _ = fieller_sets(*larger, widest[..., None, :, :], q).clipped()
     enough = tails.enough()
     low, high = np.where(enough, low.min(axis=-1), 0.0), np.where(enough, high.max(axis=-1), 1.0)
     return Decision(
