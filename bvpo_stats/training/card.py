@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from bvpo_stats import __version__
 from bvpo_stats.model.policy import Policy
 from bvpo_stats.training.config import BVPOConfig
 from bvpo_stats.training.data import PromptSelection
@@ -48,7 +48,7 @@ def model_card(
     lines = [
         f"# {what} for {name}, trained on preference pairs",
         "",
-        f"Written by bvpo-stats {__version__} after {steps} steps. The loss of a step is alpha L_t "
+        f"Written by bvpo-stats {version('bvpo-stats')} after {steps} steps. The loss of a step is alpha L_t "
         "+ (1 - alpha) L_e: L_t on pairs with reasoning traces (D_t), L_e on pairs with an empty trace (D_e).",
         "",
         "| setting | value |",
