@@ -173,8 +173,8 @@ def _report(error: BaseException) -> int:
         place = "" if error.filename is None else f" {error.filename}"
         _say(f"Error: cannot use{place or ' a file'}: {error.strerror}. Check the path, its permissions and the disk.")
         return 2
-    if isinstance(error, ModuleNotFoundError) and (message := missing_extra(error)) is not None:
-        _say(message)
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_extra(error)) is not None:
+        _say(missing)
         return 2
     if isinstance(error, MemoryError):
         _say("Error: out of memory. Lower --max-tokens or --batch-size, or take a machine with more.")

@@ -41,7 +41,7 @@ def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
     if "samples" not in given:
         found["samples"] = found_run(output, "sample", "samples").folder
     if "reward" not in given:
-        samples = Path(given.get("samples", found.get("samples")))
+        samples = Path({**found, **given}["samples"])
         if not is_embedded((read_run(samples, samples.name).report or {}).get("model")):
             raise UserError(
                 f"`reward` is not given, and {samples} holds no finished run of the embedded model, whose answers "

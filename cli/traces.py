@@ -36,7 +36,7 @@ def find(given: dict[str, Any], output: Path) -> dict[str, Any]:
     if "pairs" not in given:
         found["pairs"] = found_run(output, "pairs", "pairs").folder
     if "samples" not in given:
-        pairs = Path(given.get("pairs", found.get("pairs")))
+        pairs = Path({**found, **given}["pairs"])
         folder = pairs if pairs.is_dir() else pairs.parent
         known = read_run(folder, folder.name).configuration.get("samples")
 

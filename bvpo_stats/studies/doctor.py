@@ -308,7 +308,7 @@ def _model(options: PolicyOptions, rank: int, refused: list[str]) -> tuple[dict[
         "template": template.name,
         "empty_trace": template.protocol.empty_trace,
         "ends": template.tokenizer.convert_ids_to_tokens(list(template.vocabulary.eos_ids)),
-        **prompts,
+        **{str(mode): text for mode, text in prompts.items()},
     }, shape
 
 

@@ -255,8 +255,8 @@ def legend_below(axes: Axes, most: int = 4) -> None:
 
 def _legend(axes: Axes, make: Callable[..., Any], most: int = 4, **where: Any) -> None:
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
-    if axes.get_legend():
-        axes.get_legend().remove()
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()
     if entries:
         rows = math.ceil(len(entries) / most)
         make(entries.values(), entries.keys(), ncols=math.ceil(len(entries) / rows) if where else 1, **where)

@@ -140,7 +140,8 @@ def plot_bound(data: Data, ax: Axes | None = None) -> Axes:
     left, left_half, half = (
         np.array([row[k] for row in rows]) for k in ("gradient_sq", "gradient_sq_half", "bound_half")
     )
-    bars, lines = {"width": 0.34, "zorder": 2}, {"fmt": "none", "color": INK, "elinewidth": 2}
+    bars: dict[str, Any] = {"width": 0.34, "zorder": 2}
+    lines: dict[str, Any] = {"fmt": "none", "color": INK, "elinewidth": 2}
     with on(ax, height=3.9, most=2) as ax:
         for key, colour, label in (("descent", VIOLET, "descent term"), ("bias_sq", OCHRE, "mean norm(Bias)²"),
                                    ("noise", BLUE, "eta L Var")):  # fmt: skip
@@ -266,8 +267,8 @@ def plot_log_probability(data: Data, axes: Sequence[Axes] | None = None) -> list
             )
             sns.scatterplot(x=x, y=y, s=22, color=BLUE, alpha=0.8, linewidth=0, label="one question", ax=ax)
             across_, up = data[f"{name}_ratios"]["logp"], data[f"{name}_ratios"]["gradient"]
-            bars = ([[entry["value"] - entry["low"]], [entry["high"] - entry["value"]]] for entry in (up, across_))
-            ax.errorbar(across_["value"], up["value"], *bars, fmt="D", color=RED, ms=6, elinewidth=2.2,
+            yerr, xerr = ([[x["value"] - x["low"]], [x["high"] - x["value"]]] for x in (up, across_))
+            ax.errorbar(across_["value"], up["value"], yerr, xerr, fmt="D", color=RED, ms=6, elinewidth=2.2,
                         label="ratio of averages, 95%")  # fmt: skip
             ends = [min(x.min(), y.min()), max(x.max(), y.max())]
             ax.plot(ends, ends, **REST, label="equal ratios")

@@ -48,7 +48,7 @@ def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> 
     columns, entries = [column for column in report.columns if column.percent], getattr(report, what)
     modes, difference = list(next(iter(entries.values()))), what == "differences"
     names = [f"{column.title}\n{column.metric}" for column in columns]
-    size = {"width": 6.4 if len(modes) == 1 else 8.4, "height": 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)}
+    size: dict[str, Any] = {"width": 6.4 if len(modes) == 1 else 8.4, "height": 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)}
     with across(given, len(modes), sharex=True, sharey=True, **size) as axes:
         for ax, mode in zip(axes, modes, strict=True):
             rows = [
@@ -58,7 +58,7 @@ def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> 
                 for name, column in zip(names, columns, strict=True)
                 for cell in (entries[model][mode][column.name],)
             ]
-            several = (
+            several: dict[str, Any] = (
                 {"hue": "model", "palette": [COLOURS[mode]] * len(entries), "dodge": 0.6} if len(entries) > 1 else {}
             )
             markers = [_MARKERS[list(report.models).index(model) % len(_MARKERS)] for model in entries]

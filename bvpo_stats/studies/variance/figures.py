@@ -48,11 +48,12 @@ def plot_ratios(report: VarianceReport, ax: Axes | None = None) -> Axes:
         {"name": f"{_RATIOS[at]}\n{_words(x)}", "value": x.value, "low": x.low, "high": x.high}
         for at, x in shown.items()
     ]
+    published = report.published or {}
     with on(ax, height=0.6 + 0.6 * len(rows)) as ax:
         ax.set_xscale("log")
         forest(ax, rows)
         paper = {
-            row: report.published[t][n] for row, (t, n) in enumerate(shown) if n in (report.published or {}).get(t, {})
+            row: published[t][n] for row, (t, n) in enumerate(shown) if n in published.get(t, {})
         }
         if paper:
             ax.plot(list(paper.values()), list(paper), "D", color=RED, ms=6, label="paper")
