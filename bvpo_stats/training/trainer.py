@@ -222,7 +222,7 @@ class BVPOTrainer(Trainer):
         if self._zero:
             optimizer, _ = deepspeed_init(self, num_training_steps=state.max_steps)
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-            self.deepspeed = self.model_wrapped
+            self.deepspeed = self.model_wrapped  # type: ignore[assignment]  # declared as None
         elif self._sharded:
             self.create_optimizer()
             model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)

@@ -19,7 +19,9 @@ _SIZES = ("small", "middle", "large")
 
 def draw(report: OracleTrainingReport, folder: Path) -> list[Path]:
     """Draws the figures as PNG files into a folder and returns their paths."""
-    plots: dict[str, Callable[..., object]] = {"final_loss_over_best_fixed": plot_regrets, "map": plot_gains} if report.cells else {}
+    plots: dict[str, Callable[..., Axes | Sequence[Axes]]] = (
+        {"final_loss_over_best_fixed": plot_regrets, "map": plot_gains} if report.cells else {}
+    )
     return draw_files(folder, {name: partial(plot, report) for name, plot in plots.items()})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -46,9 +47,13 @@ def plot_differences(report: EvaluationReport, axes: Sequence[Axes] | None = Non
 def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> list[Axes]:
     """A panel for each mode; in it a row for each column of the table and a mark for each model."""
     columns, entries = [column for column in report.columns if column.percent], getattr(report, what)
+    published = report.published or {}
     modes, difference = list(next(iter(entries.values()))), what == "differences"
     names = [f"{column.title}\n{column.metric}" for column in columns]
-    size: dict[str, Any] = {"width": 6.4 if len(modes) == 1 else 8.4, "height": 1.6 + max(0.42, 0.2 * len(entries)) * len(columns)}
+    size: dict[str, Any] = {
+        "width": 6.4 if len(modes) == 1 else 8.4,
+        "height": 1.6 + max(0.42, 0.2 * len(entries)) * len(columns),
+    }
     with across(given, len(modes), sharex=True, sharey=True, **size) as axes:
         for ax, mode in zip(axes, modes, strict=True):
             rows = [
@@ -65,10 +70,10 @@ def _plot(report: EvaluationReport, what: str, given: Sequence[Axes] | None) -> 
             forest(ax, rows, markers=markers if several else markers[0], **({"color": COLOURS[mode]} | several))
             if difference:
                 ax.axvline(0, **REST)
-            for name, marker in (("base", "|"), ("BVPO", "x")) if report.published and not difference else ():
-                printed = report.published["scores"].get(name, {}).get(mode, {})
+            for name, marker in (("base", "|"), ("BVPO", "x")) if published and not difference else ():
+                printed = published["scores"].get(name, {}).get(mode, {})
                 points = [(printed[c.name], row - 0.42) for row, c in enumerate(columns) if c.name in printed]
-                label = f"{report.published['model'] if name == 'base' else name}, paper"
+                label = f"{published['model'] if name == 'base' else name}, paper"
                 if points:
                     ax.plot(*zip(*points, strict=True), marker, color=RED, ms=7, mew=1.8, lw=0, label=label)
             ax.set(title=NAMES[mode], xlabel="Difference from the base (points)" if difference else "Score (percent)")

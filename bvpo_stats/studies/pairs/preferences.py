@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def run_preferences(config: PairsConfig, options: PreferenceOptions, output: Pat
         **asdict(bank),
     }
     tallies = {mode: ModeTally() for mode in config.modes}
-    tally, set_aside, kinds = BankTally(), [], Counter[str]()
+    set_aside: list[dict[str, str]] = []
+    tally, kinds = BankTally(), Counter[str]()
     drawer = TraceDrawer(policy, bank.temperature, options.seed, options.batch_size)
     with open_run(output, "pairs", identity) as folder:
         parts = {name: folder / f"{name}.part" for name in (*(f"{mode}.jsonl" for mode in config.modes), TRACES_FILE)}
@@ -95,7 +97,7 @@ def run_preferences(config: PairsConfig, options: PreferenceOptions, output: Pat
             while window := list(islice(answers, WINDOW)):
                 keys = [{"row": number + place, "prompt_id": a.pair.prompt_id} for place, a in enumerate(window)]
                 with in_hand(len(window)):
-                    rows = log.rows(keys, lambda w=window, n=number: _finished(w, n, config, drawer, bank, cut_off))
+                    rows = log.rows(keys, partial(_finished, window, number, config, drawer, bank, cut_off))
                 for each, row in zip(window, rows, strict=True):
                     _add(tally, row["tally"])
                     pairs = [from_dict(PreferencePair, dict(pair), _DONE_FILE) for pair in row["pairs"]]

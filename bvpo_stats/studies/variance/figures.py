@@ -52,9 +52,7 @@ def plot_ratios(report: VarianceReport, ax: Axes | None = None) -> Axes:
     with on(ax, height=0.6 + 0.6 * len(rows)) as ax:
         ax.set_xscale("log")
         forest(ax, rows)
-        paper = {
-            row: published[t][n] for row, (t, n) in enumerate(shown) if n in published.get(t, {})
-        }
+        paper = {row: published[t][n] for row, (t, n) in enumerate(shown) if n in published.get(t, {})}
         if paper:
             ax.plot(list(paper.values()), list(paper), "D", color=RED, ms=6, label="paper")
         ax.axvline(1, **REST)
