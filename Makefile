@@ -70,7 +70,7 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict  # --quiet would not count warnings
 
 docs: setup-test
 	$(BIN)/mkdocs build --strict

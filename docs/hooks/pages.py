@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import html
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages: dict[str, str | bytes] = {"commands.md": commands()}
     pages |= {"api/bvpo_stats.md": front_door(), **{f"api/{name}.md": api_page(name) for name in _parts()}}
     pages |= {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "figures").rglob("*.png")}
-    pages |= {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS.values()}
+    pages |= {name.lower(): _document(name) for name in DOCUMENTS.values()}
     pages["real-model.md"] = tutorial()
     pages |= {f"real-model-{path.name}": path.read_bytes() for path in TUTORIAL.glob("*.html")}
     for path in NOTEBOOKS:
@@ -76,13 +77,17 @@ def _parts() -> list[str]:
 
 
 def front_door() -> str:
-    """The names at the top level, each from where it lives."""
+    """The names at the top level, each with what it is in a sentence, led to where it lives: one anchor a name."""
     import bvpo_stats
 
-    lines = ["# bvpo_stats", "", "The front door: see [From Python](../from-python.md).", ""]
+    lines, here = ["# bvpo_stats", "", "The front door: see [From Python](../from-python.md).", ""], []
     for name in bvpo_stats.__all__:
-        lines += [f"::: bvpo_stats.{bvpo_stats._HOMES[name]}.{name}", ""]
-    return "\n".join(lines)
+        home = f"bvpo_stats.{bvpo_stats._HOMES[name]}.{name}"
+        about = (inspect.getdoc(getattr(bvpo_stats, name)) or "").partition("\n\n")[0].replace("\n", " ")
+        lines += [f"- [`{name}`][{home}]: {about}"]
+        if home.split(".")[1] not in PARTS:  # of the ground floor, which has no page of its own
+            here += [f"::: {home}", ""]
+    return "\n".join([*lines, "", *here])
 
 
 def api_page(name: str) -> str:
@@ -110,6 +115,14 @@ def notebook(path: Path) -> dict[str, str | bytes]:
     pictures = {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
     body = _NOTEBOOK_LINK.sub(r"](\1.md", body)  # its neighbours are pages here, not notebooks
     return {f"notebooks/{path.stem}.md": body, **pictures}
+
+
+def _document(name: str) -> str:
+    """One of the root's documents, whose links to one another are to pages with small letters."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for other in DOCUMENTS.values():
+        text = text.replace(f"]({other}", f"]({other.lower()}")
+    return text
 
 
 def tutorial() -> str:
