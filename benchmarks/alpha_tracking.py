@@ -72,7 +72,7 @@ def track(t: Array, e: Array, batch_size: int, eta_l: float, runs: int) -> dict[
     spread = centred @ centred.T / batch_size
     linear, square = float((centred @ h.mean(axis=0)).var() / batch_size), float((spread**2).sum()) / n**2
     rng = np.random.default_rng(0)
-    controller = AdaptiveController.start(AdaptiveOptions(rule="theorem4", prior=PRIOR), (runs,))
+    controller = AdaptiveController.start(AdaptiveOptions(rule="theorem4", prior=PRIOR, level=None), (runs,))
     stream = AlphaStream(controller, StepSize(eta_l=eta_l), batch_size)
     per_epoch = n // batch_size
     alphas, known, past, squares = (

@@ -244,6 +244,7 @@ class Tails:
     @classmethod
     def of(cls, ratio: LinearRatio, level: float = 0.95) -> Tails:
         """Of the influences of single prompts on ``B - (B / A) A``, groups standing in where prompts are not known."""
+        check_level(level)
         alone = ratio if ratio.alone is None else ratio.alone
         sizes = alone.group_sizes
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

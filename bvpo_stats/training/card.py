@@ -85,7 +85,9 @@ def model_card(
         lines += ["", "These are training pairs: how it answers, with intervals, is what `evaluate` measures.", ""]
     lines += [
         "## Use", "",
-        "    bvpo-stats evaluate --adapter THIS-FOLDER" + ("" if base == "embedded" else f" --model {name}"), "",
+        "    import bvpo_stats as bvpo", "",
+        f"    policy = bvpo.load_policy({f'{name!r}, adapter=' if adapter else ''}'THIS-FOLDER')",
+        "    samples = bvpo.sample(policy, ['What is 17 * 24?'])", "",
     ]  # fmt: skip
     return "\n".join([*head, *lines]).rstrip() + "\n"
 

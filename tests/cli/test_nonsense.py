@@ -151,6 +151,8 @@ def test_nonsense_for_every_option_is_refused_by_name_or_means_something(
         beside = needed
         if parameter.path[0] == "server":
             beside = [*SERVED, *needed]
+        if parameter.path[0] == "preferences":
+            beside = ["--from-preferences", "f"]
         for word in NONSENSE if numbers_of(parameter.kind) else NONSENSE[-4:]:
             result = run(command, *beside, f"{parameter.flag}={word}", "--output", tmp_path / "run")
             failed_politely(result)

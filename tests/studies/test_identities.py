@@ -55,7 +55,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         | {"samples": OTHER, "reward": "math-verify", "modes": ("thinking",), "ref_logps": False}
         | {"min_gap": 0.1},
         _LOADING,
-        set(),
+        {"preferences", "push_to_hub"},
     ),
     "traces": (
         _POLICY
@@ -86,7 +86,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         _LOADING
         | {"unmatched_prompts": "drop", "max_tokens": 999, "gradient_checkpointing": True, "save_steps": 3}
         | {"report_to": ("tensorboard",), "allow_mismatch": True, "resume": True},
-        {"method", "simpo_gamma"},
+        {"method", "simpo_gamma", "push_to_hub"},
     ),
     "evaluate": (
         {"policy.model": OTHER, "adapters": OTHER, "instruction": "Think.", "samples": 3, "temperature": 0.5}

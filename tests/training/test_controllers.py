@@ -43,10 +43,12 @@ def means(rng, shape=(), n=B):
 
 
 def stream(rng, steps, *, shape=(), rule="theorem4", eta_l=1.0, n=B, per_epoch=None, **options):
-    found = AlphaStream(
-        AdaptiveController.start(AdaptiveOptions(rule=rule, **options), shape), StepSize(eta_l=eta_l), n
-    )
+    """Intervals are formed from the last step on: they take most of the time, and no decision depends on them."""
+    asked = AdaptiveOptions(rule=rule, **options)
+    found = AlphaStream(AdaptiveController.start(replace(asked, level=None), shape), StepSize(eta_l=eta_l), n)
     for k in range(steps):
+        if k == steps - 1:
+            found.controller = replace(found.controller, options=asked)
         t, e = means(rng, shape, n)
         epoch = 0 if per_epoch is None else k // per_epoch
         found.observe(StepMeans(k, n, t - e, e, epoch), None, np.ones(shape) if shape else 1.0, progress=k / steps)

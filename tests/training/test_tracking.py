@@ -31,7 +31,7 @@ def gradients():
 def track(t, e, eta_l, steps, rule="theorem4"):
     """alpha of every run after each step, ``[steps, runs]``; epochs without replacement."""
     rng, n = np.random.default_rng(0), len(t)
-    controller = AdaptiveController.start(AdaptiveOptions(rule=rule), (RUNS,))
+    controller = AdaptiveController.start(AdaptiveOptions(rule=rule, level=None), (RUNS,))
     stream, alphas, per_epoch = AlphaStream(controller, StepSize(eta_l=eta_l), B), [], n // B
     for step in range(steps):
         if step % per_epoch == 0:

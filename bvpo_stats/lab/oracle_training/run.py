@@ -175,7 +175,7 @@ class _Estimated(_Chooser):
 
     def __init__(self, method: Method, peak: Array, batch_size: int) -> None:
         super().__init__(method)
-        controller = AdaptiveController.start(AdaptiveOptions(rule=method.rule), peak.shape)
+        controller = AdaptiveController.start(AdaptiveOptions(rule=method.rule, level=None), peak.shape)
         self.stream = AlphaStream(controller, StepSize(peak=peak, auto=method.eta_l == "auto"), batch_size)
 
     def alphas(self, progress_: float, copies: int) -> Array:

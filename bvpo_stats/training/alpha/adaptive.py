@@ -36,16 +36,16 @@ class AdaptiveOptions:
     Attributes:
         rule: What is done with the estimates, a name in `RULES`.
         prior: alpha before anything is known, and what estimates are shrunk toward.
-        level: Level of the interval in log and report.
+        level: Level of the interval in log and report; None for none, which is much faster for many runs at once.
     """
 
     rule: str = DEFAULT_RULE
     prior: float = PRIOR
-    level: float = 0.95
+    level: float | None = 0.95
 
     def __post_init__(self) -> None:
         check_alpha(self.prior)
-        if not 0 < self.level < 1:
+        if self.level is not None and not 0 < self.level < 1:
             raise UserError(f"confidence levels lie between 0 and 1, got {self.level}.")
         rule_named(self.rule)
 

@@ -130,11 +130,11 @@ class Rule(Protocol):
     def keeps_empty(self) -> bool:
         """Whether it needs norm(E g_e)^2, for which another vector is kept."""
 
-    def decide(self, seen: Seen, level: float) -> Decision:
-        """The alpha of the next step, with the interval of its estimate at a level."""
+    def decide(self, seen: Seen, level: float | None) -> Decision:
+        """The alpha of the next step, with the interval of its estimate at a level, where one is given."""
 
 
-def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
+def shrunk(seen: Seen, ratio: Ratio, level: float | None, prior: float) -> Decision:
     """A ratio n / A of estimates, decided by shrinkage toward the prior, with Fieller's set of the ratio beside it.
 
     With d = n - prior A, v = Var d and s = `SPREAD`, the posterior mean of alpha under a normal prior is
@@ -176,6 +176,8 @@ def shrunk(seen: Seen, ratio: Ratio, level: float, prior: float) -> Decision:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         moved = d * SPREAD**2 * A / (SPREAD**2 * A**2 + np.maximum(v, 0.0))
         alpha = np.where((A > 0) & np.isfinite(moved), np.clip(prior + moved, 0.0, 1.0), prior)
+    if level is None:
+        return Decision(alpha, _ratio(numerator, denominator))
     q: Array = np.asarray(stats.t.ppf(0.5 + level / 2, max(n - 1, 1.0)))
     if seen.influences is None or seen.shares is None:
         low, high, _ = fieller_sets(numerator, denominator, widest, q).clipped()

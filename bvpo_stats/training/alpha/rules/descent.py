@@ -30,7 +30,7 @@ class Descent:
     name: str = "descent"
     keeps_empty: bool = False
 
-    def decide(self, seen: Seen, level: float) -> Decision:
+    def decide(self, seen: Seen, level: float | None) -> Decision:
         """The shrunk ratio at the eta L of the step to come."""
         rho = seen.eta_l[..., None]
 

@@ -41,6 +41,6 @@ class Direction:
     name: str = "direction"
     keeps_empty: bool = True
 
-    def decide(self, seen: Seen, level: float) -> Decision:
+    def decide(self, seen: Seen, level: float | None) -> Decision:
         """The shrunk ratio."""
         return shrunk(seen, direction_ratio(seen), level, seen.prior)

@@ -31,7 +31,7 @@ class Hypergradient:
     name: str = "hypergradient"
     keeps_empty: bool = False
 
-    def decide(self, seen: Seen, level: float) -> Decision:
+    def decide(self, seen: Seen, level: float | None) -> Decision:
         """One step of alpha."""
         if seen.products < MIN_PRODUCTS or seen.latest is None:
             return Decision(seen.alpha, known=seen.products >= MIN_PRODUCTS)

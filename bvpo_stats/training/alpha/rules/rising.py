@@ -35,7 +35,7 @@ class Rising:
     name: str = "rising"
     keeps_empty: bool = True
 
-    def decide(self, seen: Seen, level: float) -> Decision:
+    def decide(self, seen: Seen, level: float | None) -> Decision:
         """On the line from the estimated start to 1."""
         direction = shrunk(seen, direction_ratio(seen), level, seen.prior)
         start, progress = SHARE * direction.alpha, min(max(seen.progress or 0.0, 0.0), 1.0)

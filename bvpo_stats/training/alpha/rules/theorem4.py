@@ -25,7 +25,7 @@ class Theorem4:
     name: str = "theorem4"
     keeps_empty: bool = False
 
-    def decide(self, seen: Seen, level: float) -> Decision:
+    def decide(self, seen: Seen, level: float | None) -> Decision:
         """The shrunk ratio at the tau of the step to come."""
         return shrunk(
             seen, lambda parts: error_ratio(parts, seen.eta_l[..., None] / seen.batch_size), level, seen.prior
