@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-real demo real quick test lint docs format bench gpu zoo acceptance figures notebooks clean
+.PHONY: help setup setup-test setup-lint setup-real demo real quick test lint docs format bench gpu zoo acceptance figures notebooks clean
 
 help:
 	@echo "make demo        install, then the whole story on the embedded model, as one HTML page (minutes)"
@@ -39,12 +39,17 @@ $(STAMP): $(VENV)/.base pyproject.toml
 	touch $@
 
 $(STAMP)-test: $(VENV)/.base pyproject.toml
-	$(INSTALL) -c constraints.txt -e ".[test,lint,docs]"
+	$(INSTALL) -c constraints.txt -e ".[test]"
 	$(COMPILE)
 	touch $(STAMP) $@
 
+$(STAMP)-lint: $(STAMP)-test
+	$(INSTALL) -c constraints.txt -e ".[lint,docs]"
+	touch $@
+
 setup: $(STAMP)
 setup-test: $(STAMP)-test
+setup-lint: $(STAMP)-lint
 
 demo: setup
 	$(BIN)/bvpo-stats demo --output $(DEMO)
@@ -66,13 +71,13 @@ quick: setup-test
 test: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: setup-test
+lint: setup-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict  # --quiet would not count warnings
 
-docs: setup-test
+docs: setup-lint
 	$(BIN)/mkdocs build --strict
 	@echo "Documentation: site/index.html"
 
@@ -82,7 +87,7 @@ figures: setup
 notebooks: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
-format: setup-test
+format: setup-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -66,7 +66,7 @@ class _Seaborn:
         try:
             import seaborn
         except ImportError as error:
-            raise UserError("Figures need seaborn, which is not installed: pip install seaborn.") from error
+            raise UserError("Figures need seaborn, which is not installed: pip install 'bvpo-stats[plots]'.") from error
         return getattr(seaborn, name)
 
 

@@ -159,11 +159,11 @@ def test_without_seaborn_there_are_no_figures_and_the_report_is_written(
 
     monkeypatch.setitem(sys.modules, "seaborn", None)
     report = RUNS["variance"].read()
-    with pytest.raises(UserError, match="pip install seaborn"):
+    with pytest.raises(UserError, match="pip install 'bvpo-stats\[plots\]'"):
         report.plot(tmp_path / "figures")
     (tmp_path / "run").mkdir()
     report.write(tmp_path / "run")
-    assert "pip install seaborn" in capsys.readouterr().err
+    assert "pip install 'bvpo-stats[plots]'" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.json").exists()
     assert "## Figures" not in (tmp_path / "run" / "report.md").read_text()
 
