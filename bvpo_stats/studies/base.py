@@ -322,7 +322,7 @@ class Report:
         """Writes figures, ``report.md`` and, last, ``report.json``."""
         figures: list[Path] = []
         if find_spec("seaborn") is None:
-            say("No figures: seaborn is not installed (pip install 'bvpo-stats[plots]'; then `bvpo-stats figures` draws them).")
+            say("No figures: no seaborn (pip install 'bvpo-stats[plots]'; `bvpo-stats figures` draws them later).")
         else:
             with writing(folder / "figures"):
                 figures = self.figures(folder / "figures")

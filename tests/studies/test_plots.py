@@ -159,7 +159,7 @@ def test_without_seaborn_there_are_no_figures_and_the_report_is_written(
 
     monkeypatch.setitem(sys.modules, "seaborn", None)
     report = RUNS["variance"].read()
-    with pytest.raises(UserError, match="pip install 'bvpo-stats\[plots\]'"):
+    with pytest.raises(UserError, match=r"pip install 'bvpo-stats\[plots\]'"):
         report.plot(tmp_path / "figures")
     (tmp_path / "run").mkdir()
     report.write(tmp_path / "run")
