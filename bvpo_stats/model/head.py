@@ -91,10 +91,10 @@ def completion_scores(
     """``score(hidden, head, targets)`` of all completion positions of a batch, sequence after sequence.
 
     It is computed inside the calls of the model and of its output layer: their hooks are what gathers sharded weights
-    (FSDP2) and gets the reduction of gradients ready (DistributedDataParallel).
+    (FSDP2, ZeRO-3) and gets the reduction of gradients ready (DistributedDataParallel).
 
     Args:
-        model: A transformers causal LM, wrapped by PEFT, FSDP2 or DistributedDataParallel, or not.
+        model: A transformers causal LM, wrapped by PEFT, FSDP2, DistributedDataParallel or DeepSpeed, or not.
         batch: The sequences, on the model's device.
         score: Told the hidden states that predict the targets, the output layer's weights, and the targets.
 
@@ -171,7 +171,7 @@ def head_logprobs(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
+    """The model inside DistributedDataParallel or DeepSpeed's engine, or the model itself."""
     inner = model._modules.get("module")
     return model if inner is None else unwrapped(inner)
 

@@ -25,9 +25,9 @@ from bvpo_stats.sampling.sample import SET_ASIDE_FILE
 from bvpo_stats.sampling.traces import WINDOW, BankOptions, BankTally, PairSide, TraceDrawer, traces_for_answers
 from bvpo_stats.store.jsonl import RowLog, append_jsonl, encode_row, write_atomic
 from bvpo_stats.store.run_folder import open_run
-from bvpo_stats.store.tables import read_records, source_rows, write_records
+from bvpo_stats.store.tables import source_rows
 from bvpo_stats.studies.pairs.config import PairsConfig, PreferenceOptions
-from bvpo_stats.studies.pairs.report import ModeTally, PairsReport, PreferenceSummary
+from bvpo_stats.studies.pairs.report import ModeTally, PairsReport, PreferenceSummary, write_run
 
 TRACES_FILE = "traces.jsonl"
 _DONE_FILE = "done.jsonl"
@@ -136,11 +136,7 @@ def run_preferences(config: PairsConfig, options: PreferenceOptions, output: Pat
             ref_logps=config.ref_logps,
             preferences=PreferenceSummary(dict(counts), kinds["given"], kinds["drawn"], bank, tally),
         )
-        without = () if config.ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
-        for mode in config.modes:
-            found = read_records(folder / f"{mode}.jsonl", PreferencePair)
-            write_records(folder / f"{mode}.parquet", found, PreferencePair, without=without)
-        report.write(folder)
+        write_run(report, folder)
     return report
 
 

@@ -11,6 +11,7 @@ from bvpo_stats.records import Mode, PreferencePair, Truncation
 from bvpo_stats.sampling.pairs import Choice, ScoredCompletion, SetAside
 from bvpo_stats.sampling.traces import BankOptions, BankTally
 from bvpo_stats.store.jsonl import write_atomic
+from bvpo_stats.store.tables import read_records, write_records
 from bvpo_stats.studies.base import Presentation, Report, ResultTable, number
 
 _NAMES = {"thinking": "D_t (thinking)", "nothinking": "D_e (nothinking)"}
@@ -316,3 +317,17 @@ class PairsReport(Report):
                     "tokenises the text columns is not."
                 )
         return lines
+
+
+def write_run(report: PairsReport, folder: Path) -> None:
+    """Ends a run whose pairs are in place: Parquet beside each mode's JSONL, then the report.
+
+    Args:
+        report: Of the run.
+        folder: Its own; holds ``thinking.jsonl``, ``nothinking.jsonl`` or both.
+    """
+    without = () if report.ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
+    for mode in report.modes:
+        pairs = read_records(folder / f"{mode}.jsonl", PreferencePair)
+        write_records(folder / f"{mode}.parquet", pairs, PreferencePair, without=without)
+    report.write(folder)

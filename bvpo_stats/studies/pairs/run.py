@@ -16,9 +16,8 @@ from bvpo_stats.sampling.sample import SET_ASIDE_FILE, count_set_aside
 from bvpo_stats.store.jsonl import RowLog, append_jsonl
 from bvpo_stats.store.run_folder import open_run, run_files
 from bvpo_stats.store.sample_index import SampleIndex, open_sample_index, samples_fingerprint
-from bvpo_stats.store.tables import read_records, write_records
 from bvpo_stats.studies.pairs.config import PairsConfig
-from bvpo_stats.studies.pairs.report import ModeTally, PairsReport
+from bvpo_stats.studies.pairs.report import ModeTally, PairsReport, write_run
 
 if TYPE_CHECKING:
     from bvpo_stats.model.templates import Template
@@ -93,11 +92,7 @@ def run_pairs(config: PairsConfig, output: Path) -> PairsReport:
             ref_logps=config.ref_logps,
             truncation={mode: index.source.truncation[mode] for mode in config.modes},
         )
-        without = () if config.ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
-        for mode in config.modes:
-            pairs = read_records(folder / f"{mode}.jsonl", PreferencePair)
-            write_records(folder / f"{mode}.parquet", pairs, PreferencePair, without=without)
-        report.write(folder)
+        write_run(report, folder)
     return report
 
 
